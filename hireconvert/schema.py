@@ -1,0 +1,318 @@
+"""The typed tree of a recipe: every key with its unit, its limits and what it must agree with.
+
+`recipe.py` reads and writes its YAML form and exports these names.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    Tag,
+    model_validator,
+)
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+T = TypeVar("T")
+Problem: TypeAlias = tuple[str, str]  # key relative to the section, what is wrong with it
+
+
+@dataclass(frozen=True)
+class In:
+    """A numeric interval for `Annotated`; neither NaN nor infinity lies in one."""
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def _check(self, value: float) -> float:
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high or self.high == math.inf else value <= self.high
+        if above and below:
+            return value
+        if self.high == math.inf:
+            wanted = f"a finite number {'above' if self.open_low else 'of at least'} {self.low:g}"
+            raise PydanticCustomError("interval", f"{value:g} is not {wanted}")
+        left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
+        wanted = f"{left}{self.low:g}, {self.high:g}{right}"
+        raise PydanticCustomError("interval", f"{value:g} is not in {wanted}")
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        limits: dict[str, Any] = {
+            "exclusiveMinimum" if self.open_low else "minimum": self.low,
+        }
+        if self.high != math.inf:
+            limits["exclusiveMaximum" if self.open_high else "maximum"] = self.high
+        return {**handler(schema), **limits}
+
+
+ONE, LIST = "<one>", "<list>"  # tags of a per-layer union, cut out of the key paths of errors
+_BY_SHAPE = Discriminator(lambda value: LIST if isinstance(value, list) else ONE)
+
+Count: TypeAlias = Annotated[int, In(1)]
+CountOrZero: TypeAlias = Annotated[int, In(0)]
+Share: TypeAlias = Annotated[float, In(0, 1, open_low=True)]
+Positive: TypeAlias = Annotated[float, In(0, open_low=True)]
+Text: TypeAlias = Annotated[str, Field(min_length=1)]
+
+
+def _each(key: str, value: T | list[T]) -> list[tuple[str, T]]:
+    if isinstance(value, list):
+        return [(f"{key}.{index}", one) for index, one in enumerate(value)]
+    return [(key, value)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", validate_default=True, protected_namespaces=()
+    )
+
+    def _problems(self) -> Iterator[Problem]:
+        """Yield what is wrong between fields that are each right on their own."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "_Section":
+        if problems := list(self._problems()):
+            text = "; ".join(message for _, message in problems)
+            raise PydanticCustomError("together", "{text}", {"text": text, "problems": problems})
+        return self
+
+
+class DataRecipe(_Section):
+    """The text that statistics are taken on."""
+
+    source: Text = Field(
+        default="self",
+        description="`self` (sampled from the model), `hub:org/name`, or a local .txt, .jsonl, "
+        ".jsonl.gz or .parquet file, or a folder of them",
+    )
+    config: Text | None = Field(
+        default=None, description="configuration of the Hub dataset, a name"
+    )
+    split: Text = Field(default="train", description="split of the Hub dataset, a name")
+    revision: Text | None = Field(
+        default=None, description="revision of the Hub dataset: commit or branch"
+    )
+    text_column: Text = Field(default="text", description="column that holds the text, a name")
+    chat_column: Text | None = Field(
+        default=None,
+        description="column that holds chat messages, a name; read instead of text_column",
+    )
+    num_tokens: Count = Field(default=16384, description="tokens to calibrate on")
+    num_held_tokens: Count = Field(
+        default=4096, description="tokens held out to measure recall on, from other documents"
+    )
+    window: Annotated[int, In(2)] = Field(
+        default=1024, description="tokens per packed window, BOS included"
+    )
+
+    def _problems(self) -> Iterator[Problem]:
+        for key in ("num_tokens", "num_held_tokens"):
+            if (count := getattr(self, key)) < self.window:
+                yield key, f"{count} is less than one window of {self.window} tokens (data.window)"
+        if self.source.startswith("hub:"):
+            if not re.fullmatch(r"hub:[\w.-]+(/[\w.-]+)?", self.source):
+                yield "source", f"{self.source!r} is not of the form hub:org/name"
+            return
+        for key in ("config", "revision"):
+            if getattr(self, key) is not None:
+                yield key, f"only a hub: source has one; the source is {self.source!r}"
+        if self.source == "self" and self.chat_column is not None:
+            yield "chat_column", "text sampled from the model (source: self) has no columns"
+
+
+class DistillRecipe(_Section):
+    """Training of predictor factors on calibration activations, layer by layer."""
+
+    loss: Literal["bce", "regression", "listwise"] = Field(
+        default="regression",
+        description="what is fitted: membership of the true top-k, the gate and up values, "
+        "or the order of the scores",
+    )
+    steps: Count = Field(default=500, description="optimizer steps per layer")
+    batch_rows: Count = Field(default=1024, description="activation rows (tokens) per step")
+    learning_rate: Positive = Field(
+        default=1.0e-3, description="peak learning rate, a plain number"
+    )
+
+
+class PredictorRecipe(_Section):
+    """How the scores of the FFN neurons are predicted."""
+
+    kind: Literal["lr", "q", "qlr", "auto"] = Field(
+        default="q",
+        description="low-rank factors, low-bit copies, low bits with a low-rank correction, or "
+        "per layer the cheapest that reaches target_recall",
+    )
+    bits: Literal[2, 3, 4, 8] = Field(
+        default=4, description="bits per weight of the copies (q, qlr)"
+    )
+    block: Count = Field(default=64, description="weights per scale (q, qlr)")
+    symmetric: bool = Field(
+        default=True, description="codes around zero; otherwise each block has an offset"
+    )
+    rank: Count = Field(default=128, description="rank of the factors (lr, qlr)")
+    factor_bits: Literal[16, 8, 4] = Field(
+        default=16, description="bits per weight of the factors (lr, qlr)"
+    )
+    input_keep: Share = Field(
+        default=1.0,
+        description="share of the input channels read per token, the loudest; in (0, 1]",
+    )
+    centre: bool = Field(
+        default=True, description="subtract the mean input; the product with it is a bias"
+    )
+    column_scale: bool = Field(
+        default=True, description="scale columns by activation size before rounding"
+    )
+    group_scores: bool = Field(
+        default=False, description="predict one score per group of neurons directly"
+    )
+    distill: DistillRecipe | None = Field(
+        default=None, description="training; null leaves it untrained"
+    )
+    target_recall: Share | None = Field(
+        default=None, description="recall to reach on held-out tokens (kind auto), in (0, 1]"
+    )
+
+    def _problems(self) -> Iterator[Problem]:
+        if self.kind == "auto" and self.target_recall is None:
+            yield "target_recall", "kind auto needs the recall to reach, for example 0.95"
+        if self.kind != "auto" and self.target_recall is not None:
+            yield "target_recall", f"kind {self.kind} aims at no recall; use kind auto or null"
+        if self.kind == "q" and self.distill is not None and not self.group_scores:
+            yield "distill", "kind q has no factors to train; use lr, qlr or auto, or null"
+
+
+class FfnRecipe(_Section):
+    """The FFN: which share of the neurons a token keeps, and how they are found."""
+
+    keep_fraction: Annotated[
+        Annotated[Share, Tag(ONE)] | Annotated[list[Share], Field(min_length=1), Tag(LIST)],
+        _BY_SHAPE,
+    ] = Field(
+        description="share of the neurons kept per token, in (0, 1]; one number or one a layer"
+    )
+    over_select: Annotated[float, In(1)] = Field(
+        default=1.25, description="candidates per kept neuron, at least 1"
+    )
+    score: Literal["norm", "plain"] = Field(
+        default="norm", description="a neuron's score: |h_i| * ||down_i||, or |h_i| alone"
+    )
+    keep: Literal["top_k", "candidates"] = Field(
+        default="top_k",
+        description="of the candidates keep the best by exact score, or all of them",
+    )
+    group_size: Count = Field(default=1, description="neurons selected together")
+    common_path: Annotated[float, In(0, 1, open_high=True)] = Field(
+        default=0.0, description="share of the neurons that is always active, in [0, 1)"
+    )
+    predictor: Annotated[
+        Annotated[PredictorRecipe, Tag(ONE)]
+        | Annotated[list[PredictorRecipe], Field(min_length=1), Tag(LIST)],
+        _BY_SHAPE,
+    ] = Field(default=PredictorRecipe(), description="one predictor, or one a layer")
+
+    def _problems(self) -> Iterator[Problem]:
+        for key, keep in _each("keep_fraction", self.keep_fraction):
+            if self.common_path >= keep:
+                yield "common_path", f"{self.common_path:g} is not below {key} ({keep:g})"
+        for key, predictor in _each("predictor", self.predictor):
+            if predictor.group_scores and self.group_size == 1:
+                yield f"{key}.group_scores", "needs ffn.group_size above 1"
+
+
+class HeadRecipe(_Section):
+    """The output head: how the rows worth computing exactly are found."""
+
+    kind: Literal["q", "lr"] = Field(default="q", description="low-bit copy, or low-rank factors")
+    bits: Literal[8, 4] = Field(default=8, description="bits per weight of the copy (q)")
+    block: CountOrZero = Field(
+        default=0, description="weights per scale (q); 0 is one scale per row"
+    )
+    rank: Count = Field(default=256, description="rank of the factors (lr)")
+    num_candidates: Count = Field(
+        default=128, description="rows rescored exactly per token, at least"
+    )
+    unselected: Literal["estimate", "-inf"] = Field(
+        default="estimate", description="logit of a row that is not rescored"
+    )
+    certified: bool = Field(
+        default=False, description="rescore every row that can still be among the best certify_top"
+    )
+    certify_top: Count = Field(
+        default=64, description="best rows that are provably those of the reference"
+    )
+    on_uncertified: Literal["dense", "estimate"] = Field(
+        default="dense", description="what runs where more rows are needed than were certified"
+    )
+
+    def _problems(self) -> Iterator[Problem]:
+        if self.certified and self.kind == "q" and (self.bits, self.block) != (8, 0):
+            found = f"bits {self.bits} and block {self.block}"
+            yield "certified", f"kind q needs bits 8 and block 0 (one scale per row), not {found}"
+
+
+class DecodeRecipe(_Section):
+    """When the selecting path runs."""
+
+    max_decode_queries: Count = Field(
+        default=32,
+        description="tokens; a longer query after cached ones is prefill, which is dense",
+    )
+    max_sparse_rows: Count = Field(
+        default=8, description="rows (batch times query tokens); more run dense"
+    )
+
+
+class EvaluateRecipe(_Section):
+    """The evaluation after conversion."""
+
+    num_tokens: CountOrZero = Field(default=4096, description="tokens to evaluate on; 0 skips it")
+
+
+class OutputRecipe(_Section):
+    """The files written."""
+
+    max_shard_gb: Positive = Field(
+        default=5.0, description="largest weight file, in GB (10^9 bytes)"
+    )
+
+
+class Recipe(_Section):
+    """Everything that decides what a conversion makes of a model."""
+
+    name: Text = Field(description="short name, kept in the checkpoint")
+    description: str = Field(default="", description="one line for people")
+    seed: Annotated[int, In(0, 2**63 - 1)] = Field(
+        default=0, description="seed of every random choice"
+    )
+    data: DataRecipe = Field(default=DataRecipe(), description="calibration text")
+    ffn: FfnRecipe | None = Field(default=None, description="the FFN; null leaves it dense")
+    head: HeadRecipe | None = Field(
+        default=None, description="the output head; null leaves it dense"
+    )
+    decode: DecodeRecipe = Field(default=DecodeRecipe(), description="when selection runs")
+    evaluate: EvaluateRecipe = Field(default=EvaluateRecipe(), description="evaluation")
+    output: OutputRecipe = Field(default=OutputRecipe(), description="files written")
+
+    def _problems(self) -> Iterator[Problem]:
+        if self.ffn is None and self.head is None:
+            yield "", "nothing to convert: give ffn, head or both"
