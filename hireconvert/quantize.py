@@ -1,0 +1,341 @@
+"""Low-bit copies of matrices in the tensor formats of docs/design.md: codes, scales, factors.
+
+Legend of shape suffixes: M rows (predictor outputs), D columns (input channels), A rows and
+B columns of any matrix, L length of the packed axis, G blocks along the packed axis, R rank.
+
+A copy is row-major (`planes` [b, M, D/8], blocks along the inputs) or channel-major (`planes`
+[b, D, M/8], blocks along the neurons), the latter so that single input channels can be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from hireconvert.errors import InputError
+
+HALF_MIN, HALF_MAX = 2.0**-24, 65504.0
+SHRINK_STEPS = 14
+LOWEST_SHRINK = {1: 0.25, 2: 0.35, 3: 0.5, 4: 0.6, 8: 0.9}
+FEEDBACK_COLUMNS = 64  # columns between two full updates of the error feedback
+
+
+@dataclass(frozen=True)
+class GridFormat:
+    """How a matrix is cut into blocks and levels; the fields of PREDICTOR in docs/design.md."""
+
+    bits: int
+    block: int
+    symmetric: bool
+    channel_major: bool = False
+
+    @property
+    def top_code(self) -> int:
+        """The largest code, 2^bits - 1."""
+        return int(2**self.bits) - 1
+
+    @property
+    def middle(self) -> float:
+        """The code that stands for zero on a symmetric grid (half-integer: zero is no level)."""
+        return self.top_code / 2
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid fitted to one matrix: float16 scales and, unless symmetric, offsets, per block.
+
+    Both are [M, ceil(D/block)], or [D, ceil(M/block)] channel-major.
+    """
+
+    format: GridFormat
+    scale: torch.Tensor
+    offset: torch.Tensor | None
+
+
+def pack_planes(codes_AL: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 [bits, A, ceil(L/8)]: plane p holds bit p of every code, little-endian along L."""
+    rows, length = codes_AL.shape
+    padded = torch.zeros(rows, -(-length // 8) * 8, dtype=torch.uint8)
+    padded[:, :length] = codes_AL.to(torch.uint8)
+    weight_8 = (1 << torch.arange(8)).to(torch.uint8)
+    planes = [
+        (((padded >> p) & 1).view(rows, -1, 8) * weight_8).sum(-1, dtype=torch.uint8)
+        for p in range(bits)
+    ]
+    return torch.stack(planes)
+
+
+def unpack_planes(planes: torch.Tensor, length: int) -> torch.Tensor:
+    """uint8 codes [A, length] from planes [bits, A, ceil(length/8)]."""
+    bits, rows, width = planes.shape
+    codes_AL = torch.zeros(rows, width * 8, dtype=torch.uint8)
+    for p in range(bits):
+        bits_A8 = (planes[p].unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
+        codes_AL |= bits_A8.view(rows, width * 8) << p
+    return codes_AL[:, :length].contiguous()
+
+
+def fit_grid(
+    weight_MD: torch.Tensor, form: GridFormat, *, importance_D: torch.Tensor | None = None
+) -> Grid:
+    """The grid with the least rounding error, each column's error weighted by `importance_D`.
+
+    Every block tries `SHRINK_STEPS` clippings of its range, then a least-squares refit. Scales and
+    offsets are rounded to float16 before any code is computed, so the error measured is the error
+    shipped. Raises InputError when the matrix is not finite.
+    """
+    if not bool(torch.isfinite(weight_MD).all()):
+        raise InputError("a weight matrix to be quantized holds NaN or infinite values")
+    values_AGB, weights_AGB = _blocks(weight_MD, form, importance_D)
+    scale_AG, offset_AG = _widest(values_AGB, weights_AGB, form)
+    best = _error(values_AGB, weights_AGB, scale_AG, offset_AG, form)
+    lowest = LOWEST_SHRINK.get(form.bits, 0.9)
+    trials = [1.0 - (1.0 - lowest) * (i + 1) / SHRINK_STEPS for i in range(SHRINK_STEPS)]
+    widest_scale, widest_offset = scale_AG, offset_AG
+    for trial in [*trials, None]:
+        if trial is None:
+            new = _refit(values_AGB, weights_AGB, scale_AG, offset_AG, form)
+        else:
+            middle_AG = widest_offset + widest_scale * form.middle
+            new_scale = _half(widest_scale * trial)
+            new = new_scale, _half_offset(middle_AG - new_scale * form.middle)
+        error = _error(values_AGB, weights_AGB, *new, form)
+        better = error < best
+        scale_AG = torch.where(better, new[0], scale_AG)
+        offset_AG = torch.where(better, new[1], offset_AG)
+        best = torch.minimum(best, error)
+    kept_offset = None if form.symmetric else offset_AG.to(torch.float16)
+    return Grid(form, scale_AG.to(torch.float16), kept_offset)
+
+
+def round_codes(weight_MD: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """uint8 codes [M, D]: every weight at its nearest level."""
+    scale_MD, offset_MD = expand_grid(grid, weight_MD.shape)
+    return _nearest(weight_MD, scale_MD, offset_MD, grid.format).to(torch.uint8)
+
+
+def feedback_codes(
+    weight_MD: torch.Tensor, grid: Grid, second_moment_DD: torch.Tensor, *, damping: float = 0.01
+) -> torch.Tensor:
+    """uint8 codes [M, D] with least error of the product W x under the inputs' second moment.
+
+    Columns are rounded one after the other, loudest first; what one loses is made up by those
+    still open (optimal brain quantization as GPTQ orders it). `damping` is a share of the mean
+    diagonal, so that fewer rows than D still give a definite matrix.
+    """
+    scale_MD, offset_MD = expand_grid(grid, weight_MD.shape)
+    diagonal_D = second_moment_DD.diagonal()
+    order = torch.argsort(diagonal_D, descending=True, stable=True)
+    moment = second_moment_DD[order][:, order].double()
+    ridge = max(float(diagonal_D.double().mean()) * damping, 1e-10)
+    moment += ridge * torch.eye(moment.shape[0], dtype=torch.float64)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
+    upper_DD = torch.linalg.cholesky(inverse, upper=True).float()
+    open_DM = weight_MD.T[order].contiguous()
+    scale_DM, offset_DM = scale_MD.T[order].contiguous(), offset_MD.T[order].contiguous()
+    codes_DM = torch.empty(open_DM.shape, dtype=torch.uint8)
+    width = open_DM.shape[0]
+    for start in range(0, width, FEEDBACK_COLUMNS):
+        stop = min(start + FEEDBACK_COLUMNS, width)
+        lost = torch.empty(stop - start, open_DM.shape[1])
+        for j in range(start, stop):
+            codes = _nearest(open_DM[j], scale_DM[j], offset_DM[j], grid.format)
+            codes_DM[j] = codes.to(torch.uint8)
+            error = (open_DM[j] - (codes * scale_DM[j] + offset_DM[j])) / upper_DD[j, j]
+            lost[j - start] = error
+            open_DM[j + 1 : stop].addr_(upper_DD[j, j + 1 : stop], error, alpha=-1.0)
+        open_DM[stop:] -= upper_DD[start:stop, stop:].T @ lost
+    codes_MD = torch.empty(weight_MD.shape, dtype=torch.uint8)
+    codes_MD[:, order] = codes_DM.T
+    return codes_MD
+
+
+def encode_matrix(codes_MD: torch.Tensor, grid: Grid) -> dict[str, torch.Tensor]:
+    """The tensors `planes`, `scale` and (not symmetric) `offset` of one copy."""
+    codes_AL = codes_MD.T if grid.format.channel_major else codes_MD
+    tensors = {"planes": pack_planes(codes_AL, grid.format.bits), "scale": grid.scale.contiguous()}
+    if grid.offset is not None:
+        tensors["offset"] = grid.offset.contiguous()
+    return tensors
+
+
+def decode_matrix(
+    tensors: Mapping[str, torch.Tensor], form: GridFormat, shape_MD: tuple[int, int]
+) -> torch.Tensor:
+    """float32 [M, D], the matrix that `encode_matrix` wrote."""
+    length = shape_MD[0] if form.channel_major else shape_MD[1]
+    codes = unpack_planes(tensors["planes"], length)
+    grid = Grid(form, tensors["scale"], None if form.symmetric else tensors["offset"])
+    return decode_codes(codes.T if form.channel_major else codes, grid)
+
+
+def decode_codes(codes_MD: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """float32 [M, D], the value of every code."""
+    scale_MD, offset_MD = expand_grid(grid, codes_MD.shape)
+    return codes_MD.float() * scale_MD + offset_MD
+
+
+def expand_grid(grid: Grid, shape_MD: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 scale and value of code 0, both [M, D] (one entry a weight)."""
+    form = grid.format
+    scale_AG = grid.scale.float()
+    stored = grid.offset
+    offset_AG = -scale_AG * form.middle if stored is None else stored.float()
+    length = shape_MD[0] if form.channel_major else shape_MD[1]
+    block = form.block or length
+    wide = [t.repeat_interleave(block, dim=1)[:, :length] for t in (scale_AG, offset_AG)]
+    if form.channel_major:
+        wide = [t.T for t in wide]
+    return wide[0], wide[1]
+
+
+def encode_factor(matrix_AB: torch.Tensor, bits: int, name: str) -> dict[str, torch.Tensor]:
+    """Tensors of one low-rank factor: `name` float16 (16 bits), or `name`_codes and `name`_scale.
+
+    8 bits: int8 codes in [-127, 127]; 4 bits: int8 [A, ceil(B/2)], two codes in [-7, 7] a byte,
+    each stored plus 8, the low nibble first. The scale is float32, one a row. Raises InputError
+    when the factor is not finite or does not fit float16.
+    """
+    if not bool(torch.isfinite(matrix_AB).all()) or float(matrix_AB.abs().max()) > HALF_MAX:
+        raise InputError(f"the predictor factor {name} holds values outside float16")
+    if bits == 16:
+        return {name: matrix_AB.to(torch.float16).contiguous()}
+    top = 2 ** (bits - 1) - 1
+    scale_A1 = _factor_scale(matrix_AB, top)
+    codes_AB = (matrix_AB / scale_A1).round().clamp(-top, top).to(torch.int8)
+    if bits == 4:
+        codes_AB = _pack_nibbles(codes_AB)
+    return {f"{name}_codes": codes_AB.contiguous(), f"{name}_scale": scale_A1[:, 0].contiguous()}
+
+
+def decode_factor(
+    tensors: Mapping[str, torch.Tensor], bits: int, name: str, *, width: int
+) -> torch.Tensor:
+    """float32 [A, width], the factor that `encode_factor` wrote."""
+    if bits == 16:
+        return tensors[name].float()
+    codes = tensors[f"{name}_codes"]
+    if bits == 4:
+        codes = _unpack_nibbles(codes, width)
+    return codes.float() * tensors[f"{name}_scale"].float().unsqueeze(1)
+
+
+def _pack_nibbles(codes_AB: torch.Tensor) -> torch.Tensor:
+    rows, width = codes_AB.shape
+    stored = torch.full((rows, width + width % 2), 8, dtype=torch.uint8)
+    stored[:, :width] = (codes_AB + 8).to(torch.uint8)
+    return (stored[:, 0::2] | (stored[:, 1::2] << 4)).view(torch.int8)
+
+
+def _unpack_nibbles(packed: torch.Tensor, width: int) -> torch.Tensor:
+    stored = packed.view(torch.uint8)
+    pairs = torch.stack([stored & 15, stored >> 4], dim=-1).flatten(1)[:, :width]
+    return pairs.to(torch.int16) - 8
+
+
+def _factor_scale(matrix_AB: torch.Tensor, top: int) -> torch.Tensor:
+    """The row scale (float32 [A, 1]) of least squared rounding error among clippings."""
+    widest = matrix_AB.abs().amax(1, keepdim=True).clamp_min(1e-30) / top
+    best_scale, best_error = widest, None
+    for step in range(SHRINK_STEPS):
+        scale = widest * (1.0 - 0.5 * step / SHRINK_STEPS)
+        rounded = (matrix_AB / scale).round().clamp(-top, top) * scale
+        error = (rounded - matrix_AB).square().sum(1, keepdim=True)
+        if best_error is None:
+            best_error = error
+        best_scale = torch.where(error < best_error, scale, best_scale)
+        best_error = torch.minimum(error, best_error)
+    return best_scale
+
+
+def _half(scale: torch.Tensor) -> torch.Tensor:
+    """A positive scale as float16 stores it, back in float32."""
+    return scale.clamp(HALF_MIN, HALF_MAX).to(torch.float16).float()
+
+
+def _half_offset(offset: torch.Tensor) -> torch.Tensor:
+    return offset.clamp(-HALF_MAX, HALF_MAX).to(torch.float16).float()
+
+
+def _nearest(
+    values: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, form: GridFormat
+) -> torch.Tensor:
+    return ((values - offset) / scale).round_().clamp_(0, form.top_code)
+
+
+def _blocks(
+    weight_MD: torch.Tensor, form: GridFormat, importance_D: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and error weights [A, G, block]; the padding repeats a value and weighs nothing."""
+    importance = torch.ones(weight_MD.shape[1]) if importance_D is None else importance_D
+    importance = importance.float().clamp_min(1e-12)
+    if form.channel_major:
+        values, weights = weight_MD.T.float(), importance.unsqueeze(1)
+    else:
+        values, weights = weight_MD.float(), importance.unsqueeze(0)
+    weights = weights.expand(values.shape)
+    length = values.shape[1]
+    block = form.block or length
+    extra = -length % block
+    if extra:
+        values = torch.cat([values, values[:, -1:].expand(-1, extra)], dim=1)
+        weights = torch.cat([weights, torch.zeros(values.shape[0], extra)], dim=1)
+    shape = (values.shape[0], -1, block)
+    return values.reshape(shape), weights.reshape(shape)
+
+
+def _widest(
+    values_AGB: torch.Tensor, weights_AGB: torch.Tensor, form: GridFormat
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and offset [A, G] that clip nothing."""
+    if form.symmetric:
+        scale = _half(values_AGB.abs().amax(-1) / form.middle)
+        return scale, -scale * form.middle
+    low, high = values_AGB.amin(-1), values_AGB.amax(-1)
+    return _half((high - low) / form.top_code), _half_offset(low)
+
+
+def _error(
+    values_AGB: torch.Tensor,
+    weights_AGB: torch.Tensor,
+    scale_AG: torch.Tensor,
+    offset_AG: torch.Tensor,
+    form: GridFormat,
+) -> torch.Tensor:
+    scale, offset = scale_AG.unsqueeze(-1), _true_offset(scale_AG, offset_AG, form).unsqueeze(-1)
+    rounded = _nearest(values_AGB, scale, offset, form).mul_(scale).add_(offset)
+    return rounded.sub_(values_AGB).square_().mul_(weights_AGB).sum(-1)
+
+
+def _true_offset(scale_AG: torch.Tensor, offset_AG: torch.Tensor, form: GridFormat) -> torch.Tensor:
+    """A symmetric grid has no stored offset: its value of code 0 follows from the scale."""
+    return -scale_AG * form.middle if form.symmetric else offset_AG
+
+
+def _refit(
+    values_AGB: torch.Tensor,
+    weights_AGB: torch.Tensor,
+    scale_AG: torch.Tensor,
+    offset_AG: torch.Tensor,
+    form: GridFormat,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least-squares scale and offset for the codes that the given grid yields."""
+    offset = _true_offset(scale_AG, offset_AG, form)
+    codes = _nearest(values_AGB, scale_AG.unsqueeze(-1), offset.unsqueeze(-1), form)
+    if form.symmetric:
+        levels = codes - form.middle
+        product = (weights_AGB * levels * values_AGB).sum(-1)
+        scale = _half(product / (weights_AGB * levels * levels).sum(-1).clamp_min(1e-30))
+        return scale, -scale * form.middle
+    total = weights_AGB.sum(-1).clamp_min(1e-30)
+    mean_code = (weights_AGB * codes).sum(-1) / total
+    mean_value = (weights_AGB * values_AGB).sum(-1) / total
+    off_code = codes - mean_code.unsqueeze(-1)
+    spread = (weights_AGB * off_code * off_code).sum(-1)
+    product = (weights_AGB * off_code * values_AGB).sum(-1)
+    usable = spread > 1e-20
+    scale = torch.where(usable, product / spread.clamp_min(1e-30), scale_AG)
+    scale = _half(scale)
+    return scale, _half_offset(mean_value - scale * mean_code)

@@ -1,0 +1,162 @@
+import pytest
+import torch
+
+from hireconvert.errors import InputError
+from hireconvert.quantize import (
+    GridFormat,
+    decode_codes,
+    decode_factor,
+    decode_matrix,
+    encode_factor,
+    encode_matrix,
+    feedback_codes,
+    fit_grid,
+    pack_planes,
+    round_codes,
+    unpack_planes,
+)
+from hireconvert.runtime.hire_ffn import Predictor
+
+M, D = 22, 37
+
+
+def matrix(seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(M, D, generator=generator) * 0.05
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_planes_hold_every_code_little_endian(bits):
+    codes = torch.randint(0, 2**bits, (5, 19), generator=torch.Generator().manual_seed(bits))
+    planes = pack_planes(codes, bits)
+    assert planes.shape == (bits, 5, 3) and planes.dtype == torch.uint8
+    assert torch.equal(unpack_planes(planes, 19), codes.to(torch.uint8))
+    first = sum(((int(codes[0, j]) >> 1) & 1) << j for j in range(8))
+    assert int(planes[1, 0, 0]) == first
+    assert int(planes[0, 0, 2]) < 2**3  # the padding is zero
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("channel_major", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_copy_survives_its_tensors(bits, symmetric, channel_major):
+    weight, form = matrix(), GridFormat(bits, 8, symmetric, channel_major)
+    grid = fit_grid(weight, form)
+    codes = round_codes(weight, grid)
+    tensors = encode_matrix(codes, grid)
+    rows, length = (D, M) if channel_major else (M, D)
+    assert tensors["planes"].shape == (bits, rows, -(-length // 8))
+    assert tensors["scale"].shape == (rows, -(-length // 8))
+    assert tensors["scale"].dtype == torch.float16 and ("offset" in tensors) == (not symmetric)
+    decoded = decode_matrix(tensors, form, (M, D))
+    assert torch.equal(decoded, decode_codes(codes, grid))
+    assert relative(decoded, weight) < {2: 0.4, 3: 0.2, 4: 0.1, 8: 0.01}[bits]
+
+
+@pytest.mark.parametrize("channel_major", [True, False])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_runtime_decodes_the_same_numbers(symmetric, channel_major):
+    weight, form = matrix(), GridFormat(3, 8, symmetric, channel_major)
+    grid = fit_grid(weight, form)
+    codes = round_codes(weight, grid)
+    vectors = {"mean": torch.zeros(D), "bias": torch.zeros(M), "column_scale": torch.ones(D)}
+    num_inputs = D - 1 if channel_major else D
+    spec = {"kind": "q", "bits": 3, "block": 8, "symmetric": symmetric, "num_inputs": num_inputs}
+    predictor = Predictor(spec, {**encode_matrix(codes, grid), **vectors}, D)
+    copy = predictor.copy.T if channel_major else predictor.copy
+    assert torch.allclose(copy, decode_codes(codes, grid), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_factors_survive_and_the_runtime_agrees(bits):
+    factor_in, factor_out = matrix(1)[:9], matrix(2)[:, :9]
+    tensors = encode_factor(factor_in, bits, "factor_in") | encode_factor(
+        factor_out, bits, "factor_out"
+    )
+    decoded = decode_factor(tensors, bits, "factor_in", width=D)
+    assert relative(decoded, factor_in) < {16: 1e-3, 8: 1e-2, 4: 0.15}[bits]
+    vectors = {"mean": torch.zeros(D), "bias": torch.zeros(M)}
+    spec = {"kind": "lr", "rank": 9, "factor_bits": bits, "num_inputs": D}
+    predictor = Predictor(spec, {**tensors, **vectors}, D)
+    assert torch.equal(predictor.factor_in_RD, decoded)
+    out = decode_factor(tensors, bits, "factor_out", width=9)
+    assert torch.equal(predictor.factor_out_MR, out)
+
+
+def test_low_nibble_comes_first():
+    factor = torch.tensor([[7.0, -7.0, 3.0]])
+    packed = encode_factor(factor, 4, "factor_in")["factor_in_codes"].view(torch.uint8)
+    assert packed.tolist() == [[(7 + 8) | ((-7 + 8) << 4), (3 + 8) | (8 << 4)]]
+
+
+def test_searched_clipping_beats_the_full_range():
+    weight = matrix()
+    weight[:, 3] *= 8
+    for symmetric in (True, False):
+        form = GridFormat(2, D, symmetric)
+        middle = (weight.amax(1, keepdim=True) + weight.amin(1, keepdim=True)) / 2
+        spread = weight.abs().amax(1, keepdim=True) * 2 if symmetric else None
+        spread = (
+            weight.amax(1, keepdim=True) - weight.amin(1, keepdim=True)
+            if spread is None
+            else spread
+        )
+        low = -spread / 2 if symmetric else middle - spread / 2
+        widest = ((weight - low) / (spread / 3)).round().clamp(0, 3) * (spread / 3) + low
+        grid = fit_grid(weight, form)
+        assert relative(decode_codes(round_codes(weight, grid), grid), weight) < relative(
+            widest, weight
+        )
+
+
+def test_columns_that_matter_are_rounded_better():
+    weight, importance = matrix(), torch.ones(D)
+    importance[:5] = 1e4
+    form = GridFormat(2, D, True)
+    plain, aware = fit_grid(weight, form), fit_grid(weight, form, importance_D=importance)
+    errors = [
+        relative(decode_codes(round_codes(weight, grid), grid)[:, :5], weight[:, :5])
+        for grid in (plain, aware)
+    ]
+    assert errors[1] < errors[0]
+
+
+def test_feedback_lowers_the_error_of_products():
+    generator = torch.Generator().manual_seed(3)
+    mixing = torch.randn(D, D, generator=generator) * torch.linspace(2, 0.05, D).unsqueeze(1)
+    inputs = torch.randn(400, D, generator=generator) @ mixing
+    weight, moment = matrix(), inputs.T @ inputs / 400
+    grid = fit_grid(weight, GridFormat(3, 16, True), importance_D=moment.diagonal())
+    errors = [
+        relative(inputs @ decode_codes(codes, grid).T, inputs @ weight.T)
+        for codes in (round_codes(weight, grid), feedback_codes(weight, grid, moment))
+    ]
+    assert errors[1] < 0.85 * errors[0]
+
+
+def test_feedback_works_with_fewer_rows_than_columns():
+    inputs = torch.randn(4, D, generator=torch.Generator().manual_seed(5))
+    grid = fit_grid(matrix(), GridFormat(4, 16, True))
+    codes = feedback_codes(matrix(), grid, inputs.T @ inputs / 4)
+    assert relative(decode_codes(codes, grid), matrix()) < 0.5
+
+
+def test_matrices_of_zeros_and_of_one_value_are_representable():
+    for value, symmetric in ((0.0, True), (0.25, False)):
+        weight = torch.full((M, D), value)
+        grid = fit_grid(weight, GridFormat(2, 16, symmetric))
+        decoded = decode_codes(round_codes(weight, grid), grid)
+        assert float((decoded - value).abs().max()) < 1e-6
+
+
+def test_values_that_are_no_numbers_are_refused():
+    weight = matrix()
+    weight[2, 2] = float("nan")
+    with pytest.raises(InputError, match="NaN"):
+        fit_grid(weight, GridFormat(4, 16, True))
+    with pytest.raises(InputError, match="factor_in"):
+        encode_factor(weight, 16, "factor_in")
