@@ -1,0 +1,315 @@
+"""Sparse LM head: estimate every logit cheaply, rescore the best rows exactly, certify if asked.
+
+Shape suffixes: N rows (positions), D width, V vocabulary, R rank, C rescored rows.
+
+The reference head, to which a certificate refers: products of the stored weight row and hidden
+state in float64 (exact for float32 and narrower), summed in float64, rounded once to float32;
+ties go to the lowest id. With e_i >= ||W_i - Wq_i|| + gamma ||Wq_i||, gamma covering the rounding
+of the float32 estimate,
+
+    |W_i x - estimate_i| <= e_i ||x||
+
+so a row whose estimate + e_i ||x|| stays below the n-th best exactly known logit is not among the
+best n. Soft-capping and rounding are monotone; the comparison is made after both, with a margin.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .hire_ffn import top_k_indices, weight_stamp
+
+COUNTER_NAMES = ("calls", "rows", "rescored", "dense_rows", "uncertified_rows", "overflow_rows")
+_FLOAT32_UNIT = 2.0**-24
+# Rows whose capped upper bound comes this close to the threshold (relative) are rescored too. It
+# covers rounding to float32 and a tanh that is accurate, but not monotone, to a few units.
+_MARGIN = 16 * 2.0**-23
+# Rescored rows a compiled graph has room for, as a multiple of certify_top and a floor.
+_COMPILED_ROWS_PER_TOP, _COMPILED_MIN_ROWS = 24, 512
+_CHUNK_ROWS = 16384
+
+
+@dataclass
+class PreparedHead:
+    """Estimator and bounds derived from the live weight; valid while `stamp` matches it."""
+
+    stamp: tuple[Any, ...]
+    weight_VD: torch.Tensor
+    bias_V: torch.Tensor | None
+    codes_VD: torch.Tensor | None
+    scale_V: torch.Tensor | None
+    copy_VD: torch.Tensor | None
+    basis_RD: torch.Tensor | None
+    factor_VR: torch.Tensor | None
+    bound_V: torch.Tensor
+    outside_V: torch.Tensor | None
+
+
+def exact_rows(
+    x_D: torch.Tensor, weight_CD: torch.Tensor, bias_C: torch.Tensor | None
+) -> torch.Tensor:
+    """Reference logits float32 [C] of the given weight rows (see the top of this file)."""
+    z_C = (weight_CD.double() * x_D.double()).sum(-1)
+    return (z_C if bias_C is None else z_C + bias_C.double()).float()
+
+
+def soft_cap(z: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """Logits after the model's soft-capping, in float32 and in the model's order of operations."""
+    return z if cap is None else torch.tanh(z / cap) * cap
+
+
+class SparseHead(nn.Module):
+    """Estimation, rescoring and certificate of one LM head; sits beside its weight as `hire`."""
+
+    def __init__(self, spec: Mapping[str, Any], cap: float | None) -> None:
+        super().__init__()
+        self.spec = dict(spec)
+        self.cap = cap
+        self.predictor_tensors: dict[str, torch.Tensor] = {}
+        self.prepared: PreparedHead | None = None
+        # Rows not rescored in the last call, for the -inf convention after soft-capping.
+        self.unselected: torch.Tensor | None = None
+        self.register_buffer(
+            "counts", torch.zeros(len(COUNTER_NAMES), dtype=torch.int64), persistent=False
+        )
+
+    # ----------------------------------------------------------------- derived tensors
+
+    @torch.no_grad()
+    def prepare(self, head: nn.Module) -> None:
+        """Build the estimator and its bounds from the live weight, or rebuild after a change."""
+        stamp = weight_stamp([head])
+        if self.prepared is not None and self.prepared.stamp == stamp:
+            return
+        weight_VD = head.weight.detach()
+        bias = getattr(head, "bias", None)
+        prepared = PreparedHead(
+            stamp,
+            weight_VD,
+            None if bias is None else bias.detach(),
+            None,
+            None,
+            None,
+            None,
+            None,
+            torch.zeros(weight_VD.shape[0], device=weight_VD.device),
+            None,
+        )
+        build = self._prepare_low_rank if self.spec["kind"] == "lr" else self._prepare_quantized
+        build(prepared)
+        self.prepared = prepared
+
+    def _prepare_quantized(self, prepared: PreparedHead) -> None:
+        weight_VD, spec = prepared.weight_VD, self.spec
+        num_rows, width = weight_VD.shape
+        levels = 2 ** (spec["bits"] - 1) - 1
+        block = spec["block"] or width
+        scales, codes, copies = [], [], []
+        for start in range(0, num_rows, _CHUNK_ROWS):
+            chunk = weight_VD[start : start + _CHUNK_ROWS].float()
+            padded = F.pad(chunk, (0, -width % block)).unflatten(1, (-1, block))
+            scale = padded.abs().amax(-1) / levels
+            code = (padded / scale.clamp(min=1e-30)[..., None]).round().clamp(-levels, levels)
+            code_CD = code.flatten(1)[:, :width]
+            copy_CD = (code * scale[..., None]).flatten(1)[:, :width]
+            self._row_bounds(prepared, start, chunk, code_CD, scale, block)
+            if spec["block"] == 0:
+                codes.append(code_CD.to(torch.int8))
+                scales.append(scale[:, 0])
+            else:
+                copies.append(copy_CD.to(torch.float16))
+        if spec["block"] == 0:
+            prepared.codes_VD, prepared.scale_V = torch.cat(codes), torch.cat(scales)
+        else:
+            prepared.copy_VD = torch.cat(copies)
+
+    def _row_bounds(
+        self,
+        prepared: PreparedHead,
+        start: int,
+        chunk: torch.Tensor,
+        code_CD: torch.Tensor,
+        scale: torch.Tensor,
+        block: int,
+    ) -> None:
+        """Store e_i, rounded up, for the rows of one chunk."""
+        width = chunk.shape[1]
+        copy_CD = code_CD.double() * scale.double().repeat_interleave(block, dim=1)[:, :width]
+        error = (chunk.double() - copy_CD).norm(dim=1)
+        gamma = (width + 8) * _FLOAT32_UNIT * 1.01
+        bound = error * (1 + 1e-9) + gamma * copy_CD.norm(dim=1) + 1e-30
+        prepared.bound_V[start : start + chunk.shape[0]] = (bound * (1 + 1e-6)).float()
+
+    def _prepare_low_rank(self, prepared: PreparedHead) -> None:
+        """Project every row on the stored subspace; what is outside it has a norm, so it certifies.
+
+        With orthonormal Q [R, D] and factors B = W Q^T rounded to bfloat16, W x - B (Q x) is at
+        most ||(W - B Q) Q^T|| ||Q x|| + ||(W - B Q)(I - Q^T Q)|| ||x - Q^T Q x||.
+        """
+        if "head.factor_in" not in self.predictor_tensors:
+            raise RuntimeError(
+                "hire: predictor tensors are not loaded; load the checkpoint with from_pretrained"
+            )
+        weight_VD = prepared.weight_VD
+        basis_DR = torch.linalg.qr(
+            self.predictor_tensors["head.factor_in"].double().t().to(weight_VD.device)
+        )[0]
+        basis_RD = basis_DR.t().float().contiguous()
+        factors, inside, outside = [], [], []
+        for start in range(0, weight_VD.shape[0], _CHUNK_ROWS):
+            chunk = weight_VD[start : start + _CHUNK_ROWS].double()
+            factor = (chunk @ basis_RD.double().t()).to(torch.bfloat16)
+            rest = chunk - factor.double() @ basis_RD.double()
+            within = rest @ basis_DR
+            gamma = (chunk.shape[1] + 8) * _FLOAT32_UNIT * 4
+            inside.append((within.norm(dim=1) + gamma * chunk.norm(dim=1)) * (1 + 1e-6))
+            outside.append((rest - within @ basis_DR.t()).norm(dim=1) * (1 + 1e-6))
+            factors.append(factor)
+        prepared.basis_RD, prepared.factor_VR = basis_RD, torch.cat(factors).float()
+        prepared.bound_V, prepared.outside_V = torch.cat(inside).float(), torch.cat(outside).float()
+
+    # ----------------------------------------------------------------- one row
+
+    def _estimate(self, x_D: torch.Tensor) -> torch.Tensor:
+        """Estimated logits float32 [V] of one hidden state."""
+        prepared, x_1D = self.prepared, x_D.float()[None]
+        if prepared.codes_VD is not None:
+            if x_1D.device.type == "cpu":
+                z_1V = torch.ops.aten._weight_int8pack_mm(x_1D, prepared.codes_VD, prepared.scale_V)
+            else:
+                z_1V = F.linear(x_1D, prepared.codes_VD.float()) * prepared.scale_V
+        elif prepared.copy_VD is not None:
+            z_1V = F.linear(x_1D, prepared.copy_VD.float())
+        else:
+            z_1V = F.linear(F.linear(x_1D, prepared.basis_RD), prepared.factor_VR)
+        z_V = z_1V[0]
+        return z_V if prepared.bias_V is None else z_V + prepared.bias_V.float()
+
+    def _upper(self, x_D: torch.Tensor, z_V: torch.Tensor) -> torch.Tensor:
+        """Upper bounds float32 [V] of the reference logits, before soft-capping."""
+        prepared, x = self.prepared, x_D.double()
+        if prepared.outside_V is None:
+            slack_V = prepared.bound_V * (x.norm() * (1 + 1e-6)).float()
+        else:
+            inner = prepared.basis_RD.double() @ x
+            outer = (x - prepared.basis_RD.double().t() @ inner).norm()
+            # The basis is orthonormal only to float32: a share of ||x|| covers the difference.
+            slack_V = prepared.bound_V * (x.norm() * (1 + 1e-5)).float()
+            slack_V = slack_V + prepared.outside_V * (outer + 1e-5 * x.norm()).float()
+        return z_V + slack_V * (1 + 1e-6) + 4 * _FLOAT32_UNIT * z_V.abs()
+
+    def _rescore(self, x_D: torch.Tensor, index_C: torch.Tensor) -> torch.Tensor:
+        prepared = self.prepared
+        bias_C = None if prepared.bias_V is None else prepared.bias_V[index_C]
+        return exact_rows(x_D, prepared.weight_VD[index_C], bias_C)
+
+    def _needed(self, x_D: torch.Tensor, z_V: torch.Tensor) -> torch.Tensor:
+        """Mask [V] of the rows that may be among the best `certify_top` of the reference."""
+        top = min(self.spec["certify_top"], z_V.shape[0])
+        first_C = top_k_indices(z_V[None], top)[0]
+        threshold = soft_cap(self._rescore(x_D, first_C), self.cap).min()
+        upper_V = soft_cap(self._upper(x_D, z_V), self.cap)
+        needed_V = upper_V >= threshold - _MARGIN * (threshold.abs() + 1e-30)
+        return needed_V.index_fill(0, first_C, True)
+
+    def certified_row(self, x_D: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits float32 [V] whose best `certify_top` are the reference's, and the rescored mask."""
+        z_V = self._estimate(x_D)
+        if torch.compiler.is_compiling():
+            return self._certified_row_fixed(x_D, z_V)
+        needed_V = self._needed(x_D, z_V)
+        index_C = needed_V.nonzero()[:, 0]
+        return z_V.index_put((index_C,), self._rescore(x_D, index_C)), needed_V
+
+    def _certified_row_fixed(
+        self, x_D: torch.Tensor, z_V: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same with room for a fixed number of rows, as a compiled graph needs it.
+
+        More rows than fit: every logit is computed exactly from the stored weight, and counted.
+        """
+        needed_V = self._needed(x_D, z_V)
+        room = max(_COMPILED_MIN_ROWS, _COMPILED_ROWS_PER_TOP * self.spec["certify_top"])
+        room = min(room, z_V.shape[0])
+        overflow = needed_V.sum() > room
+        index_C = top_k_indices(
+            torch.where(needed_V, z_V, torch.full_like(z_V, -3e38))[None], room
+        )[0]
+        scored_V = z_V.index_put((index_C,), self._rescore(x_D, index_C))
+        self._count(overflow_rows=overflow)
+        weight_VD, bias_V = self.prepared.weight_VD, self.prepared.bias_V
+
+        def everything(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+            return exact_rows(x, weight_VD, bias_V)
+
+        def rescored(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+            return z.clone()
+
+        return torch.cond(overflow, everything, rescored, (x_D, scored_V)), needed_V
+
+    def estimated_row(self, x_D: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits float32 [V], the best `num_candidates` exact and all others clamped below them."""
+        z_V = self._estimate(x_D)
+        index_C = top_k_indices(
+            z_V.nan_to_num()[None], min(self.spec["num_candidates"], z_V.shape[0])
+        )[0]
+        exact_C = self._rescore(x_D, index_C)
+        lowest = exact_C.min()
+        below = torch.nextafter(lowest, torch.full_like(lowest, -torch.inf))
+        z_V = torch.minimum(z_V, below).index_put((index_C,), exact_C)
+        rescored_V = torch.zeros_like(z_V, dtype=torch.bool).index_fill(0, index_C, True)
+        return z_V, rescored_V
+
+    # ----------------------------------------------------------------- all rows
+
+    def _count(self, **increments: Any) -> None:
+        zero = torch.zeros((), dtype=torch.int64, device=self.counts.device)
+        self.counts.add_(torch.stack([zero + increments.get(name, 0) for name in COUNTER_NAMES]))
+
+    def forward(self, x_ND: torch.Tensor, head: nn.Module, certify: bool) -> torch.Tensor:
+        """Full-size float32 logits [N, V]; a row with NaN or inf goes through the dense head."""
+        if not torch.compiler.is_compiling() and self.prepared is None:
+            self.prepare(head)
+        row = self.certified_row if certify else self.estimated_row
+        logits, masks = [], []
+        dense_rows = 0
+        for x_D in x_ND:
+            if not torch.compiler.is_compiling() and not bool(x_D.isfinite().all()):
+                logits.append(F.linear(x_D, head.weight, head.bias).float())
+                masks.append(torch.ones(head.weight.shape[0], dtype=torch.bool, device=x_D.device))
+                dense_rows += 1
+                continue
+            z_V, rescored_V = row(x_D)
+            logits.append(z_V)
+            masks.append(rescored_V)
+        rescored_NV = torch.stack(masks)
+        rows = x_ND.shape[0]
+        self._count(
+            calls=1,
+            rows=rows,
+            rescored=rescored_NV.sum(),
+            dense_rows=dense_rows,
+            uncertified_rows=0 if certify else rows - dense_rows,
+        )
+        self.unselected = ~rescored_NV if self.spec["unselected"] == "-inf" else None
+        return torch.stack(logits)
+
+    @torch.no_grad()
+    def reference(self, x_ND: torch.Tensor, head: nn.Module) -> torch.Tensor:
+        """The reference logits float32 [N, V], before soft-capping; slow, for tests and evidence."""
+        rows = []
+        for x_D in x_ND:
+            chunks = [
+                exact_rows(
+                    x_D,
+                    head.weight[s : s + _CHUNK_ROWS],
+                    None if head.bias is None else head.bias[s : s + _CHUNK_ROWS],
+                )
+                for s in range(0, head.weight.shape[0], _CHUNK_ROWS)
+            ]
+            rows.append(torch.cat(chunks))
+        return torch.stack(rows)

@@ -1,0 +1,735 @@
+"""HiRE models: dense weights under native names, sparse decoding beside them.
+
+`HireXModel` and `HireXForCausalLM` are made on demand from the native classes of the same name
+without the prefix (`HireLlamaForCausalLM` from `LlamaForCausalLM`); `config.hire` says where the
+FFN parts lie and what is selected (docs/format.md of hireconvert). Nothing happens at import.
+
+The base model's forward decides once per call whether its rows select, and every layer follows:
+
+    decode   the cache already holds tokens and the query is at most `max_decode_queries` long
+    prefill  everything else: dense
+    scope    `set_hire_scope("all" | "off")` overrides both, for scoring and for comparison
+"""
+
+import functools
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers.utils import cached_file
+
+from .hire_ffn import COUNTER_NAMES as FFN_COUNTER_NAMES
+from .hire_ffn import FfnParts, SparseFfn
+from .hire_head import COUNTER_NAMES as HEAD_COUNTER_NAMES
+from .hire_head import SparseHead
+
+FORMAT_VERSION = 1
+PREDICTOR_FILE = "hire/predictors.safetensors"
+RUNTIME_FILES = ("modeling_hire.py", "hire_ffn.py", "hire_head.py")
+SCOPES = ("decode", "all", "off")
+logger = logging.getLogger("hire")
+
+
+# --------------------------------------------------------------------------- the config is checked
+
+
+def _integer(spec: Mapping[str, Any], key: str, low: int, high: int, where: str) -> int:
+    value = spec.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(
+            f"config.hire: {where}.{key} is {value!r}, expected an integer in [{low}, {high}]"
+        )
+    return value
+
+
+def _choice(spec: Mapping[str, Any], key: str, choices: tuple[Any, ...], where: str) -> None:
+    if spec.get(key) not in choices:
+        raise ValueError(
+            f"config.hire: {where}.{key} is {spec.get(key)!r}, expected one of {list(choices)}"
+        )
+
+
+def _check_predictor(spec: Mapping[str, Any], where: str) -> None:
+    _choice(spec, "kind", ("lr", "q", "qlr"), where)
+    _choice(spec, "groups", (True, False), where)
+    _integer(spec, "num_inputs", 1, 2**24, where)
+    if spec["kind"] != "lr":
+        _choice(spec, "bits", (2, 3, 4, 8), where)
+        _integer(spec, "block", 1, 2**24, where)
+        _choice(spec, "symmetric", (True, False), where)
+    if spec["kind"] != "q":
+        _integer(spec, "rank", 1, 2**20, where)
+        _choice(spec, "factor_bits", (16, 8, 4), where)
+
+
+def _check_layer(spec: Any, where: str) -> None:
+    if not isinstance(spec, Mapping):
+        raise ValueError(
+            f"config.hire: {where} is {type(spec).__name__}, expected an object or null"
+        )
+    total = _integer(spec, "num_neurons", 1, 2**31, where)
+    group = _integer(spec, "group_size", 1, total, where)
+    common = _integer(spec, "num_common", 0, total - group, where)
+    kept = _integer(spec, "num_kept", common + group, total, where)
+    candidates = _integer(spec, "num_candidates", kept, total, where)
+    if any(count % group for count in (total, common, kept, candidates)):
+        raise ValueError(
+            f"config.hire: {where} has counts that are no multiples of group_size {group}"
+        )
+    _choice(spec, "score", ("norm", "plain"), where)
+    _choice(spec, "keep", ("top_k", "candidates"), where)
+    if not isinstance(spec.get("predictor"), Mapping):
+        raise ValueError(f"config.hire: {where}.predictor is missing")
+    _check_predictor(spec["predictor"], f"{where}.predictor")
+
+
+def _check_head(spec: Any) -> None:
+    if not isinstance(spec, Mapping):
+        raise ValueError(f"config.hire: head is {type(spec).__name__}, expected an object or null")
+    _choice(spec, "kind", ("q", "lr"), "head")
+    _integer(spec, "num_candidates", 1, 2**31, "head")
+    _integer(spec, "certify_top", 1, 2**31, "head")
+    _choice(spec, "unselected", ("estimate", "-inf"), "head")
+    _choice(spec, "certified", (True, False), "head")
+    _choice(spec, "on_uncertified", ("dense", "estimate"), "head")
+    if spec["kind"] == "q":
+        _choice(spec, "bits", (8, 4), "head")
+        _integer(spec, "block", 0, 2**24, "head")
+    else:
+        _integer(spec, "rank", 1, 2**20, "head")
+
+
+def check_hire_config(config: Any) -> None:
+    """Raise ValueError, naming the field, when `config.hire` is not what docs/format.md allows."""
+    hire = getattr(config, "hire", None)
+    if not isinstance(hire, Mapping):
+        raise ValueError("config.hire is missing: this is not a HiRE checkpoint")
+    if hire.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"config.hire: format_version is {hire.get('format_version')!r}, this runtime reads {FORMAT_VERSION}"
+        )
+    _integer(hire, "max_decode_queries", 1, 2**20, "hire")
+    _integer(hire, "max_sparse_rows", 1, 2**20, "hire")
+    if hire.get("ffn") is not None:
+        layers = hire["ffn"].get("layers") if isinstance(hire["ffn"], Mapping) else None
+        if not isinstance(layers, list) or len(layers) != config.num_hidden_layers:
+            found = len(layers) if isinstance(layers, list) else type(layers).__name__
+            raise ValueError(
+                f"config.hire: ffn.layers has {found} entries, expected {config.num_hidden_layers}"
+            )
+        layout = hire.get("layout")
+        keys = ("layers", "ffn", "gate", "up", "down", "act")
+        if not isinstance(layout, Mapping) or any(
+            not isinstance(layout.get(k, ""), str | None) for k in keys
+        ):
+            raise ValueError(f"config.hire: layout must be an object with the names {list(keys)}")
+        if any(k not in layout for k in keys):
+            raise ValueError(f"config.hire: layout lacks {[k for k in keys if k not in layout]}")
+        for index, spec in enumerate(layers):
+            if spec is not None:
+                _check_layer(spec, f"ffn.layers[{index}]")
+    if hire.get("head") is not None:
+        _check_head(hire["head"])
+
+
+def expected_tensors(
+    spec: Mapping[str, Any], width: int, num_outputs: int
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the predictor tensors that one layer's spec calls for."""
+    shapes: dict[str, tuple[int, ...]] = {"mean": (width,), "bias": (num_outputs,)}
+    if spec["kind"] in ("q", "qlr"):
+        rows, length = (width, num_outputs) if spec["num_inputs"] < width else (num_outputs, width)
+        blocks = -(-length // spec["block"])
+        shapes["planes"] = (spec["bits"], rows, -(-length // 8))
+        shapes["scale"] = (rows, blocks)
+        if not spec["symmetric"]:
+            shapes["offset"] = (rows, blocks)
+        shapes["column_scale"] = (width,)
+    if spec["kind"] in ("lr", "qlr"):
+        rank, bits = spec["rank"], spec["factor_bits"]
+        for name, rows, columns in (("factor_in", rank, width), ("factor_out", num_outputs, rank)):
+            if bits == 16:
+                shapes[name] = (rows, columns)
+            else:
+                shapes[f"{name}_codes"] = (rows, columns if bits == 8 else -(-columns // 2))
+                shapes[f"{name}_scale"] = (rows,)
+    return shapes
+
+
+def check_predictor_tensors(
+    tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], where: str
+) -> None:
+    """Raise ValueError when tensors are missing, mis-shaped or hold NaN or inf."""
+    for name, shape in shapes.items():
+        if name not in tensors:
+            raise ValueError(f"{PREDICTOR_FILE}: {where}{name} is missing")
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(
+                f"{PREDICTOR_FILE}: {where}{name} has shape {tuple(tensors[name].shape)}, expected {shape}"
+            )
+    for name, tensor in tensors.items():
+        if name not in shapes:
+            raise ValueError(f"{PREDICTOR_FILE}: {where}{name} is not called for by config.hire")
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{PREDICTOR_FILE}: {where}{name} holds NaN or inf")
+    if "column_scale" in tensors and bool((tensors["column_scale"] == 0).any()):
+        raise ValueError(f"{PREDICTOR_FILE}: {where}column_scale holds zeros")
+
+
+# --------------------------------------------------------------------------- decisions per call
+
+
+class HireState:
+    """What the layers of one model need to know about the call in progress."""
+
+    def __init__(self, hire: Mapping[str, Any]) -> None:
+        self.max_decode_queries: int = hire["max_decode_queries"]
+        self.max_sparse_rows: int = hire["max_sparse_rows"]
+        self.scope = "decode"
+        self.dense_prefix = 0
+        self.sparse_head = True
+        # generate() sets these for its duration: whether it runs, and how the head serves it.
+        self.generating = False
+        self.head_mode = "recipe"
+        # prepare_inputs_for_generation knows the cache length outside a compiled graph.
+        self.decode_hint: bool | None = None
+        self.sparse = False
+        self.dense_rows_N: torch.Tensor | None = None
+        self.warned: set[str] = set()
+
+    def warn_once(self, message: str) -> None:
+        """Log a fallback the first time it happens."""
+        if message not in self.warned and not torch.compiler.is_compiling():
+            self.warned.add(message)
+            logger.warning("hire: %s", message)
+
+
+def _cached_tokens(cache: Any) -> int | None:
+    """Tokens the cache holds; None inside a graph, where a static cache keeps them in a tensor."""
+    if cache is None:
+        return 0
+    if torch.compiler.is_compiling():
+        layers = getattr(cache, "layers", None)
+        return 0 if layers and not layers[0].is_initialized else None
+    return int(cache.get_seq_length())
+
+
+class HireFfnMixin:
+    """Placed in front of a native FFN class by changing an instance's class; weights stay put."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        state = self.hire_state
+        if not state.sparse:
+            return super().forward(hidden_states, *args, **kwargs)
+        rows = self.hire(hidden_states.flatten(0, -2), state.dense_rows_N)
+        return rows.view_as(hidden_states)
+
+
+class HireInlineMixin:
+    """For layers without an FFN module: the first matrix runs the whole FFN, the last passes on."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        state = self.hire_state
+        if not state.sparse:
+            return self.dense_ffn(hidden_states)
+        rows = self.hire(hidden_states.flatten(0, -2), state.dense_rows_N)
+        return rows.view(*hidden_states.shape[:-1], rows.shape[-1])
+
+
+class HirePassMixin:
+    """The last matrix of an inline FFN: its weight is used by the first, its input is the output."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states
+
+
+class HireHeadMixin:
+    """Placed in front of the output embedding's class."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        state = self.hire_state
+        self.hire.unselected = None
+        rows = hidden_states.shape[:-1].numel()
+        wanted = state.sparse_head and state.head_mode != "dense"
+        if state.scope == "decode":
+            wanted = wanted and (state.sparse or state.generating)
+            if wanted and rows > state.max_sparse_rows:
+                state.warn_once(
+                    f"head runs dense: {rows} rows, max_sparse_rows is {state.max_sparse_rows}"
+                )
+                wanted = False
+        elif state.scope == "off":
+            wanted = False
+        if not wanted:
+            return super().forward(hidden_states)
+        certify = self.hire.spec["certified"] and state.head_mode != "estimate"
+        logits = self.hire(hidden_states.flatten(0, -2), self, certify)
+        return logits.view(*hidden_states.shape[:-1], -1)
+
+
+@functools.cache
+def _mixed(mixin: type, native: type) -> type:
+    """`native` with `mixin` in front; one class for each pair."""
+    return type(f"Hire{native.__name__}", (mixin, native), {"__module__": __name__})
+
+
+def _install_ffn(
+    layer: nn.Module, layout: Mapping[str, Any], spec: Mapping[str, Any], state: HireState
+) -> SparseFfn:
+    """Put selection into one decoder layer without moving or renaming a weight."""
+    owner = layer.get_submodule(layout["ffn"]) if layout["ffn"] else layer
+    parts = FfnParts.resolve(owner, layout)
+    if layout["ffn"]:
+        target, native = owner, type(owner)
+        dense = functools.partial(native.forward, owner)
+        owner.__class__ = _mixed(HireFfnMixin, native)
+    else:
+        target = parts.up.module
+
+        def dense(x: torch.Tensor) -> torch.Tensor:
+            return parts.down.run(parts.act(parts.up.run(x)))
+
+        object.__setattr__(target, "dense_ffn", dense)
+        target.__class__ = _mixed(HireInlineMixin, type(target))
+        parts.down.module.__class__ = _mixed(HirePassMixin, type(parts.down.module))
+        setattr(layer, layout["act"], nn.Identity())
+    target.hire = SparseFfn(spec, parts, dense)
+    object.__setattr__(target, "hire_state", state)
+    return target.hire
+
+
+# --------------------------------------------------------------------------- model classes
+
+
+class HireBaseMixin:
+    """The base model: installs the sparse layers and decides, once per call, who selects."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        check_hire_config(config)
+        super().__init__(config, *args, **kwargs)
+        hire = config.hire
+        self.hire_state = HireState(hire)
+        self.register_buffer("hire_fallbacks", torch.zeros(1, dtype=torch.int64), persistent=False)
+        self.hire_layers: dict[int, SparseFfn] = {}
+        if hire["ffn"] is not None:
+            layers = self.get_submodule(hire["layout"]["layers"])
+            for index, spec in enumerate(hire["ffn"]["layers"]):
+                if spec is not None:
+                    self.hire_layers[index] = _install_ffn(
+                        layers[index], hire["layout"], spec, self.hire_state
+                    )
+        self.post_init()
+
+    def _hire_decide(self, shape: torch.Size, cache: Any) -> None:
+        state = self.hire_state
+        batch, queries = shape[0], shape[1]
+        state.sparse, state.dense_rows_N = False, None
+        if state.scope == "off":
+            return
+        if state.scope == "all":
+            self._hire_decide_all(batch, queries, _cached_tokens(cache) or 0)
+            return
+        hint, state.decode_hint = state.decode_hint, None
+        decoding = _cached_tokens(cache) != 0 if hint is None else hint
+        if not decoding:
+            if not torch.compiler.is_compiling():
+                self.hire_prepare()
+            return
+        if queries > state.max_decode_queries:
+            return
+        if batch * queries > state.max_sparse_rows:
+            self.hire_fallbacks.add_(1)
+            state.warn_once(
+                f"{batch * queries} rows run dense: max_sparse_rows is {state.max_sparse_rows}"
+            )
+            return
+        state.sparse = True
+
+    def _hire_decide_all(self, batch: int, queries: int, cached: int) -> None:
+        state = self.hire_state
+        if not torch.compiler.is_compiling():
+            self.hire_prepare()
+        state.sparse = True
+        if cached < state.dense_prefix:
+            dense_Q = (
+                torch.arange(cached, cached + queries, device=self.device) < state.dense_prefix
+            )
+            state.dense_rows_N = dense_Q.repeat(batch)
+
+    def hire_prepare(self) -> None:
+        """Build derived tensors, or rebuild those whose weights changed; cheap when none did."""
+        if not all(layer.usable() for layer in self.hire_layers.values()):
+            self.hire_state.warn_once(
+                "FFN weights are not plain Linear or Conv1D layers: every row runs dense"
+            )
+            self.hire_state.scope = "off"
+            return
+        for layer in self.hire_layers.values():
+            layer.prepare()
+
+
+class HireCausalMixin:
+    """The language model: the base model's HiRE twin below it, the sparse head beside its weight."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        check_hire_config(config)
+        super().__init__(config, *args, **kwargs)
+        prefix = self.base_model_prefix
+        setattr(self, prefix, hire_class(type(getattr(self, prefix)))(config))
+        if config.hire["head"] is not None:
+            head = self.get_output_embeddings()
+            if not isinstance(head, nn.Linear):
+                raise ValueError(
+                    f"config.hire: the head is a {type(head).__name__}, expected a Linear"
+                )
+            cap = getattr(config.get_text_config(), "final_logit_softcapping", None)
+            head.__class__ = _mixed(HireHeadMixin, type(head))
+            head.hire = SparseHead(config.hire["head"], cap)
+            object.__setattr__(head, "hire_state", self.hire_state)
+        self.post_init()
+
+    @property
+    def hire_state(self) -> HireState:
+        """The state shared with every layer; it belongs to the base model."""
+        return getattr(self, self.base_model_prefix).hire_state
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Native inputs; notes whether the cache holds tokens, which a graph cannot ask."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        cache = inputs.get("past_key_values")
+        inputs["hire_decode"] = cache is not None and int(cache.get_seq_length()) > 0
+        return inputs
+
+    def generate(self, *args: Any, generation_config: Any = None, **kwargs: Any) -> Any:
+        """Native `generate`; the head certifies, estimates or runs dense as the settings need."""
+        with self._hire_generation(generation_config, kwargs):
+            return super().generate(*args, generation_config=generation_config, **kwargs)
+
+    @contextmanager
+    def _hire_generation(self, generation_config: Any, kwargs: Mapping[str, Any]) -> Iterator[None]:
+        state = self.hire_state
+        before = (state.generating, state.head_mode)
+        state.generating, state.head_mode = True, self._hire_head_mode(generation_config, kwargs)
+        try:
+            yield
+        finally:
+            state.generating, state.head_mode = before
+
+    def _hire_head_mode(self, generation_config: Any, kwargs: Mapping[str, Any]) -> str:
+        """`recipe` where the certificate covers these settings, else what `on_uncertified` says."""
+        spec = self.config.hire["head"]
+        if spec is None or not spec["certified"]:
+            return "recipe"
+        settings = {**self.generation_config.to_dict()}
+        if generation_config is not None:
+            settings.update({k: v for k, v in generation_config.to_dict().items() if v is not None})
+        settings.update({k: v for k, v in kwargs.items() if k in settings})
+        reason = uncertified_reason(settings, kwargs, spec["certify_top"])
+        if reason is None:
+            return "recipe"
+        self.hire_state.warn_once(
+            f"{reason}: more than the certified top {spec['certify_top']} "
+            f"is needed, the head runs '{spec['on_uncertified']}'"
+        )
+        return spec["on_uncertified"]
+
+    # ----------------------------------------------------------------- scopes and statistics
+
+    def set_hire_scope(self, scope: str, *, dense_prefix: int = 0, head: bool = True) -> None:
+        """Choose who selects: `decode` steps, `all` positions >= dense_prefix, or none (`off`).
+
+        `head=False` leaves the LM head dense whatever the scope. Raises ValueError.
+        """
+        if scope not in SCOPES:
+            raise ValueError(f"scope is {scope!r}, expected one of {list(SCOPES)}")
+        if dense_prefix < 0:
+            raise ValueError(f"dense_prefix is {dense_prefix}, expected at least 0")
+        state = self.hire_state
+        state.scope, state.dense_prefix, state.sparse_head = scope, dense_prefix, head
+        state.sparse, state.dense_rows_N = False, None
+
+    def hire_stats(self, reset: bool = False) -> dict[str, Any]:
+        """Counts since the last reset: per layer and summed for the FFN, and for the head."""
+        base = getattr(self, self.base_model_prefix)
+        layers = {
+            index: dict(zip(FFN_COUNTER_NAMES, layer.counts.tolist(), strict=True))
+            for index, layer in base.hire_layers.items()
+        }
+        total = {name: sum(layer[name] for layer in layers.values()) for name in FFN_COUNTER_NAMES}
+        head = getattr(self.get_output_embeddings(), "hire", None)
+        head_counts = (
+            {} if head is None else dict(zip(HEAD_COUNTER_NAMES, head.counts.tolist(), strict=True))
+        )
+        stats = {
+            "ffn": total,
+            "layers": layers,
+            "head": head_counts,
+            "dense_fallbacks": int(base.hire_fallbacks),
+        }
+        if reset:
+            self._hire_reset_counts()
+        return stats
+
+    def _hire_reset_counts(self) -> None:
+        base = getattr(self, self.base_model_prefix)
+        base.hire_fallbacks.zero_()
+        for layer in base.hire_layers.values():
+            layer.counts.zero_()
+        head = getattr(self.get_output_embeddings(), "hire", None)
+        if head is not None:
+            head.counts.zero_()
+
+
+def uncertified_reason(
+    settings: Mapping[str, Any], kwargs: Mapping[str, Any], top: int
+) -> str | None:
+    """Why generation settings need more logits than the certified `top`; None when they do not."""
+
+    def on(name: str, *neutral: Any) -> bool:
+        return settings.get(name) not in (None, False, *neutral)
+
+    if (settings.get("num_beams") or 1) > 1 or on("penalty_alpha"):
+        return "beam or contrastive search"
+    if kwargs.get("logits_processor") or kwargs.get("prefix_allowed_tokens_fn"):
+        return "a custom logits processor"
+    if on("output_scores") or on("output_logits"):
+        return "scores over all rows"
+    changes = {
+        "repetition_penalty": 1.0,
+        "encoder_repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+        "bad_words_ids": [],
+        "sequence_bias": {},
+        "guidance_scale": 1.0,
+        "min_length": 0,
+        "min_new_tokens": 0,
+        "suppress_tokens": [],
+        "begin_suppress_tokens": [],
+        "forced_bos_token_id": None,
+        "forced_eos_token_id": None,
+        "exponential_decay_length_penalty": None,
+        "watermarking_config": None,
+        "remove_invalid_values": False,
+    }
+    for name, neutral in changes.items():
+        if on(name, neutral):
+            return name
+    if not settings.get("do_sample"):
+        return None
+    top_k = settings.get("top_k") or 0
+    if not 0 < top_k <= top:
+        return f"sampling with top_k={top_k or None}"
+    return None
+
+
+def hire_class(native: type) -> type:
+    """The HiRE twin of a native base model or causal LM class, named `Hire` + its name."""
+    return getattr(sys.modules[__name__], f"Hire{native.__name__}")
+
+
+def _causal_forward(native: type) -> Any:
+    @functools.wraps(native.forward)
+    def forward(self: Any, *args: Any, hire_decode: bool | None = None, **kwargs: Any) -> Any:
+        self.hire_state.decode_hint = hire_decode
+        output = native.forward(self, *args, **kwargs)
+        head = getattr(self.get_output_embeddings(), "hire", None)
+        # Soft-capping comes after the head and would turn -inf into a finite number.
+        if head is not None and head.unselected is not None and hasattr(output, "logits"):
+            output.logits = output.logits.masked_fill(
+                head.unselected.view_as(output.logits), -torch.inf
+            )
+        return output
+
+    return forward
+
+
+def _base_forward(native: type) -> Any:
+    @functools.wraps(native.forward)
+    def forward(self: Any, input_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
+        embeds = kwargs.get("inputs_embeds")
+        given = input_ids if input_ids is not None else embeds
+        if given is not None:
+            self._hire_decide(given.shape, kwargs.get("past_key_values"))
+        return native.forward(self, input_ids, *args, **kwargs)
+
+    return forward
+
+
+class HireIoMixin:
+    """Loading and saving: predictors and runtime files travel with the weights."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Native loading, then the predictors; see PreTrainedModel.from_pretrained.
+
+        Raises OSError when the predictor file is missing, ValueError when it does not fit.
+        """
+        result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = result[0] if isinstance(result, tuple) else result
+        model._hire_load(pretrained_model_name_or_path, kwargs)
+        return result
+
+    def _hire_parts(self) -> tuple[Any, SparseHead | None]:
+        base = getattr(self, self.base_model_prefix, self)
+        output = self.get_output_embeddings() if isinstance(self, HireCausalMixin) else None
+        return base, getattr(output, "hire", None)
+
+    def _hire_load(self, source: Any, kwargs: Mapping[str, Any]) -> None:
+        base, head = self._hire_parts()
+        if base.hire_layers or (head is not None and head.spec["kind"] == "lr"):
+            keys = (
+                "cache_dir",
+                "force_download",
+                "local_files_only",
+                "token",
+                "revision",
+                "subfolder",
+            )
+            options = {key: kwargs[key] for key in keys if kwargs.get(key) is not None}
+            path = cached_file(source, PREDICTOR_FILE, **options)
+            self._hire_assign(path, base, head)
+        for counter in [layer.counts for layer in base.hire_layers.values()] + [
+            base.hire_fallbacks
+        ]:
+            counter.zero_()  # Transformers fills non-persistent buffers with whatever memory held
+        if head is not None:
+            head.counts.zero_()
+        logger.warning("hire: %s", describe(self.config.hire))
+
+    def _hire_assign(self, path: str, base: Any, head: SparseHead | None) -> None:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        for index, layer in base.hire_layers.items():
+            prefix = f"layers.{index}."
+            own = {
+                k.removeprefix(prefix): tensors.pop(k)
+                for k in list(tensors)
+                if k.startswith(prefix)
+            }
+            check_predictor_tensors(own, layer_tensor_shapes(layer), prefix)
+            layer.predictor_tensors, layer.prepared = own, None
+        head_tensors = {k: tensors.pop(k) for k in list(tensors) if k.startswith("head.")}
+        if head is not None:
+            width = self.get_output_embeddings().weight.shape[1]
+            shapes = (
+                {"head.factor_in": (head.spec["rank"], width)} if head.spec["kind"] == "lr" else {}
+            )
+            check_predictor_tensors(head_tensors, shapes, "")
+            head.predictor_tensors, head.prepared = head_tensors, None
+        if tensors:
+            raise ValueError(
+                f"{PREDICTOR_FILE}: {sorted(tensors)[0]} is not called for by config.hire"
+            )
+
+    def save_pretrained(
+        self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Native saving plus predictors, runtime files and both auto_map entries."""
+        if push_to_hub:
+            raise ValueError(
+                "save_pretrained(push_to_hub=True) would upload half a model; use push_to_hub()"
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
+        folder = Path(save_directory)
+        base, head = self._hire_parts()
+        tensors = {
+            f"layers.{index}.{name}": tensor
+            for index, layer in base.hire_layers.items()
+            for name, tensor in layer.predictor_tensors.items()
+        }
+        if head is not None:
+            tensors.update(head.predictor_tensors)
+        if tensors:
+            (folder / PREDICTOR_FILE).parent.mkdir(exist_ok=True)
+            save_file(
+                {k: v.contiguous() for k, v in tensors.items()},
+                folder / PREDICTOR_FILE,
+                {"format": "pt"},
+            )
+        for name in RUNTIME_FILES:
+            shutil.copyfile(Path(__file__).parent / name, folder / name)
+        self._hire_patch_config(folder / "config.json")
+
+    def _hire_patch_config(self, path: Path) -> None:
+        """Native architecture name and both auto_map entries, whichever of the two was saved."""
+        config = json.loads(path.read_text())
+        own = type(self).__name__
+        entries = {
+            key: value.rpartition(".")[2].rpartition("--")[2]
+            for key, value in (getattr(self.config, "auto_map", None) or {}).items()
+        }
+        if isinstance(self, HireCausalMixin):
+            entries["AutoModelForCausalLM"] = own
+            entries["AutoModel"] = type(getattr(self, self.base_model_prefix)).__name__
+        else:
+            entries["AutoModel"] = own
+        config["auto_map"] = {key: f"modeling_hire.{name}" for key, name in entries.items()}
+        config["architectures"] = [entries.get("AutoModelForCausalLM", own).removeprefix("Hire")]
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def layer_tensor_shapes(layer: SparseFfn) -> dict[str, tuple[int, ...]]:
+    """Shapes of the predictor tensors that one installed layer needs; checks counts against it."""
+    spec, parts = layer.spec, layer.parts
+    num_neurons, width = parts.up.weight_out_in().shape
+    if spec["num_neurons"] != num_neurons:
+        raise ValueError(
+            f"config.hire: num_neurons is {spec['num_neurons']}, the layer has {num_neurons}"
+        )
+    predictor = spec["predictor"]
+    if predictor["num_inputs"] > width:
+        raise ValueError(
+            f"config.hire: num_inputs is {predictor['num_inputs']}, the layer is {width} wide"
+        )
+    outputs = num_neurons // spec["group_size"]
+    if not predictor["groups"]:
+        outputs = num_neurons * (1 if parts.gate is None else 2)
+    return expected_tensors(predictor, width, outputs)
+
+
+def describe(hire: Mapping[str, Any]) -> str:
+    """One line that says which path decoding will take."""
+    layers = [spec for spec in (hire["ffn"] or {"layers": []})["layers"] if spec is not None]
+    pieces = []
+    if layers:
+        kept = sum(spec["num_kept"] for spec in layers) / sum(
+            spec["num_neurons"] for spec in layers
+        )
+        kinds = sorted({spec["predictor"]["kind"] for spec in layers})
+        pieces.append(
+            f"{len(layers)} sparse FFN layers keep {kept:.2f} of their neurons (predictor {', '.join(kinds)})"
+        )
+    head = hire["head"]
+    if head is not None:
+        pieces.append(f"{'certified ' if head['certified'] else ''}sparse head ({head['kind']})")
+    return (
+        "decoding with "
+        + " and ".join(pieces or ["dense layers only"])
+        + ", PyTorch path; prefill is dense"
+    )
+
+
+def __getattr__(name: str) -> type:
+    """Make `HireX` from transformers' `X` when first asked for; AutoModel finds classes this way."""
+    native = (
+        getattr(transformers, name.removeprefix("Hire"), None) if name.startswith("Hire") else None
+    )
+    if not isinstance(native, type) or not issubclass(native, transformers.PreTrainedModel):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    causal = name.endswith("ForCausalLM") or name.endswith("LMHeadModel")
+    mixin = HireCausalMixin if causal else HireBaseMixin
+    body = {"__module__": __name__, "__doc__": f"HiRE twin of {native.__name__}."}
+    twin = type(name, (HireIoMixin, mixin, native), body)
+    twin.forward = _causal_forward(native) if causal else _base_forward(native)
+    globals()[name] = twin
+    return twin
