@@ -50,7 +50,7 @@ LAYOUTS: tuple[Layout, ...] = tuple(dict(zip(_KEYS, row, strict=True)) for row i
 
 _PROOF_ROWS = 4
 # The native forward and ours do the same float32 products, possibly in another order.
-_PROOF_TOLERANCE = 1e-4
+_PROOF_TOLERANCE, _PROOF_TOLERANCE_NARROW = 1e-4, 5e-2
 
 
 @dataclass(frozen=True)
@@ -140,39 +140,56 @@ def hidden_activations(weights: FfnWeights, x_ND: torch.Tensor) -> torch.Tensor:
     )
 
 
-@torch.no_grad()
-def _proof_error(model: PreTrainedModel, layout: Layout, index: int) -> float:
-    """Largest relative difference between the FFN as the model runs it and as the layout says.
+def _caught_io(model: PreTrainedModel, layout: Layout) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Input and output [N, D] of every FFN in one forward over random embeddings.
 
-    Inputs and outputs are caught by hooks inside the model's own forward, so an FFN that is
-    scaled, gated or bypassed elsewhere in the layer shows.
+    Hooks sit inside the model's own forward, so an FFN that is scaled, gated or bypassed
+    elsewhere in its module shows.
     """
-    parts = ffn_parts(model, layout, index)
-    owner = layer_owner(model, layout, index)
-    caught: dict[str, torch.Tensor] = {}
-    first, last = (owner, owner) if layout["ffn"] else (parts.up.module, parts.down.module)
-    hooks = [
-        first.register_forward_pre_hook(
-            lambda _m, args, kw: caught.update(x=(args or tuple(kw.values()))[0]), with_kwargs=True
-        ),
-        last.register_forward_hook(lambda _m, _args, out: caught.update(y=out)),
-    ]
+    caught: list[dict[str, torch.Tensor]] = [{} for _ in range(num_layers(model))]
+    hooks = []
+    for index, store in enumerate(caught):
+        owner, parts = layer_owner(model, layout, index), ffn_parts(model, layout, index)
+        first, last = (owner, owner) if layout["ffn"] else (parts.up.module, parts.down.module)
+
+        def before(_m: nn.Module, args: Any, kwargs: Any, store: Any = store) -> None:
+            store["x"] = (args or tuple(kwargs.values()))[0]
+
+        def after(_m: nn.Module, _args: Any, out: Any, store: Any = store) -> None:
+            store["y"] = out
+
+        hooks.append(first.register_forward_pre_hook(before, with_kwargs=True))
+        hooks.append(last.register_forward_hook(after))
     width = model.get_input_embeddings().weight.shape[1]
-    generator = torch.Generator().manual_seed(index)
+    generator = torch.Generator().manual_seed(0)
     embeds = torch.randn(1, _PROOF_ROWS, width, generator=generator).to(model.device, model.dtype)
     try:
-        model(inputs_embeds=embeds, use_cache=False)
+        base_model(model)(inputs_embeds=embeds, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    weights = read_ffn_weights(model, layout, index)
-    x_ND = caught["x"].reshape(-1, caught["x"].shape[-1]).float().cpu()
-    y_ND = caught["y"].reshape(x_ND.shape[0], -1).float().cpu()
-    bias = parts.down.bias()
-    expected_ND = hidden_activations(weights, x_ND) @ weights.down_FD
-    if bias is not None:
-        expected_ND = expected_ND + bias.detach().float().cpu()
-    return float((expected_ND - y_ND).abs().max() / y_ND.abs().max().clamp(min=1e-30))
+    return [
+        (
+            store["x"].reshape(_PROOF_ROWS, -1).float().cpu(),
+            store["y"].reshape(_PROOF_ROWS, -1).float().cpu(),
+        )
+        for store in caught
+    ]
+
+
+@torch.no_grad()
+def _proof_errors(model: PreTrainedModel, layout: Layout) -> list[float]:
+    """Largest relative difference per layer between the FFN as it runs and as the layout says."""
+    errors = []
+    for index, (x_ND, y_ND) in enumerate(_caught_io(model, layout)):
+        weights = read_ffn_weights(model, layout, index)
+        expected_ND = hidden_activations(weights, x_ND) @ weights.down_FD
+        bias = ffn_parts(model, layout, index).down.bias()
+        if bias is not None:
+            expected_ND = expected_ND + bias.detach().float().cpu()
+        scale = y_ND.abs().max().clamp(min=1e-30)
+        errors.append(float((expected_ND - y_ND).abs().max() / scale))
+    return errors
 
 
 def find_layout(model: PreTrainedModel) -> Layout:
@@ -180,28 +197,28 @@ def find_layout(model: PreTrainedModel) -> Layout:
 
     `model` must be in evaluation mode. Raises InputError saying what did not match.
     """
-    was = model.dtype
-    tolerance = _PROOF_TOLERANCE if was == torch.float32 else 5e-2
+    tolerance = _PROOF_TOLERANCE if model.dtype == torch.float32 else _PROOF_TOLERANCE_NARROW
     tried = []
     for layout in LAYOUTS:
         if not _names_fit(model, layout):
             continue
-        errors = [_proof_error(model, layout, index) for index in range(num_layers(model))]
+        errors = _proof_errors(model, layout)
         if max(errors) <= tolerance:
             return dict(layout)
         worst = max(range(len(errors)), key=errors.__getitem__)
         tried.append(
-            f"{layout['gate']}/{layout['up']}/{layout['down']}: layer {worst} differs by {errors[worst]:.2g}"
+            f"{layout['gate']}/{layout['up']}/{layout['down']}: "
+            f"layer {worst} differs by {errors[worst]:.2g}"
         )
     kind = model.config.model_type
     if tried:
         raise InputError(
-            f"model_type '{kind}': the FFN has known names but does not compute act(gate x) * up x -> down "
-            f"({'; '.join(tried)}). Convert the head only (recipe lossless)."
+            f"model_type '{kind}': the FFN has known names but does not compute "
+            f"act(gate x) * up x -> down ({'; '.join(tried)}). Convert the head only (recipe lossless)."
         )
     raise InputError(
-        f"model_type '{kind}': no FFN of the form act(gate x) * up x -> down or act(up x) -> down was found "
-        "in its layers. Convert the head only (recipe lossless)."
+        f"model_type '{kind}': no FFN of the form act(gate x) * up x -> down or act(up x) -> down "
+        "was found in its layers. Convert the head only (recipe lossless)."
     )
 
 
@@ -209,7 +226,7 @@ def find_layout(model: PreTrainedModel) -> Layout:
 def permute_ffn(
     model: PreTrainedModel, layout: Layout, index: int, permutation_F: torch.Tensor
 ) -> None:
-    """Reorder the neurons of one layer in place: gate and up rows, down columns, biases together."""
+    """Reorder the neurons of one layer in place: gate and up rows, down columns, biases."""
     parts = ffn_parts(model, layout, index)
     for part in (parts.gate, parts.up):
         if part is None:

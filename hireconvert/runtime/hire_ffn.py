@@ -112,7 +112,7 @@ class Part:
         return self._slice(weight.t() if isinstance(self.module, Conv1D) else weight)
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
-        """The module's native output, all pieces; not through `module(x)`, whose class may be ours."""
+        """The module's native output, all pieces; `module(x)` may be a class of ours."""
         native = Conv1D if isinstance(self.module, Conv1D) else nn.Linear
         return native.forward(self.module, x)
 
@@ -290,7 +290,7 @@ def predictor_bytes(spec: Mapping[str, Any], width: int, num_outputs: int) -> in
 def layer_bytes(
     spec: Mapping[str, Any], width: int, num_matrices: int, weight_bytes: int
 ) -> dict[str, int]:
-    """Bytes read per row by a sparse layer: predictor, candidates' first matrices, kept down rows."""
+    """Bytes one row reads: predictor, candidates' first matrices, kept down rows; and dense."""
     units = (
         spec["num_neurons"] // spec["group_size"]
         if spec["predictor"]["groups"]
@@ -423,7 +423,7 @@ class SparseFfn(nn.Module):
 
         Differentiable in the weights; the selection itself is not.
         """
-        parts, spec = self.parts, self.spec
+        parts = self.parts
         h_NF = self._hidden(x_ND)
         with torch.no_grad():
             unit_NS = self.estimated_units(x_ND)

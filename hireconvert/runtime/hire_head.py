@@ -217,7 +217,7 @@ class SparseHead(nn.Module):
         return needed_V.index_fill(0, first_C, True)
 
     def certified_row(self, x_D: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits float32 [V] whose best `certify_top` are the reference's, and the rescored mask."""
+        """Logits float32 [V], the best `certify_top` the reference's, and the rescored mask."""
         z_V = self._estimate(x_D)
         if torch.compiler.is_compiling():
             return self._certified_row_fixed(x_D, z_V)
@@ -300,7 +300,7 @@ class SparseHead(nn.Module):
 
     @torch.no_grad()
     def reference(self, x_ND: torch.Tensor, head: nn.Module) -> torch.Tensor:
-        """The reference logits float32 [N, V], before soft-capping; slow, for tests and evidence."""
+        """Reference logits float32 [N, V], before soft-capping; slow, for tests and evidence."""
         rows = []
         for x_D in x_ND:
             chunks = [

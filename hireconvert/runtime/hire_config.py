@@ -1,0 +1,201 @@
+"""What `config.hire` and the predictor file may hold (docs/format.md), checked before use.
+
+Shape suffixes: D width, M predictor outputs, R rank.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .hire_ffn import SparseFfn
+
+FORMAT_VERSION = 1
+PREDICTOR_FILE = "hire/predictors.safetensors"
+
+
+def _integer(spec: Mapping[str, Any], key: str, low: int, high: int, where: str) -> int:
+    value = spec.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(
+            f"config.hire: {where}.{key} is {value!r}, expected an integer in [{low}, {high}]"
+        )
+    return value
+
+
+def _choice(spec: Mapping[str, Any], key: str, choices: tuple[Any, ...], where: str) -> None:
+    if spec.get(key) not in choices:
+        raise ValueError(
+            f"config.hire: {where}.{key} is {spec.get(key)!r}, expected one of {list(choices)}"
+        )
+
+
+def _check_predictor(spec: Mapping[str, Any], where: str) -> None:
+    _choice(spec, "kind", ("lr", "q", "qlr"), where)
+    _choice(spec, "groups", (True, False), where)
+    _integer(spec, "num_inputs", 1, 2**24, where)
+    if spec["kind"] != "lr":
+        _choice(spec, "bits", (2, 3, 4, 8), where)
+        _integer(spec, "block", 1, 2**24, where)
+        _choice(spec, "symmetric", (True, False), where)
+    if spec["kind"] != "q":
+        _integer(spec, "rank", 1, 2**20, where)
+        _choice(spec, "factor_bits", (16, 8, 4), where)
+
+
+def _check_layer(spec: Any, where: str) -> None:
+    if not isinstance(spec, Mapping):
+        raise ValueError(
+            f"config.hire: {where} is {type(spec).__name__}, expected an object or null"
+        )
+    total = _integer(spec, "num_neurons", 1, 2**31, where)
+    group = _integer(spec, "group_size", 1, total, where)
+    common = _integer(spec, "num_common", 0, total - group, where)
+    kept = _integer(spec, "num_kept", common + group, total, where)
+    candidates = _integer(spec, "num_candidates", kept, total, where)
+    if any(count % group for count in (total, common, kept, candidates)):
+        raise ValueError(
+            f"config.hire: {where} has counts that are no multiples of group_size {group}"
+        )
+    _choice(spec, "score", ("norm", "plain"), where)
+    _choice(spec, "keep", ("top_k", "candidates"), where)
+    if not isinstance(spec.get("predictor"), Mapping):
+        raise ValueError(f"config.hire: {where}.predictor is missing")
+    _check_predictor(spec["predictor"], f"{where}.predictor")
+
+
+def _check_head(spec: Any) -> None:
+    if not isinstance(spec, Mapping):
+        raise ValueError(f"config.hire: head is {type(spec).__name__}, expected an object or null")
+    _choice(spec, "kind", ("q", "lr"), "head")
+    _integer(spec, "num_candidates", 1, 2**31, "head")
+    _integer(spec, "certify_top", 1, 2**31, "head")
+    _choice(spec, "unselected", ("estimate", "-inf"), "head")
+    _choice(spec, "certified", (True, False), "head")
+    _choice(spec, "on_uncertified", ("dense", "estimate"), "head")
+    if spec["kind"] == "q":
+        _choice(spec, "bits", (8, 4), "head")
+        _integer(spec, "block", 0, 2**24, "head")
+    else:
+        _integer(spec, "rank", 1, 2**20, "head")
+
+
+def check_hire_config(config: Any) -> None:
+    """Raise ValueError, naming the field, when `config.hire` is not what docs/format.md allows."""
+    hire = getattr(config, "hire", None)
+    if not isinstance(hire, Mapping):
+        raise ValueError("config.hire is missing: this is not a HiRE checkpoint")
+    if hire.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"config.hire: format_version is {hire.get('format_version')!r}, "
+            f"this runtime reads {FORMAT_VERSION}"
+        )
+    _integer(hire, "max_decode_queries", 1, 2**20, "hire")
+    _integer(hire, "max_sparse_rows", 1, 2**20, "hire")
+    if hire.get("ffn") is not None:
+        layers = hire["ffn"].get("layers") if isinstance(hire["ffn"], Mapping) else None
+        if not isinstance(layers, list) or len(layers) != config.num_hidden_layers:
+            found = len(layers) if isinstance(layers, list) else type(layers).__name__
+            raise ValueError(
+                f"config.hire: ffn.layers has {found} entries, expected {config.num_hidden_layers}"
+            )
+        layout = hire.get("layout")
+        keys = ("layers", "ffn", "gate", "up", "down", "act")
+        if not isinstance(layout, Mapping) or any(
+            not isinstance(layout.get(k, ""), str | None) for k in keys
+        ):
+            raise ValueError(f"config.hire: layout must be an object with the names {list(keys)}")
+        if any(k not in layout for k in keys):
+            raise ValueError(f"config.hire: layout lacks {[k for k in keys if k not in layout]}")
+        for index, spec in enumerate(layers):
+            if spec is not None:
+                _check_layer(spec, f"ffn.layers[{index}]")
+    if hire.get("head") is not None:
+        _check_head(hire["head"])
+
+
+def expected_tensors(
+    spec: Mapping[str, Any], width: int, num_outputs: int
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the predictor tensors that one layer's spec calls for."""
+    shapes: dict[str, tuple[int, ...]] = {"mean": (width,), "bias": (num_outputs,)}
+    if spec["kind"] in ("q", "qlr"):
+        rows, length = (width, num_outputs) if spec["num_inputs"] < width else (num_outputs, width)
+        blocks = -(-length // spec["block"])
+        shapes["planes"] = (spec["bits"], rows, -(-length // 8))
+        shapes["scale"] = (rows, blocks)
+        if not spec["symmetric"]:
+            shapes["offset"] = (rows, blocks)
+        shapes["column_scale"] = (width,)
+    if spec["kind"] in ("lr", "qlr"):
+        rank, bits = spec["rank"], spec["factor_bits"]
+        for name, rows, columns in (("factor_in", rank, width), ("factor_out", num_outputs, rank)):
+            if bits == 16:
+                shapes[name] = (rows, columns)
+            else:
+                shapes[f"{name}_codes"] = (rows, columns if bits == 8 else -(-columns // 2))
+                shapes[f"{name}_scale"] = (rows,)
+    return shapes
+
+
+def check_predictor_tensors(
+    tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], where: str
+) -> None:
+    """Raise ValueError when tensors are missing, mis-shaped or hold NaN or inf."""
+    for name, shape in shapes.items():
+        if name not in tensors:
+            raise ValueError(f"{PREDICTOR_FILE}: {where}{name} is missing")
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(
+                f"{PREDICTOR_FILE}: {where}{name} has shape {tuple(tensors[name].shape)}, "
+                f"expected {shape}"
+            )
+    for name, tensor in tensors.items():
+        if name not in shapes:
+            raise ValueError(f"{PREDICTOR_FILE}: {where}{name} is not called for by config.hire")
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{PREDICTOR_FILE}: {where}{name} holds NaN or inf")
+    if "column_scale" in tensors and bool((tensors["column_scale"] == 0).any()):
+        raise ValueError(f"{PREDICTOR_FILE}: {where}column_scale holds zeros")
+
+
+def layer_tensor_shapes(layer: SparseFfn) -> dict[str, tuple[int, ...]]:
+    """Shapes of the predictor tensors that one installed layer needs; checks counts against it."""
+    spec, parts = layer.spec, layer.parts
+    num_neurons, width = parts.up.weight_out_in().shape
+    if spec["num_neurons"] != num_neurons:
+        raise ValueError(
+            f"config.hire: num_neurons is {spec['num_neurons']}, the layer has {num_neurons}"
+        )
+    predictor = spec["predictor"]
+    if predictor["num_inputs"] > width:
+        raise ValueError(
+            f"config.hire: num_inputs is {predictor['num_inputs']}, the layer is {width} wide"
+        )
+    outputs = num_neurons // spec["group_size"]
+    if not predictor["groups"]:
+        outputs = num_neurons * (1 if parts.gate is None else 2)
+    return expected_tensors(predictor, width, outputs)
+
+
+def describe(hire: Mapping[str, Any]) -> str:
+    """One line that says which path decoding will take."""
+    layers = [spec for spec in (hire["ffn"] or {"layers": []})["layers"] if spec is not None]
+    pieces = []
+    if layers:
+        kept = sum(spec["num_kept"] for spec in layers) / sum(
+            spec["num_neurons"] for spec in layers
+        )
+        kinds = sorted({spec["predictor"]["kind"] for spec in layers})
+        pieces.append(
+            f"{len(layers)} sparse FFN layers keep {kept:.2f} of their neurons "
+            f"(predictor {', '.join(kinds)})"
+        )
+    head = hire["head"]
+    if head is not None:
+        pieces.append(f"{'certified ' if head['certified'] else ''}sparse head ({head['kind']})")
+    return (
+        "decoding with "
+        + " and ".join(pieces or ["dense layers only"])
+        + ", PyTorch path; prefill is dense"
+    )
