@@ -214,7 +214,8 @@ def find_layout(model: PreTrainedModel) -> Layout:
     if tried:
         raise InputError(
             f"model_type '{kind}': the FFN has known names but does not compute "
-            f"act(gate x) * up x -> down ({'; '.join(tried)}). Convert the head only (recipe lossless)."
+            f"act(gate x) * up x -> down ({'; '.join(tried)}). "
+            "Convert the head only (recipe lossless)."
         )
     raise InputError(
         f"model_type '{kind}': no FFN of the form act(gate x) * up x -> down or act(up x) -> down "

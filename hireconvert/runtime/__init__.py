@@ -1,7 +1,15 @@
 """The files that ship inside every checkpoint; they import nothing from hireconvert.
 
-`modeling_hire.py` holds the model classes, `hire_config.py` what a config may say, `hire_ffn.py`
-the sparse FFN, `hire_head.py` the head.
+`modeling_hire` model classes, loading, saving, `hire_config` what a config may say, `hire_install`
+putting selection into native layers, `hire_predict` predictors and selection, `hire_ffn` the
+sparse FFN, `hire_head` the sparse LM head.
 """
 
-RUNTIME_FILES = ("modeling_hire.py", "hire_config.py", "hire_ffn.py", "hire_head.py")
+RUNTIME_FILES = (
+    "modeling_hire.py",
+    "hire_config.py",
+    "hire_install.py",
+    "hire_predict.py",
+    "hire_ffn.py",
+    "hire_head.py",
+)

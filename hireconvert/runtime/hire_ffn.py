@@ -1,10 +1,9 @@
 """Sparse feed-forward layers: predict, over-select, compute exactly, keep the exact top k.
 
-Shape suffixes: N rows (tokens), D width, F neurons, M predictor outputs (gate rows then up rows,
-or up rows alone), C candidates, K kept, R rank, S scored units (neurons, or groups of neurons).
+Shape suffixes: N rows (tokens), D width, F neurons, M predictor outputs, C candidates, K kept,
+S scored units (neurons, or groups of neurons).
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,72 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from .hire_predict import Predictor, members_mask, select_neurons, unit_scores
+
 COUNTER_NAMES = ("calls", "rows", "kept", "candidates", "dense_rows")
-# One bit plane holds one bit of eight neighbouring codes in a byte, lowest bit first.
-_BITS_IN_BYTE = 8
-
-
-# --------------------------------------------------------------------------- selection
-
-
-def top_k_indices(score_NS: torch.Tensor, num: int) -> torch.Tensor:
-    """The `num` largest scores of each row as ascending indices; ties go to the lowest index.
-
-    `torch.topk` leaves the order of ties open, so the index is packed under the score: float32
-    bits mapped to a signed integer that orders like the float, then 2^32 - 1 - index below it.
-    Scores must not be NaN. Returns int64 [N, num].
-    """
-    bits_NS = (score_NS.float() + 0.0).view(torch.int32).to(torch.int64)
-    ordered_NS = bits_NS ^ ((bits_NS >> 31) & 0x7FFFFFFF)
-    low_S = 0xFFFFFFFF - torch.arange(score_NS.shape[-1], device=score_NS.device)
-    key_NS = (ordered_NS << 32) | low_S
-    return key_NS.topk(num, dim=-1, sorted=False).indices.sort(dim=-1).values
-
-
-def members_mask(index_NK: torch.Tensor, num: int) -> torch.Tensor:
-    """A bool mask [N, num] that is true at the given indices."""
-    mask_NS = torch.zeros(*index_NK.shape[:-1], num, dtype=torch.bool, device=index_NK.device)
-    return mask_NS.scatter_(-1, index_NK, True)
-
-
-def unit_scores(score_NF: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Scores of the selectable units [N, F / g]: the L2 norm over each group of neurons."""
-    if group_size == 1:
-        return score_NF
-    return score_NF.unflatten(-1, (-1, group_size)).norm(dim=-1)
-
-
-def expand_units(index_NS: torch.Tensor, group_size: int, num_common: int) -> torch.Tensor:
-    """Neuron indices of the chosen units: the common neurons first, then members of each group."""
-    if group_size > 1:
-        member_G = torch.arange(group_size, device=index_NS.device)
-        index_NS = (index_NS[..., None] * group_size + member_G).flatten(-2)
-    if num_common == 0:
-        return index_NS
-    common_NC = torch.arange(num_common, device=index_NS.device).expand(*index_NS.shape[:-1], -1)
-    return torch.cat([common_NC, index_NS + num_common], dim=-1)
-
-
-def select_neurons(
-    unit_NS: torch.Tensor, num: int, group_size: int, num_common: int
-) -> torch.Tensor:
-    """Ascending neuron indices [N, num]: the common ones and the best units of the rest."""
-    num_units = (num - num_common) // group_size
-    return expand_units(top_k_indices(unit_NS, num_units), group_size, num_common)
-
-
-def recall_at(score_NF: torch.Tensor, chosen_NF: torch.Tensor, num_kept: int) -> torch.Tensor:
-    """Share of each row's true top `num_kept` that `chosen_NF` holds, float32 [N].
-
-    Every neuron that scores at least the k-th score counts as a member of the top k, so ties
-    neither help nor hurt.
-    """
-    kth_N1 = score_NF.topk(num_kept, dim=-1).values[..., -1:]
-    hits_N = (chosen_NF & (score_NF >= kth_N1)).sum(-1).clamp(max=num_kept)
-    return hits_N.float() / num_kept
-
-
-# --------------------------------------------------------------------------- where the parts lie
 
 
 @dataclass(frozen=True)
@@ -171,142 +107,6 @@ def weight_stamp(modules: list[nn.Module]) -> tuple[Any, ...]:
             )
         )
     return tuple(stamp)
-
-
-# --------------------------------------------------------------------------- predictor
-
-
-def unpack_planes(planes: torch.Tensor, length: int) -> torch.Tensor:
-    """Codes uint8 [rows, length] from bit planes uint8 [bits, rows, ceil(length / 8)]."""
-    shift = torch.arange(_BITS_IN_BYTE, device=planes.device, dtype=torch.uint8)
-    codes = torch.zeros(planes.shape[1], length, dtype=torch.uint8, device=planes.device)
-    for bit, plane in enumerate(planes):
-        ones = ((plane[..., None] >> shift) & 1).flatten(-2)[:, :length]
-        codes |= ones << bit
-    return codes
-
-
-def decode_blocks(
-    tensors: Mapping[str, torch.Tensor], spec: Mapping[str, Any], length: int
-) -> torch.Tensor:
-    """The quantized copy in float32, as stored: [M, D], or channel-major [D, M]."""
-    codes = unpack_planes(tensors["planes"], length).float()
-    block = spec["block"]
-    scale = tensors["scale"].float().repeat_interleave(block, dim=1)[:, :length]
-    if spec["symmetric"]:
-        return (codes - (2 ** spec["bits"] - 1) / 2) * scale
-    offset = tensors["offset"].float().repeat_interleave(block, dim=1)[:, :length]
-    return codes * scale + offset
-
-
-def decode_factor(
-    tensors: Mapping[str, torch.Tensor], name: str, factor_bits: int, columns: int
-) -> torch.Tensor:
-    """A low-rank factor in float32 from its 16-, 8- or 4-bit form."""
-    if factor_bits == 16:
-        return tensors[name].float()
-    codes = tensors[f"{name}_codes"]
-    if factor_bits == 4:
-        low, high = codes.bitwise_and(0xF), codes.view(torch.uint8) >> 4
-        codes = (
-            torch.stack([low.view(torch.uint8), high], dim=-1)
-            .flatten(-2)[:, :columns]
-            .to(torch.int16)
-            - 8
-        )
-    return codes.float() * tensors[f"{name}_scale"].float()[:, None]
-
-
-class Predictor:
-    """Estimates what the FFN's first matrices would give, from far fewer bytes.
-
-    Holds float32 tensors ready for matrix products; the tensors on disk stay what they are.
-    """
-
-    def __init__(
-        self, spec: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], width: int
-    ) -> None:
-        self.num_inputs: int = spec["num_inputs"]
-        self.mean_D = tensors["mean"].float()
-        self.bias_M = tensors["bias"].float()
-        num_outputs = self.bias_M.shape[0]
-        self.channel_major = self.num_inputs < width
-        self.copy: torch.Tensor | None = None
-        self.loudness_D: torch.Tensor | None = None
-        self.inverse_scale_D: torch.Tensor | None = None
-        if spec["kind"] in ("q", "qlr"):
-            length = num_outputs if self.channel_major else width
-            self.copy = decode_blocks(tensors, spec, length)
-            self.inverse_scale_D = 1.0 / tensors["column_scale"].float()
-            if self.channel_major:
-                self.loudness_D = self.copy.norm(dim=1)
-        self.factor_in_RD: torch.Tensor | None = None
-        self.factor_out_MR: torch.Tensor | None = None
-        if spec["kind"] in ("lr", "qlr"):
-            bits, rank = spec["factor_bits"], spec["rank"]
-            self.factor_in_RD = decode_factor(tensors, "factor_in", bits, width)
-            self.factor_out_MR = decode_factor(tensors, "factor_out", bits, rank)
-
-    def estimate(self, x_ND: torch.Tensor) -> torch.Tensor:
-        """Estimated outputs float32 [N, M] for inputs [N, D]."""
-        centred_ND = x_ND.float() - self.mean_D
-        z_NM = self.bias_M.expand(x_ND.shape[0], -1)
-        if self.copy is not None:
-            z_NM = z_NM + self._quantized(centred_ND * self.inverse_scale_D)
-        if self.factor_in_RD is not None:
-            z_NM = z_NM + F.linear(F.linear(centred_ND, self.factor_in_RD), self.factor_out_MR)
-        return z_NM
-
-    def _quantized(self, scaled_ND: torch.Tensor) -> torch.Tensor:
-        if not self.channel_major:
-            return F.linear(scaled_ND, self.copy)
-        loud_NI = top_k_indices((scaled_ND * self.loudness_D).abs().nan_to_num(), self.num_inputs)
-        if scaled_ND.shape[0] == 1:
-            return scaled_ND[:, loud_NI[0]] @ self.copy[loud_NI[0]]
-        return (scaled_ND * members_mask(loud_NI, scaled_ND.shape[1])) @ self.copy
-
-
-def predictor_bytes(spec: Mapping[str, Any], width: int, num_outputs: int) -> int:
-    """Bytes of predictor tensors read for one row (loud channels only, everything else in full)."""
-    total = 4 * (width + num_outputs)  # mean and bias
-    if spec["kind"] in ("q", "qlr"):
-        rows, length = (
-            (spec["num_inputs"], num_outputs)
-            if spec["num_inputs"] < width
-            else (num_outputs, width)
-        )
-        blocks = math.ceil(length / spec["block"])
-        scales = 2 if spec["symmetric"] else 4
-        total += (
-            rows * (spec["bits"] * math.ceil(length / _BITS_IN_BYTE) + scales * blocks) + 4 * width
-        )
-    if spec["kind"] in ("lr", "qlr"):
-        rank, bits = spec["rank"], spec["factor_bits"]
-        total += rank * (width + num_outputs) * bits // _BITS_IN_BYTE
-        total += 0 if bits == 16 else 4 * (rank + num_outputs)
-    return total
-
-
-def layer_bytes(
-    spec: Mapping[str, Any], width: int, num_matrices: int, weight_bytes: int
-) -> dict[str, int]:
-    """Bytes one row reads: predictor, candidates' first matrices, kept down rows; and dense."""
-    units = (
-        spec["num_neurons"] // spec["group_size"]
-        if spec["predictor"]["groups"]
-        else spec["num_neurons"]
-    )
-    outputs = units if spec["predictor"]["groups"] else units * (num_matrices - 1)
-    row = width * weight_bytes
-    return {
-        "predictor": predictor_bytes(spec["predictor"], width, outputs),
-        "candidates": spec["num_candidates"] * (num_matrices - 1) * row,
-        "kept": (spec["num_kept"] if spec["keep"] == "top_k" else spec["num_candidates"]) * row,
-        "dense": spec["num_neurons"] * num_matrices * row,
-    }
-
-
-# --------------------------------------------------------------------------- the sparse layer
 
 
 @dataclass

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .hire_ffn import top_k_indices, weight_stamp
+from .hire_ffn import weight_stamp
+from .hire_predict import top_k_indices
 
 COUNTER_NAMES = ("calls", "rows", "rescored", "dense_rows", "uncertified_rows", "overflow_rows")
 _FLOAT32_UNIT = 2.0**-24

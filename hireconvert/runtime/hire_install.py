@@ -1,0 +1,144 @@
+"""Putting selection into a native model: instances change class, weights and names stay put."""
+
+import functools
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .hire_ffn import FfnParts, SparseFfn
+from .hire_head import SparseHead
+
+logger = logging.getLogger("hire")
+
+
+class HireState:
+    """What the layers of one model need to know about the call in progress."""
+
+    def __init__(self, hire: Mapping[str, Any]) -> None:
+        self.max_decode_queries: int = hire["max_decode_queries"]
+        self.max_sparse_rows: int = hire["max_sparse_rows"]
+        self.scope = "decode"
+        self.dense_prefix = 0
+        self.sparse_head = True
+        # generate() sets these for its duration: whether it runs, and how the head serves it.
+        self.generating = False
+        self.head_mode = "recipe"
+        # prepare_inputs_for_generation knows the cache length outside a compiled graph.
+        self.decode_hint: bool | None = None
+        self.sparse = False
+        self.dense_rows_N: torch.Tensor | None = None
+        self.warned: set[str] = set()
+
+    def warn_once(self, message: str) -> None:
+        """Log a fallback the first time it happens."""
+        if message not in self.warned and not torch.compiler.is_compiling():
+            self.warned.add(message)
+            logger.warning("hire: %s", message)
+
+
+def cached_tokens(cache: Any) -> int | None:
+    """Tokens the cache holds; None inside a graph, where a static cache keeps them in a tensor."""
+    if cache is None:
+        return 0
+    if torch.compiler.is_compiling():
+        layers = getattr(cache, "layers", None)
+        return 0 if layers and not layers[0].is_initialized else None
+    return int(cache.get_seq_length())
+
+
+class HireFfnMixin:
+    """Placed in front of a native FFN class by changing an instance's class; weights stay put."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        state = self.hire_state
+        if not state.sparse:
+            return super().forward(hidden_states, *args, **kwargs)
+        rows = self.hire(hidden_states.flatten(0, -2), state.dense_rows_N)
+        return rows.view_as(hidden_states)
+
+
+class HireInlineMixin:
+    """For layers without an FFN module: the first matrix runs the whole FFN, the last passes on."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        state = self.hire_state
+        if not state.sparse:
+            return self.dense_ffn(hidden_states)
+        rows = self.hire(hidden_states.flatten(0, -2), state.dense_rows_N)
+        return rows.view(*hidden_states.shape[:-1], rows.shape[-1])
+
+
+class HirePassMixin:
+    """The last matrix of an inline FFN: the first uses its weight, its input is the output."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states
+
+
+class HireHeadMixin:
+    """Placed in front of the output embedding's class."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        state = self.hire_state
+        self.hire.unselected = None
+        rows = hidden_states.shape[:-1].numel()
+        wanted = state.sparse_head and state.head_mode != "dense"
+        if state.scope == "decode":
+            wanted = wanted and (state.sparse or state.generating)
+            if wanted and rows > state.max_sparse_rows:
+                state.warn_once(
+                    f"head runs dense: {rows} rows, max_sparse_rows is {state.max_sparse_rows}"
+                )
+                wanted = False
+        elif state.scope == "off":
+            wanted = False
+        if not wanted:
+            return super().forward(hidden_states)
+        certify = self.hire.spec["certified"] and state.head_mode != "estimate"
+        logits = self.hire(hidden_states.flatten(0, -2), self, certify)
+        return logits.view(*hidden_states.shape[:-1], -1)
+
+
+@functools.cache
+def mixed(mixin: type, native: type) -> type:
+    """`native` with `mixin` in front; one class for each pair."""
+    return type(f"Hire{native.__name__}", (mixin, native), {"__module__": __name__})
+
+
+def install_ffn(
+    layer: nn.Module, layout: Mapping[str, Any], spec: Mapping[str, Any], state: HireState
+) -> SparseFfn:
+    """Put selection into one decoder layer without moving or renaming a weight."""
+    owner = layer.get_submodule(layout["ffn"]) if layout["ffn"] else layer
+    parts = FfnParts.resolve(owner, layout)
+    if layout["ffn"]:
+        target, native = owner, type(owner)
+        dense = functools.partial(native.forward, owner)
+        owner.__class__ = mixed(HireFfnMixin, native)
+    else:
+        target = parts.up.module
+
+        def dense(x: torch.Tensor) -> torch.Tensor:
+            return parts.down.run(parts.act(parts.up.run(x)))
+
+        object.__setattr__(target, "dense_ffn", dense)
+        target.__class__ = mixed(HireInlineMixin, type(target))
+        parts.down.module.__class__ = mixed(HirePassMixin, type(parts.down.module))
+        setattr(layer, layout["act"], nn.Identity())
+    target.hire = SparseFfn(spec, parts, dense)
+    object.__setattr__(target, "hire_state", state)
+    return target.hire
+
+
+def install_head(
+    head: nn.Module, spec: Mapping[str, Any], cap: float | None, state: HireState
+) -> None:
+    """Put the sparse head beside the output embedding's weight. Raises ValueError."""
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"config.hire: the head is a {type(head).__name__}, expected a Linear")
+    head.__class__ = mixed(HireHeadMixin, type(head))
+    head.hire = SparseHead(spec, cap)
+    object.__setattr__(head, "hire_state", state)
