@@ -178,6 +178,15 @@ def layer_tensor_shapes(layer: SparseFfn) -> dict[str, tuple[int, ...]]:
     return expected_tensors(predictor, width, outputs)
 
 
+def head_tensor_shapes(spec: Mapping[str, Any], width: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that the head's spec calls for; none when quantized."""
+    if spec["kind"] != "lr":
+        return {}
+    if spec["rank"] > width:
+        raise ValueError(f"config.hire: head.rank is {spec['rank']}, the head is {width} wide")
+    return {"head.factor_in": (spec["rank"], width), "head.lift": (width, spec["rank"])}
+
+
 def describe(hire: Mapping[str, Any]) -> str:
     """One line that says which path decoding will take."""
     layers = [spec for spec in (hire["ffn"] or {"layers": []})["layers"] if spec is not None]

@@ -146,28 +146,29 @@ class SparseHead(nn.Module):
         prepared.bound_V[start : start + chunk.shape[0]] = (bound * (1 + 1e-6)).float()
 
     def _prepare_low_rank(self, prepared: PreparedHead) -> None:
-        """Project every row on the stored subspace; what is outside it has a norm, so it certifies.
+        """Factors from the live weight: W x is estimated by (W M)(A x), M and A as stored.
 
-        With orthonormal Q [R, D] and factors B = W Q^T rounded to bfloat16, W x - B (Q x) is at
-        most ||(W - B Q) Q^T|| ||Q x|| + ||(W - B Q)(I - Q^T Q)|| ||x - Q^T Q x||.
+        Written as B (Q x) with orthonormal Q spanning the rows of A and B rounded to bfloat16,
+        |W x - B Q x| <= ||(W - B Q) Q^T|| ||Q x|| + ||(W - B Q)(I - Q^T Q)|| ||x - Q^T Q x||.
         """
         if "head.factor_in" not in self.predictor_tensors:
             raise RuntimeError(
                 "hire: predictor tensors are not loaded; load the checkpoint with from_pretrained"
             )
         weight_VD = prepared.weight_VD
-        basis_DR = torch.linalg.qr(
-            self.predictor_tensors["head.factor_in"].double().t().to(weight_VD.device)
-        )[0]
+        stored = {k: v.double().to(weight_VD.device) for k, v in self.predictor_tensors.items()}
+        basis_DR, mixing_RR = torch.linalg.qr(stored["head.factor_in"].t())
         basis_RD = basis_DR.t().float().contiguous()
+        lift_DR = stored["head.lift"] @ mixing_RR.t()
+        gamma = (weight_VD.shape[1] + 8) * _FLOAT32_UNIT * 4
         factors, inside, outside = [], [], []
         for start in range(0, weight_VD.shape[0], _CHUNK_ROWS):
             chunk = weight_VD[start : start + _CHUNK_ROWS].double()
-            factor = (chunk @ basis_RD.double().t()).to(torch.bfloat16)
+            factor = (chunk @ lift_DR).to(torch.bfloat16)
             rest = chunk - factor.double() @ basis_RD.double()
             within = rest @ basis_DR
-            gamma = (chunk.shape[1] + 8) * _FLOAT32_UNIT * 4
-            inside.append((within.norm(dim=1) + gamma * chunk.norm(dim=1)) * (1 + 1e-6))
+            rounding = gamma * (chunk.norm(dim=1) + factor.double().norm(dim=1))
+            inside.append((within.norm(dim=1) + rounding) * (1 + 1e-6))
             outside.append((rest - within @ basis_DR.t()).norm(dim=1) * (1 + 1e-6))
             factors.append(factor)
         prepared.basis_RD, prepared.factor_VR = basis_RD, torch.cat(factors).float()
@@ -199,7 +200,7 @@ class SparseHead(nn.Module):
             inner = prepared.basis_RD.double() @ x
             outer = (x - prepared.basis_RD.double().t() @ inner).norm()
             # The basis is orthonormal only to float32: a share of ||x|| covers the difference.
-            slack_V = prepared.bound_V * (x.norm() * (1 + 1e-5)).float()
+            slack_V = prepared.bound_V * (inner.norm() + 1e-5 * x.norm()).float()
             slack_V = slack_V + prepared.outside_V * (outer + 1e-5 * x.norm()).float()
         return z_V + slack_V * (1 + 1e-6) + 4 * _FLOAT32_UNIT * z_V.abs()
 

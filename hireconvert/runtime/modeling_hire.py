@@ -32,6 +32,7 @@ from .hire_config import (
     check_hire_config,
     check_predictor_tensors,
     describe,
+    head_tensor_shapes,
     layer_tensor_shapes,
 )
 from .hire_ffn import COUNTER_NAMES as FFN_COUNTER_NAMES
@@ -355,10 +356,7 @@ class HireIoMixin:
         head_tensors = {k: tensors.pop(k) for k in list(tensors) if k.startswith("head.")}
         if head is not None:
             width = self.get_output_embeddings().weight.shape[1]
-            shapes = (
-                {"head.factor_in": (head.spec["rank"], width)} if head.spec["kind"] == "lr" else {}
-            )
-            check_predictor_tensors(head_tensors, shapes, "")
+            check_predictor_tensors(head_tensors, head_tensor_shapes(head.spec, width), "")
             head.predictor_tensors, head.prepared = head_tensors, None
         if tensors:
             raise ValueError(
