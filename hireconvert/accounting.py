@@ -1,30 +1,19 @@
-"""Bytes one decoded token reads, from shapes and the `hire` dict alone (docs/design.md).
+"""Tensor tables and bytes that follow from shapes and the `hire` dict alone (docs/format.md).
 
-D width, F neurons, M predictor outputs, R rank, V vocabulary.
+D width, F neurons, M predictor outputs, R rank, V vocabulary. What a sparse FFN reads is counted
+by the runtime (`hire_predict.layer_bytes`); here are the tables of stored tensors, head and sums.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from math import ceil
-from typing import Any
+from collections.abc import Mapping, Sequence
+from math import ceil, prod
+from typing import Any, TypeAlias
 
-FP16, FP32 = 2, 4
+from hireconvert.errors import InputError
+from hireconvert.runtime.hire_config import expected_tensors
+from hireconvert.runtime.hire_predict import layer_bytes
 
-
-@dataclass(frozen=True)
-class LayerBytes:
-    """Bytes of one FFN per decoded token, and of its predictor on disk."""
-
-    dense: int
-    predictor: int
-    gate_up: int
-    down: int
-    predictor_on_disk: int
-
-    @property
-    def converted(self) -> int:
-        """All that the sparse path reads."""
-        return self.predictor + self.gate_up + self.down
+ITEM_BYTES = {"U8": 1, "I8": 1, "F8_E4M3": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8, "I64": 8}
+TensorTable: TypeAlias = dict[str, tuple[str, tuple[int, ...]]]
 
 
 def num_outputs(layer: Mapping[str, Any], *, gated: bool) -> int:
@@ -34,69 +23,136 @@ def num_outputs(layer: Mapping[str, Any], *, gated: bool) -> int:
     return int(layer["num_neurons"]) * (2 if gated else 1)
 
 
-def predictor_bytes(predictor: Mapping[str, Any], width: int, outputs: int) -> tuple[int, int]:
-    """(bytes read per token, bytes on disk) of one predictor with D = width, M = outputs."""
-    kind = predictor["kind"]
-    read = disk = FP32 * (width + outputs)  # mean and bias
-    if kind in ("q", "qlr"):
-        read += FP32 * width  # column_scale
-        disk += FP32 * width
-        per_input, total = _plane_bytes(predictor, width, outputs)
-        disk += total
-        channel_major = predictor["num_inputs"] < width
-        read += per_input * predictor["num_inputs"] if channel_major else total
-    if kind in ("lr", "qlr"):
-        rank, bits = predictor["rank"], predictor["factor_bits"]
-        factors = sum(_matrix_bytes(*shape, bits) for shape in ((rank, width), (outputs, rank)))
-        read, disk = read + factors, disk + factors
-    return read, disk
+def predictor_table(predictor: Mapping[str, Any], width: int, outputs: int) -> TensorTable:
+    """{name: (safetensors dtype, shape)} of one predictor with D = width, M = outputs."""
+    codes = "U8" if predictor["factor_bits"] == 4 else "I8"
+    dtypes = {"planes": "U8", "scale": "F16", "offset": "F16", "factor_in": "F16"}
+    dtypes |= {"factor_out": "F16", "factor_in_codes": codes, "factor_out_codes": codes}
+    shapes = expected_tensors(predictor, width, outputs)
+    return {name: (dtypes.get(name, "F32"), shape) for name, shape in shapes.items()}
 
 
-def _plane_bytes(predictor: Mapping[str, Any], width: int, outputs: int) -> tuple[int, int]:
-    """(bytes per input channel when channel-major, bytes in all) of bit planes and scales."""
-    channel_major = predictor["num_inputs"] < width
-    rows, columns = (width, outputs) if channel_major else (outputs, width)
-    blocks = ceil(columns / (predictor["block"] or columns))
-    scales = FP16 * blocks * (1 if predictor["symmetric"] else 2)
-    per_row = predictor["bits"] * ceil(columns / 8) + scales
-    return per_row, per_row * rows
+def _layers(hire: Mapping[str, Any]) -> list[Mapping[str, Any] | None]:
+    return list(hire["ffn"]["layers"]) if hire["ffn"] else []
 
 
-def _matrix_bytes(rows: int, columns: int, bits: int) -> int:
-    if bits == 16:
-        return FP16 * rows * columns
-    return rows * (ceil(columns * bits / 8) + FP32)
+def num_matrices(hire: Mapping[str, Any]) -> int:
+    """Matrices of one FFN: 3 with a gate, else 2."""
+    return 3 if hire["ffn"] and hire["layout"]["gate"] else 2
 
 
-def layer_bytes(
-    layer: Mapping[str, Any], width: int, *, gated: bool, weight_bytes: int
-) -> LayerBytes:
-    """The bytes of one converted layer; `weight_bytes` is the size of one stored dense weight."""
-    row = width * weight_bytes
-    matrices = 2 if gated else 1
-    kept = layer["num_candidates"] if layer["keep"] == "candidates" else layer["num_kept"]
-    read, disk = predictor_bytes(layer["predictor"], width, num_outputs(layer, gated=gated))
-    return LayerBytes(
-        dense=layer["num_neurons"] * row * (matrices + 1),
-        predictor=read,
-        gate_up=layer["num_candidates"] * row * matrices,
-        down=kept * row,
-        predictor_on_disk=disk,
-    )
+def hire_tensors(hire: Mapping[str, Any], width: int) -> TensorTable:
+    """Every tensor that hire/predictors.safetensors must hold, under its full name."""
+    table: TensorTable = {}
+    for index, layer in enumerate(_layers(hire)):
+        if layer is not None:
+            outputs = num_outputs(layer, gated=num_matrices(hire) == 3)
+            for name, entry in predictor_table(layer["predictor"], width, outputs).items():
+                table[f"layers.{index}.{name}"] = entry
+    if hire["head"] and hire["head"]["kind"] == "lr":
+        table["head.factor_in"] = ("F32", (hire["head"]["rank"], width))
+    return table
 
 
-def head_bytes(
-    head: Mapping[str, Any] | None, vocabulary: int, width: int, *, weight_bytes: int
-) -> tuple[int, int]:
-    """(dense, converted) bytes of the head; a certified head is counted at its num_candidates."""
-    dense = vocabulary * width * weight_bytes
+def table_bytes(table: TensorTable) -> int:
+    """Bytes of the tensors of a table."""
+    return sum(ITEM_BYTES[dtype] * prod(shape) for dtype, shape in table.values())
+
+
+def head_entry(tensors: TensorTable, vocabulary: int) -> tuple[str, tuple[int, int]]:
+    """(dtype, [V, D]) of the matrix that makes logits: the untied head, or the tied embedding."""
+    found = {name: e for name, e in tensors.items() if len(e[1]) == 2 and e[1][0] >= vocabulary}
+    if not found:
+        raise InputError(f"the weights hold no matrix of {vocabulary} rows, so no output head.")
+    name = min(found, key=lambda name: ("embed" in name or "wte" in name, name))
+    dtype, shape = found[name]
+    return dtype, (shape[0], shape[1])
+
+
+def dense_bytes(tensors: TensorTable, config: Any) -> int:
+    """Bytes of the weights one dense token reads: all but the rows of tables it looks up.
+
+    Of experts the share that a token is routed to. `config` is the text configuration.
+    """
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    routed = (getattr(config, "num_experts_per_tok", None) or 0) / experts if experts else 1.0
+    head = head_entry(tensors, config.vocab_size)
+    total = float(ITEM_BYTES[head[0]] * prod(head[1]))
+    for name, (dtype, shape) in tensors.items():
+        if name.endswith(("embed_positions.weight", "wpe.weight")):
+            continue
+        if len(shape) == 2 and shape[0] >= config.vocab_size:
+            continue
+        count = ITEM_BYTES[dtype] * prod(shape)
+        total += count * (routed if ".experts." in name else 1.0)
+    return int(total)
+
+
+def layer_rows(hire: Mapping[str, Any], width: int, weight_bytes: int) -> list[dict[str, Any]]:
+    """One row for each decoder layer: counts, predictor, bytes read per token."""
+    rows = []
+    for index, layer in enumerate(_layers(hire)):
+        if layer is None:
+            rows.append({"layer": index, "neurons": None, "kind": None})
+            continue
+        predictor = layer["predictor"]
+        read = layer_bytes(layer, width, num_matrices(hire), weight_bytes)
+        rows.append(
+            {
+                "layer": index,
+                "neurons": layer["num_neurons"],
+                "kept": layer["num_kept"],
+                "candidates": layer["num_candidates"],
+                "group_size": layer["group_size"],
+                "kind": predictor["kind"],
+                "rank": predictor["rank"] if predictor["kind"] != "q" else None,
+                "bits": predictor["bits"] if predictor["kind"] != "lr" else None,
+                "inputs": predictor["num_inputs"],
+                "predictor_bytes": read["predictor"],
+                "read_bytes": read["predictor"] + read["candidates"] + read["kept"],
+                "dense_bytes": read["dense"],
+            }
+        )
+    return rows
+
+
+def head_bytes(head: Mapping[str, Any] | None, shape_VD: Sequence[int], weight_bytes: int) -> int:
+    """Bytes that the head reads per row; a certified head is counted at its fewest rows."""
+    vocabulary, width = shape_VD
     if head is None:
-        return dense, dense
+        return vocabulary * width * weight_bytes
     if head["kind"] == "lr":
-        estimate = FP16 * head["rank"] * (vocabulary + width)
+        copy = 2 * head["rank"] * (vocabulary + width)
     else:
         blocks = ceil(width / (head["block"] or width))
-        estimate = vocabulary * (ceil(width * head["bits"] / 8) + FP32 * blocks)
-    if head["certified"]:
-        estimate += FP32 * vocabulary  # e_i, the error norm of every row
-    return dense, estimate + head["num_candidates"] * width * weight_bytes
+        copy = vocabulary * (ceil(width * head["bits"] / 8) + 4 * blocks)
+    bounds = 4 * vocabulary if head["certified"] else 0
+    rescored = head["certify_top"] if head["certified"] else head["num_candidates"]
+    return copy + bounds + min(rescored, vocabulary) * width * weight_bytes
+
+
+def token_bytes(hire: Mapping[str, Any], tensors: TensorTable, config: Any) -> dict[str, Any]:
+    """Bytes read per decoded token, dense and converted, and the speed-up that they bound.
+
+    `tensors` are the dense weights, `config` the text configuration. The cache of keys and values
+    is not counted.
+    """
+    dtype, shape_VD = head_entry(tensors, config.vocab_size)
+    weight_bytes = ITEM_BYTES[dtype]
+    layers = [layer for layer in _layers(hire) if layer]
+    rows = [
+        layer_bytes(layer, config.hidden_size, num_matrices(hire), weight_bytes) for layer in layers
+    ]
+    parts = {key: sum(row[key] for row in rows) for key in ("predictor", "candidates", "kept")}
+    ffn_dense, ffn = sum(row["dense"] for row in rows), sum(parts.values())
+    head_dense = head_bytes(None, shape_VD, weight_bytes)
+    head = head_bytes(hire["head"], shape_VD, weight_bytes)
+    dense = dense_bytes(tensors, config)
+    converted = dense - ffn_dense - head_dense + ffn + head
+    return {
+        "dense": dense,
+        "converted": converted,
+        "speedup_bound": round(dense / converted, 4),
+        "ffn": {"dense": ffn_dense, "converted": ffn, **parts},
+        "head": {"dense": head_dense, "converted": head},
+    }

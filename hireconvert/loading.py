@@ -1,0 +1,128 @@
+"""Load a finished folder with the installed runtime: no code of the folder runs."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from hireconvert.errors import InputError
+from hireconvert.runtime import RUNTIME_FILES, modeling_hire
+from hireconvert.runtime.hire_config import check_hire_config
+from hireconvert.version import __version__
+
+PREDICTORS = Path("hire") / "predictors.safetensors"
+CHECKSUMS = "SHA256SUMS"
+REPORT = "hire_report.json"
+RUNTIME_FOLDER = Path(modeling_hire.__file__).parent
+KNOWN_HASHES = RUNTIME_FOLDER / "known_hashes.json"
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of one file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def runtime_versions() -> dict[tuple[str, str], set[str]]:
+    """{(file, sha256): versions} of every released runtime file and of the installed ones."""
+    known: dict[tuple[str, str], set[str]] = {}
+    for entry in json.loads(KNOWN_HASHES.read_text(encoding="utf-8")):
+        known.setdefault((entry["file"], entry["sha256"]), set()).add(entry["version"])
+    for name in RUNTIME_FILES:
+        known.setdefault((name, file_sha256(RUNTIME_FOLDER / name)), set()).add(__version__)
+    return known
+
+
+def check_shipped_runtime(folder: Path) -> str:
+    """The version of the runtime files in `folder`.
+
+    Raises InputError when a file is unknown or two files belong to different versions.
+    """
+    paths = sorted(folder.glob("*.py"))
+    if "modeling_hire.py" not in [path.name for path in paths]:
+        raise InputError(f"{folder} holds no modeling_hire.py, so hireconvert did not write it.")
+    known = runtime_versions()
+    common: set[str] | None = None
+    for path in paths:
+        digest = file_sha256(path)
+        versions = known.get((path.name, digest))
+        if versions is None:
+            raise InputError(
+                f"{path} is not a runtime file of hireconvert: its SHA-256 {digest} is not a known "
+                "one. It was edited, or written by a newer version. Read it before you load it "
+                "with trust_remote_code, or upgrade hireconvert."
+            )
+        common = versions if common is None else common & versions
+    if not common:
+        raise InputError(f"the runtime files in {folder} belong to different versions.")
+    return max(common)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a converted folder, its `hire` dict checked for form.
+
+    Raises InputError when the folder is not a converted one or the dict is out of range.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{folder} holds no config.json; name a converted model.") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("hire"), dict):
+        raise InputError(f"{path} has no `hire` object: this is not a converted model.")
+    return config
+
+
+def check_config(config: PreTrainedConfig) -> None:
+    """Raise InputError when the runtime refuses `config.hire`."""
+    try:
+        check_hire_config(config)
+    except ValueError as error:
+        raise InputError(f"config.json: {error}") from error
+
+
+def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The converted model in `folder`, built from the installed runtime, in eval mode.
+
+    The stored dtype is kept unless `dtype` is given. Raises InputError when the folder is not a
+    converted one, its shipped runtime is unknown, or its tensors do not fit its config.
+    """
+    folder = Path(folder)
+    raw = read_config(folder)
+    check_shipped_runtime(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    check_config(config)
+    name = raw.get("auto_map", {}).get("AutoModelForCausalLM", "").rpartition(".")[2]
+    model_class = getattr(modeling_hire, name, None)
+    if not name.startswith("Hire") or model_class is None:
+        raise InputError(
+            f"{folder / 'config.json'}: auto_map names {name!r}, which the installed runtime does "
+            "not have. Upgrade hireconvert, or load with trust_remote_code."
+        )
+    try:
+        model, info = model_class.from_pretrained(
+            folder, config=config, dtype=dtype or "auto", output_loading_info=True
+        )
+    except ValueError as error:  # the runtime found that the predictors do not fit
+        raise InputError(f"{folder} cannot be loaded: {error}") from error
+    require_all_keys(folder, info)
+    return model.eval()
+
+
+def require_all_keys(folder: Path, loading_info: dict[str, Any]) -> None:
+    """Raise InputError when Transformers reports a missing, unexpected or mismatched tensor."""
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = sorted(str(key) for key in loading_info[problem])
+        if keys:
+            raise InputError(
+                f"{folder}: {len(keys)} {problem.replace('_', ' ')}, first {keys[0]}. The weights "
+                "do not fit config.json; convert again or fetch the folder again."
+            )
