@@ -124,14 +124,11 @@ class Prepared:
 class SparseFfn(nn.Module):
     """Selection and sparse arithmetic of one layer; sits beside the dense weights as `hire`."""
 
-    def __init__(
-        self, spec: Mapping[str, Any], parts: FfnParts, dense: Callable[..., torch.Tensor]
-    ) -> None:
+    def __init__(self, spec: Mapping[str, Any], parts: FfnParts) -> None:
         super().__init__()
         self.spec = dict(spec)
         # Plain containers keep the parts out of the module tree: their names must not change.
         self._parts = (parts,)
-        self._dense = dense
         self.predictor_tensors: dict[str, torch.Tensor] = {}
         self.prepared: Prepared | None = None
         self.register_buffer(
@@ -294,7 +291,7 @@ class SparseFfn(nn.Module):
             # A graph cannot branch on data: a row with NaN or inf is recomputed densely in a
             # conditional that does nothing for other rows.
             y_1D = torch.cond(
-                finite, lambda x, y: y.clone(), lambda x, y: self._dense(x).view_as(y), (x_1D, y_1D)
+                finite, lambda x, y: y.clone(), lambda x, y: self.dense(x).view_as(y), (x_1D, y_1D)
             )
         return y_1D
 
@@ -320,9 +317,13 @@ class SparseFfn(nn.Module):
         bias = down.bias()
         return y_1D if bias is None else y_1D + bias
 
+    def dense(self, x_ND: torch.Tensor) -> torch.Tensor:
+        """The FFN with every neuron, from the same parts."""
+        return self.parts.down.run(self._hidden(x_ND))
+
     def _dense_row(self, x_1D: torch.Tensor) -> torch.Tensor:
         self.count(1, torch.ones((), dtype=torch.int64))
-        return self._dense(x_1D)
+        return self.dense(x_1D)
 
 
 def _linear_rows(

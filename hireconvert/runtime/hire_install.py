@@ -66,7 +66,7 @@ class HireInlineMixin:
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         state = self.hire_state
         if not state.sparse:
-            return self.dense_ffn(hidden_states)
+            return self.hire.dense(hidden_states)
         rows = self.hire(hidden_states.flatten(0, -2), state.dense_rows_N)
         return rows.view(*hidden_states.shape[:-1], rows.shape[-1])
 
@@ -115,20 +115,14 @@ def install_ffn(
     owner = layer.get_submodule(layout["ffn"]) if layout["ffn"] else layer
     parts = FfnParts.resolve(owner, layout)
     if layout["ffn"]:
-        target, native = owner, type(owner)
-        dense = functools.partial(native.forward, owner)
-        owner.__class__ = mixed(HireFfnMixin, native)
+        target = owner
+        owner.__class__ = mixed(HireFfnMixin, type(owner))
     else:
         target = parts.up.module
-
-        def dense(x: torch.Tensor) -> torch.Tensor:
-            return parts.down.run(parts.act(parts.up.run(x)))
-
-        object.__setattr__(target, "dense_ffn", dense)
         target.__class__ = mixed(HireInlineMixin, type(target))
         parts.down.module.__class__ = mixed(HirePassMixin, type(parts.down.module))
         setattr(layer, layout["act"], nn.Identity())
-    target.hire = SparseFfn(spec, parts, dense)
+    target.hire = SparseFfn(spec, parts)
     object.__setattr__(target, "hire_state", state)
     return target.hire
 
