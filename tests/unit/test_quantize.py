@@ -15,7 +15,7 @@ from hireconvert.quantize import (
     round_codes,
     unpack_planes,
 )
-from hireconvert.runtime.hire_ffn import Predictor
+from hireconvert.runtime.hire_predict import Predictor
 
 M, D = 22, 37
 

@@ -1,6 +1,6 @@
 """Writes the FFN inputs of an off-grid twin: calibration, held-out of it, and the test texts.
 
-    python tools/research/capture.py --model DIR --data DATA --out FILE.pt
+python tools/research/capture.py --model DIR --data DATA --out FILE.pt
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def main() -> None:
         texts[name] = text_windows(tokenizer, heldout_documents(path), 1)
     rows = {name: captured_inputs(model, windows) for name, windows in texts.items()}
     torch.save(rows, args.out)
-    print(args.out, {k: tuple(v[0].shape) for k, v in rows.items()}, round(time.time() - start), "s")
+    print(
+        args.out, {k: tuple(v[0].shape) for k, v in rows.items()}, round(time.time() - start), "s"
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,367 @@
+"""One layer's predictor: order of the neurons, estimate, training, what it recalls and costs.
+
+Shape suffixes: N rows (tokens), D width, F neurons, M predictor outputs (gate rows then up rows,
+up rows alone, or one row a group), R rank, S selectable units (neurons or groups).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from hireconvert.errors import InputError
+from hireconvert.families import FfnWeights
+from hireconvert.fitting import (
+    Moments,
+    Training,
+    grouped_order,
+    input_moments,
+    least_squares,
+    low_rank,
+    regressed_on_loud,
+    residual_coefficients,
+    train_factors,
+)
+from hireconvert.quantize import (
+    GridFormat,
+    decode_codes,
+    encode_factor,
+    encode_matrix,
+    feedback_codes,
+    fit_grid,
+)
+from hireconvert.recipe import FfnRecipe, PredictorRecipe
+from hireconvert.runtime.hire_predict import Predictor
+from hireconvert.scoring import (
+    ROW_CHUNK,
+    candidate_counts,
+    cheapest_first,
+    combined,
+    exact_scores,
+    hidden,
+    layer_counts,
+    measured,
+    predictor_spec,
+    score_norms,
+    total_bytes,
+)
+
+COLUMN_SCALE_POWER = 0.5
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What the export needs of one layer, and what was measured while it was made.
+
+    `spec` is LAYER of docs/design.md; `tensors` carry no `layers.{i}.` prefix; `permutation_F`
+    (int64, or None) lists old neuron numbers in their new order.
+    """
+
+    spec: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+    permutation_F: torch.Tensor | None
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One layer with its neurons already in their final order."""
+
+    weights: FfnWeights
+    fit_ND: torch.Tensor
+    held_ND: torch.Tensor
+    norm_F: torch.Tensor  # ones where the recipe scores without the norm of the output vector
+    counts: dict[str, Any]  # LAYER without its predictor
+    seed: int
+
+    @property
+    def width(self) -> int:
+        return self.weights.up_FD.shape[1]
+
+    @property
+    def num_matrices(self) -> int:
+        return 2 if self.weights.gate_FD is None else 3
+
+
+@torch.no_grad()
+def distill_layer(
+    weights: FfnWeights,
+    fit_ND: torch.Tensor,
+    held_ND: torch.Tensor,
+    recipe: FfnRecipe,
+    predictor: PredictorRecipe,
+    keep_fraction: float,
+    *,
+    seed: int,
+) -> LayerResult:
+    """The predictor of one FFN, fitted on calibration inputs and judged on held-out ones.
+
+    `fit_ND` and `held_ND` are float32 inputs of the FFN [rows, D]; rows that are not finite are
+    left out. Deterministic for a seed and a thread count. Raises InputError when no finite rows
+    remain, UsageError when counts of the recipe do not fit the number of neurons.
+    """
+    fit_ND, held_ND = _finite_rows(fit_ND, "calibration"), _finite_rows(held_ND, "held-out")
+    counts = layer_counts(weights.up_FD.shape[0], recipe, keep_fraction)
+    norm_F = score_norms(weights, recipe.score)
+    permutation_F = None
+    if counts["group_size"] > 1 or counts["num_common"] > 0:
+        permutation_F = neuron_order(exact_scores(weights, fit_ND, norm_F), counts)
+        weights, norm_F = _permuted(weights, permutation_F), norm_F[permutation_F]
+    job = _Job(weights, fit_ND, held_ND, norm_F, counts, seed)
+    if predictor.kind == "auto":
+        spec, tensors, report = _cheapest(job, predictor)
+    else:
+        spec, tensors, report = _fitted(job, predictor)
+    return LayerResult(spec, tensors, permutation_F, report)
+
+
+def neuron_order(scores_NF: torch.Tensor, counts: dict[str, Any]) -> torch.Tensor:
+    """int64 [F]: the most often active neurons first, then the rest in co-active groups."""
+    kth_N1 = scores_NF.topk(counts["num_kept"], dim=1).values[:, -1:]
+    activity_F = (scores_NF >= kth_N1).sum(0)
+    by_activity = torch.argsort(activity_F, descending=True, stable=True)
+    common = by_activity[: counts["num_common"]].sort().values
+    rest = by_activity[counts["num_common"] :].sort().values
+    if counts["group_size"] > 1:
+        rest = rest[grouped_order(scores_NF[:, rest], counts["group_size"])]
+    return torch.cat([common, rest])
+
+
+# --------------------------------------------------------------------------- one predictor
+
+
+def _fitted(
+    job: _Job, recipe: PredictorRecipe
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any]]:
+    """(LAYER, tensors, report) of one explicit predictor recipe."""
+    kind_spec, tensors, losses = _fit(job, recipe)
+    spec = {**job.counts, "predictor": kind_spec}
+    report = {**measured(job.weights, job.held_ND, spec, tensors), **losses}
+    return spec, tensors, report
+
+
+def _fit(
+    job: _Job, recipe: PredictorRecipe
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any]]:
+    """(PREDICTOR, tensors, losses): copy, low-rank part and bias, trained when asked for."""
+    mean_D = job.fit_ND.mean(0) if recipe.centre else torch.zeros(job.width)
+    target_MD, constant_M = _target(job, recipe, mean_D)
+    spec = predictor_spec(recipe, job.width, job.num_matrices, job.counts)
+    tensors, moments, copy_MD, factors = _linear_parts(job, recipe, spec, target_MD)
+    bias_M = constant_M + (target_MD.double() @ moments.rest_D).float()
+    if copy_MD is not None:
+        bias_M = bias_M - (copy_MD.double() @ moments.loud_mean_D).float()
+    if factors is not None:
+        bias_M = bias_M - factors[1] @ (factors[0] @ moments.rest_D.float())
+    losses: dict[str, Any] = {}
+    if factors is not None and recipe.distill is not None:
+        factors, bias_M, losses = _trained(job, recipe, spec, tensors, (*factors, bias_M))
+    if factors is not None:
+        for name, factor in zip(("factor_in", "factor_out"), factors, strict=True):
+            tensors |= encode_factor(factor, recipe.factor_bits, name)
+    return spec, {**tensors, "mean": mean_D, "bias": bias_M.contiguous()}, losses
+
+
+def _target(
+    job: _Job, recipe: PredictorRecipe, mean_D: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(matrix [M, D], constant [M]) that the predictor approximates on centred inputs."""
+    weights = job.weights
+    if recipe.group_scores:
+        floor = _score_floor(job)
+        logs = [
+            _log_units(job, hidden(job.weights, rows), floor, first=0)
+            for rows in job.fit_ND.split(ROW_CHUNK)
+        ]
+        return least_squares(job.fit_ND, torch.cat(logs), mean_D)
+    parts = [(weights.gate_FD, weights.gate_bias_F), (weights.up_FD, weights.up_bias_F)]
+    present = [(matrix, bias) for matrix, bias in parts if matrix is not None]
+    matrix_MD = torch.cat([matrix for matrix, _ in present])
+    biases = [torch.zeros(matrix.shape[0]) if bias is None else bias for matrix, bias in present]
+    return matrix_MD, torch.cat(biases) + matrix_MD @ mean_D
+
+
+def _linear_parts(
+    job: _Job, recipe: PredictorRecipe, spec: dict[str, Any], target_MD: torch.Tensor
+) -> tuple[
+    dict[str, torch.Tensor],
+    Moments,
+    torch.Tensor | None,
+    tuple[torch.Tensor, torch.Tensor] | None,
+]:
+    """Copy tensors, moments, the decoded copy on plain inputs, and the factors' start.
+
+    With both parts the factors first take what low rank explains, the copy holds the rest, and
+    the factors are fitted again to what rounding (and the quiet inputs) left.
+    """
+    loudness_D = target_MD.norm(dim=0)
+    tensors: dict[str, torch.Tensor] = {}
+    copy_MD, factors = None, None
+    moments = input_moments(job.fit_ND, loudness_D, spec["num_inputs"], centre=recipe.centre)
+    if recipe.kind in ("lr", "qlr"):
+        factors = low_rank(target_MD, moments.full_DD, spec["rank"])
+    if recipe.kind == "lr":
+        return tensors, moments, copy_MD, factors
+    rounds = 2 if spec["num_inputs"] < job.width else 1
+    for _ in range(rounds):  # the loud channels are chosen by the copy's own norms
+        open_MD = target_MD if factors is None else target_MD - factors[1] @ factors[0]
+        tensors, copy_MD = _copy(regressed_on_loud(open_MD, moments), moments, recipe, spec)
+        if rounds > 1:
+            moments = input_moments(
+                job.fit_ND, copy_MD.norm(dim=0), spec["num_inputs"], centre=recipe.centre
+            )
+        if factors is not None:
+            residual_MD = residual_coefficients(target_MD, copy_MD, moments)
+            factors = low_rank(residual_MD, moments.full_DD, spec["rank"])
+    return tensors, moments, copy_MD, factors
+
+
+def _copy(
+    matrix_MD: torch.Tensor, moments: Moments, recipe: PredictorRecipe, spec: dict[str, Any]
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """(tensors, float32 [M, D] copy of the matrix as plain inputs see it)."""
+    channel_major = spec["num_inputs"] < matrix_MD.shape[1]
+    scale_D = torch.ones(matrix_MD.shape[1])
+    if recipe.column_scale and not channel_major:  # there every channel has its own scales
+        size_D = moments.loud_DD.diagonal().clamp_min(1e-20).pow(COLUMN_SCALE_POWER / 2)
+        scale_D = (size_D / size_D.log().mean().exp()).clamp(1e-3, 1e3).float()
+    scaled_MD = matrix_MD * scale_D
+    moment_DD = moments.loud_DD / torch.outer(scale_D, scale_D)
+    form = GridFormat(recipe.bits, recipe.block, recipe.symmetric, channel_major)
+    grid = fit_grid(scaled_MD, form, importance_D=moment_DD.diagonal())
+    codes = feedback_codes(scaled_MD, grid, moment_DD)
+    tensors = {**encode_matrix(codes, grid), "column_scale": scale_D}
+    return tensors, decode_codes(codes, grid) / scale_D
+
+
+# --------------------------------------------------------------------------- training of factors
+
+
+def _trained(
+    job: _Job,
+    recipe: PredictorRecipe,
+    spec: dict[str, Any],
+    copy_tensors: dict[str, torch.Tensor],
+    start: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor, dict[str, Any]]:
+    """(factors, bias, report) after training; the copy stays as it is."""
+    assert recipe.distill is not None
+    mean_D = job.fit_ND.mean(0) if recipe.centre else torch.zeros(job.width)
+    base = None
+    if copy_tensors:
+        zeros = torch.zeros_like(start[2])
+        base = Predictor(
+            {**spec, "kind": "q"}, {**copy_tensors, "mean": mean_D, "bias": zeros}, job.width
+        )
+    floor, common = _score_floor(job), job.counts["num_common"]
+
+    def batch(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x_BD = job.fit_ND[rows]
+        base_BM = torch.zeros(()) if base is None else base.estimate(x_BD)
+        truth_BS = _log_units(job, hidden(job.weights, x_BD), floor, first=common)
+        return x_BD - mean_D, base_BM, truth_BS
+
+    def log_scores(z_BM: torch.Tensor) -> torch.Tensor:
+        if spec["groups"]:
+            return z_BM[:, common // job.counts["group_size"] :]
+        return _log_units(job, combined(job.weights, z_BM), floor, first=common)
+
+    held_spec = {**job.counts, "predictor": spec}
+
+    def held_recall(factor_in: torch.Tensor, factor_out: torch.Tensor, bias: torch.Tensor) -> float:
+        tensors = {**copy_tensors, "mean": mean_D, "bias": bias}
+        for name, factor in (("factor_in", factor_in), ("factor_out", factor_out)):
+            tensors |= encode_factor(factor, recipe.factor_bits, name)
+        report = measured(job.weights, job.held_ND, held_spec, tensors)
+        return float(report["recall"])
+
+    group = job.counts["group_size"]
+    training = Training(**recipe.distill.model_dump(), seed=job.seed)
+    result = train_factors(
+        start,
+        batch,
+        log_scores,
+        num_rows=job.fit_ND.shape[0],
+        num=(job.counts["num_kept"] - common) // group,
+        held_recall=held_recall,
+        training=training,
+    )
+    report = {"distill_losses": result.losses, "distill_recalls": result.held_recall}
+    return (result.factor_in_RD, result.factor_out_MR), result.bias_M, report
+
+
+def _score_floor(job: _Job) -> float:
+    """A tenth of the typical threshold: below it a log score says nothing about the top set."""
+    rows = job.fit_ND[: ROW_CHUNK // 2]
+    scores_NF = exact_scores(job.weights, rows, job.norm_F)
+    kth_N = scores_NF.topk(job.counts["num_kept"], dim=1).values[:, -1]
+    return max(float(kth_N.median()) / 10, 1e-20)
+
+
+def _log_units(job: _Job, hidden_NF: torch.Tensor, floor: float, *, first: int) -> torch.Tensor:
+    """Log scores of the units from neuron `first` on, flat below the floor, [N, S]."""
+    squared_NF = (hidden_NF * job.norm_F).square()[:, first:]
+    group = job.counts["group_size"]
+    if group > 1:
+        squared_NF = squared_NF.unflatten(-1, (-1, group)).sum(-1)
+    return 0.5 * (squared_NF + floor * floor).log()
+
+
+# --------------------------------------------------------------------------- the cheapest kind
+
+
+def _cheapest(
+    job: _Job, recipe: PredictorRecipe
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any]]:
+    """The candidate of fewest total bytes that reaches `target_recall` on the held-out rows.
+
+    Predictors are tried from the cheapest on, each at every over-selection; those that could not
+    win even with over-selection 1 are never fitted. When none reaches the target, the one with
+    the highest recall is taken and `target_reached` is false.
+    """
+    assert recipe.target_recall is not None
+    best: tuple[tuple[bool, float], Any] | None = None
+    tried = 0
+    for floor_bytes, option in cheapest_first(recipe, job.width, job.num_matrices, job.counts):
+        if best is not None and best[0][0] and floor_bytes >= -best[0][1]:
+            break
+        kind_spec, tensors, losses = _fit(job, option)
+        tried += 1
+        for candidates in candidate_counts(job.counts):
+            counts = {**job.counts, "num_candidates": candidates}
+            spec = {**counts, "predictor": kind_spec}
+            report = measured(job.weights, job.held_ND, spec, tensors)
+            reached = report["recall"] >= recipe.target_recall
+            rank = (reached, -total_bytes(report["bytes"]) if reached else report["recall"])
+            if best is None or rank > best[0]:
+                best = rank, (spec, tensors, {**report, **losses})
+            if reached:
+                break
+    assert best is not None  # there is always something to try
+    spec, tensors, report = best[1]
+    return spec, tensors, {**report, "target_reached": best[0][0], "tried": tried}
+
+
+def _finite_rows(x_ND: torch.Tensor, name: str) -> torch.Tensor:
+    rows = x_ND[torch.isfinite(x_ND).all(dim=1)].float()
+    if rows.shape[0] == 0:
+        raise InputError(
+            f"no finite {name} row of FFN inputs remains; the model's activations overflow"
+        )
+    return rows
+
+
+def _permuted(weights: FfnWeights, order: torch.Tensor) -> FfnWeights:
+    def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor[order].contiguous()
+
+    return replace(
+        weights,
+        gate_FD=moved(weights.gate_FD),
+        up_FD=weights.up_FD[order].contiguous(),
+        down_FD=weights.down_FD[order].contiguous(),
+        gate_bias_F=moved(weights.gate_bias_F),
+        up_bias_F=moved(weights.up_bias_F),
+    )

@@ -1,0 +1,205 @@
+"""Scores of one FFN's neurons, how many are kept, and what a predictor recalls and costs.
+
+Shape suffixes: N rows (tokens), D width, F neurons, M predictor outputs (gate rows then up rows,
+up rows alone, or one row a group), S selectable units (neurons or groups).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from hireconvert.errors import UsageError
+from hireconvert.families import FfnWeights
+from hireconvert.recipe import FfnRecipe, PredictorRecipe
+from hireconvert.runtime.hire_predict import (
+    Predictor,
+    layer_bytes,
+    members_mask,
+    recall_at,
+    select_neurons,
+    unit_scores,
+)
+
+ROW_CHUNK = 2048
+WEIGHT_BYTES = 2  # byte figures are against a bfloat16 FFN
+AUTO_BITS = (2, 3, 4)
+AUTO_INPUT_KEEP = (1.0, 0.6, 0.5, 0.4)
+AUTO_OVER_SELECT = (1.0, 1.1, 1.2, 1.3, 1.4, 1.5)
+
+
+def layer_counts(num_neurons: int, recipe: FfnRecipe, keep_fraction: float) -> dict[str, Any]:
+    """LAYER of docs/design.md without its predictor: counts in neurons, multiples of the group.
+
+    Raises UsageError when the group does not divide the neurons or the common ones leave no
+    choice.
+    """
+    group = recipe.group_size
+    if num_neurons % group:
+        raise UsageError(
+            f"ffn.group_size {group} does not divide the {num_neurons} neurons of a layer; "
+            "choose a divisor"
+        )
+    kept = max(round_half_up(keep_fraction * num_neurons / group), 1) * group
+    candidates = math.ceil(recipe.over_select * kept / group - 1e-9) * group
+    common = round_half_up(recipe.common_path * num_neurons / group) * group
+    if common and common >= kept:
+        raise UsageError(
+            f"ffn.common_path makes {common} neurons always active, but only {kept} are kept; "
+            "lower it or raise ffn.keep_fraction"
+        )
+    return {
+        "num_neurons": num_neurons,
+        "num_kept": min(kept, num_neurons),
+        "num_candidates": min(candidates, num_neurons),
+        "group_size": group,
+        "num_common": common,
+        "score": recipe.score,
+        "keep": recipe.keep,
+    }
+
+
+def predictor_spec(
+    recipe: PredictorRecipe, width: int, num_matrices: int, counts: dict[str, Any]
+) -> dict[str, Any]:
+    """PREDICTOR of docs/design.md for an explicit kind. Low-rank factors read every channel."""
+    with_copy, with_factors = recipe.kind in ("q", "qlr"), recipe.kind in ("lr", "qlr")
+    outputs = counts["num_neurons"] * (num_matrices - 1)
+    if recipe.group_scores:
+        outputs = counts["num_neurons"] // counts["group_size"]
+    inputs = min(max(round_half_up(recipe.input_keep * width), 1), width)
+    return {
+        "kind": recipe.kind,
+        "bits": recipe.bits if with_copy else None,
+        "block": recipe.block if with_copy else None,
+        "symmetric": recipe.symmetric,
+        "rank": min(recipe.rank, width, outputs) if with_factors else None,
+        "factor_bits": recipe.factor_bits,
+        "num_inputs": inputs if with_copy else width,
+        "groups": recipe.group_scores,
+    }
+
+
+def score_norms(weights: FfnWeights, score: str) -> torch.Tensor:
+    """float32 [F]: the length of each neuron's output vector, or ones for the score `plain`."""
+    norm_F = weights.down_FD.norm(dim=1)
+    return norm_F if score == "norm" else torch.ones_like(norm_F)
+
+
+def hidden(weights: FfnWeights, x_ND: torch.Tensor) -> torch.Tensor:
+    """The hidden vector act(gate) * up (or act(up)) of every neuron, [N, F]."""
+    up_NF = F.linear(x_ND, weights.up_FD, weights.up_bias_F)
+    if weights.gate_FD is None:
+        return weights.act(up_NF)
+    return weights.act(F.linear(x_ND, weights.gate_FD, weights.gate_bias_F)) * up_NF
+
+
+def exact_scores(weights: FfnWeights, x_ND: torch.Tensor, norm_F: torch.Tensor) -> torch.Tensor:
+    """float32 [N, F]: |hidden value| * norm_i, the size of each neuron's contribution."""
+    return torch.cat([hidden(weights, rows).abs() * norm_F for rows in x_ND.split(ROW_CHUNK)])
+
+
+def combined(weights: FfnWeights, z_NM: torch.Tensor) -> torch.Tensor:
+    """The hidden vector from estimated gate and up values (or up values alone)."""
+    if weights.gate_FD is None:
+        return weights.act(z_NM)
+    gate_NF, up_NF = z_NM.chunk(2, dim=-1)
+    return weights.act(gate_NF) * up_NF
+
+
+def measured(
+    weights: FfnWeights, x_ND: torch.Tensor, spec: dict[str, Any], tensors: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """Recall, score mass and bytes of one layer on inputs [N, D], through the runtime's code.
+
+    `recall`: share of the true top `num_kept` among the candidates; `recall_at_kept`: the same
+    among the first `num_kept` predicted (over-selection 1.0); `score_mass`: squared scores of the
+    kept neurons over those of the true top. Means over rows; `bytes` per token.
+    """
+    width, kept = weights.up_FD.shape[1], spec["num_kept"]
+    predictor = Predictor(spec["predictor"], tensors, width)
+    norm_F = score_norms(weights, spec["score"])
+    totals = torch.zeros(3)
+    for rows in x_ND.split(ROW_CHUNK):
+        score_NF = exact_scores(weights, rows, norm_F).nan_to_num()
+        unit_NS = estimated_units(weights, predictor.estimate(rows), norm_F, spec).nan_to_num()
+        candidate_NF = _chosen(unit_NS, spec["num_candidates"], spec)
+        narrow_NF = _chosen(unit_NS, kept, spec)
+        true_mass = score_NF.topk(kept, dim=1).values.square().sum(1)
+        found = (score_NF * candidate_NF).topk(kept, dim=1).values.square().sum(1)
+        mass_N = (found / true_mass.clamp_min(1e-30)).clamp_max(1.0)
+        for index, value in enumerate(
+            (recall_at(score_NF, candidate_NF, kept), recall_at(score_NF, narrow_NF, kept), mass_N)
+        ):
+            totals[index] += value.sum()
+    recall, at_kept, mass = (totals / x_ND.shape[0]).tolist()
+    matrices = 2 if weights.gate_FD is None else 3
+    return {
+        "recall": recall,
+        "recall_at_kept": at_kept,
+        "score_mass": mass,
+        "bytes": layer_bytes(spec, width, matrices, WEIGHT_BYTES),
+    }
+
+
+def estimated_units(
+    weights: FfnWeights, z_NM: torch.Tensor, norm_F: torch.Tensor, spec: dict[str, Any]
+) -> torch.Tensor:
+    """Predicted scores of the selectable units from a predictor's outputs, common ones left out."""
+    if spec["predictor"]["groups"]:
+        return z_NM[:, spec["num_common"] // spec["group_size"] :]
+    score_NF = combined(weights, z_NM).abs() * norm_F
+    return unit_scores(score_NF[:, spec["num_common"] :], spec["group_size"])
+
+
+def _chosen(unit_NS: torch.Tensor, count: int, spec: dict[str, Any]) -> torch.Tensor:
+    index_NK = select_neurons(unit_NS, count, spec["group_size"], spec["num_common"])
+    return members_mask(index_NK, spec["num_neurons"])
+
+
+def cheapest_first(
+    recipe: PredictorRecipe, width: int, num_matrices: int, counts: dict[str, Any]
+) -> list[tuple[int, PredictorRecipe]]:
+    """What kind `auto` tries: (total bytes at over-selection 1, explicit recipe), ascending.
+
+    Kinds, bits and shares of inputs vary; rank, blocks and training come from the recipe.
+    """
+    base = {"target_recall": None}
+    options = [
+        {"kind": "q", "bits": bits, "input_keep": keep, "distill": None}
+        for bits, keep in itertools.product(AUTO_BITS, AUTO_INPUT_KEEP)
+    ]
+    options += [
+        {"kind": "qlr", "bits": bits, "input_keep": keep}
+        for bits, keep in itertools.product(AUTO_BITS[:2], (1.0, 0.5))
+    ]
+    ranks = sorted({recipe.rank, 2 * recipe.rank})
+    options += [{"kind": "lr", "rank": rank} for rank in ranks if rank < width]
+    explicit = [recipe.model_copy(update={**base, **option}) for option in options]
+    counts = {**counts, "num_candidates": counts["num_kept"]}
+    priced = []
+    for option in explicit:
+        spec = {**counts, "predictor": predictor_spec(option, width, num_matrices, counts)}
+        priced.append((total_bytes(layer_bytes(spec, width, num_matrices, WEIGHT_BYTES)), option))
+    return sorted(priced, key=lambda pair: pair[0])
+
+
+def candidate_counts(counts: dict[str, Any]) -> list[int]:
+    """Ascending numbers of candidates that kind `auto` tries."""
+    group, kept = counts["group_size"], counts["num_kept"]
+    tried = {math.ceil(over * kept / group - 1e-9) * group for over in AUTO_OVER_SELECT}
+    return sorted({min(count, counts["num_neurons"]) for count in tried})
+
+
+def total_bytes(read: dict[str, int]) -> int:
+    """Bytes per token of a converted layer: predictor, candidates and kept rows."""
+    return read["predictor"] + read["candidates"] + read["kept"]
+
+
+def round_half_up(value: float) -> int:
+    """The nearest integer, halves upwards."""
+    return math.floor(value + 0.5)

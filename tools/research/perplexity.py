@@ -1,0 +1,193 @@
+"""Perplexity and recall of predictors on an off-grid twin, one JSON line a setting and keep.
+
+    python tools/research/perplexity.py --model DIR --acts FILE.pt --data DATA --out FILE.jsonl \\
+        --settings FILE.json [--keep 0.5 0.35] [--windows 4]
+
+The settings file is a list of {"name", "ffn": FfnRecipe fields, "predictor": PredictorRecipe
+fields}. Dense and oracle figures on the same windows come first. A setting already in the file
+of results is skipped, so a run that was stopped continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+from twin import (
+    append_result,
+    heldout_documents,
+    load_twin,
+    masked_likelihood,
+    negative_log_likelihood,
+    oracle,
+    read_results,
+    text_windows,
+)
+
+from hireconvert.distill import LayerResult, distill_layer
+from hireconvert.families import FfnWeights
+from hireconvert.recipe import FfnRecipe, PredictorRecipe
+from hireconvert.runtime.hire_ffn import SparseFfn
+from hireconvert.runtime.hire_predict import Predictor
+from hireconvert.scoring import estimated_units, layer_counts, measured
+
+TEXTS = ("wiki", "c4")
+
+
+def ffn_weights(module: Any) -> FfnWeights:
+    """The matrices of one gated FFN module."""
+    down = module.down_proj.weight.T.contiguous()
+    return FfnWeights(
+        module.gate_proj.weight, module.up_proj.weight, down, None, None, module.act_fn
+    )
+
+
+def permuted(weights: FfnWeights, order: torch.Tensor | None) -> FfnWeights:
+    """The weights in the order the export stores them."""
+    if order is None:
+        return weights
+    moved = [t[order] for t in (weights.gate_FD, weights.up_FD, weights.down_FD)]
+    return FfnWeights(*moved, None, None, weights.act)
+
+
+class PredictedMask:
+    """The mask that the shipped runtime selects, from one result a layer."""
+
+    def __init__(self, weights: list[FfnWeights], layers: list[LayerResult]) -> None:
+        self.layers = layers
+        width = weights[0].up_FD.shape[1]
+        self.weights = [permuted(w, r.permutation_F) for w, r in zip(weights, layers, strict=True)]
+        self.norms = [w.down_FD.norm(dim=1) for w in self.weights]
+        self.predictors = [Predictor(r.spec["predictor"], r.tensors, width) for r in layers]
+
+    def __call__(self, index: int, x_ND: torch.Tensor, scores_NF: torch.Tensor) -> torch.Tensor:
+        result = self.layers[index]
+        order = result.permutation_F
+        scores = scores_NF if order is None else scores_NF[:, order]
+        z_NM = self.predictors[index].estimate(x_ND)
+        units = estimated_units(self.weights[index], z_NM, self.norms[index], result.spec)
+        holder = types.SimpleNamespace(spec=result.spec)
+        mask = SparseFfn.kept_mask(holder, units.nan_to_num(), scores)
+        if order is None:
+            return mask
+        return torch.zeros_like(mask).scatter_(1, order.expand_as(mask), mask)
+
+
+class Study:
+    """One model, its test windows and its captured inputs."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.model, tokenizer = load_twin(args.model)
+        self.windows = {
+            name: text_windows(
+                tokenizer, heldout_documents(args.data / f"heldout_{name}.txt"), args.windows
+            )
+            for name in TEXTS
+        }
+        self.acts = torch.load(args.acts, mmap=True)
+        self.weights = [ffn_weights(layer.mlp) for layer in self.model.model.layers]
+        self.done = {(r["name"], r["keep"]): r for r in read_results(args.out)}
+
+    def perplexities(self, name: str, keep: float, mask: Any) -> None:
+        """Dense or oracle figures, unless they are there already."""
+        if (name, keep) in self.done:
+            return
+        self.record(name, keep, mask, {})
+
+    def record(self, name: str, keep: float, mask: Any, extra: dict[str, Any]) -> None:
+        """Measures both texts and writes one line."""
+        line: dict[str, Any] = {"name": name, "keep": keep, **extra}
+        for text, windows in self.windows.items():
+            if mask is None:
+                loss, tokens = negative_log_likelihood(self.model, windows)
+            else:
+                loss, tokens = masked_likelihood(self.model, windows, mask)
+            line |= {f"{text}_nll": loss, f"{text}_ppl": math.exp(loss), f"{text}_tokens": tokens}
+        append_result(self.args.out, line)
+        self.done[name, keep] = line
+        print({k: v for k, v in line.items() if k != "setting"}, flush=True)
+
+    def fit(self, setting: dict[str, Any], keep: float) -> list[LayerResult]:
+        """One predictor a layer."""
+        recipe = FfnRecipe(keep_fraction=keep, **setting.get("ffn", {}))
+        predictor = PredictorRecipe(**setting["predictor"])
+        rows = setting.get("fit_rows")
+        return [
+            distill_layer(
+                w, self.acts["fit"][i][:rows], self.acts["held"][i], recipe, predictor, keep, seed=0
+            )
+            for i, w in enumerate(self.weights)
+        ]
+
+    def run(self, setting: dict[str, Any]) -> None:
+        """All keeps of one setting; a fit that does not depend on the keep is used again."""
+        name, layers = setting["name"], None
+        for keep in self.args.keep:
+            if (name, keep) in self.done:
+                continue
+            started = time.time()
+            plain = setting["predictor"].get("distill") is None and not (
+                setting.get("ffn", {}).keys() & {"group_size", "common_path"}
+            )
+            if layers is None or not plain:
+                layers = self.fit(setting, keep)
+            recipe = FfnRecipe(keep_fraction=keep, **setting.get("ffn", {}))
+            counts = layer_counts(self.weights[0].up_FD.shape[0], recipe, keep)
+            layers = [
+                LayerResult(
+                    {**counts, "predictor": r.spec["predictor"]}, r.tensors, r.permutation_F
+                )
+                for r in layers
+            ]
+            extra = {**self.recalls(layers), "fit_s": round(time.time() - started, 1)}
+            extra["setting"] = setting
+            self.record(name, keep, PredictedMask(self.weights, layers), extra)
+
+    def recalls(self, layers: list[LayerResult]) -> dict[str, Any]:
+        """Recall on the dense model's inputs of the test texts, and shares of dense bytes."""
+        found: dict[str, list[float]] = {"recall": [], "recall_at_kept": [], "score_mass": []}
+        for i, result in enumerate(layers):
+            inputs = torch.cat([self.acts[text][i] for text in TEXTS])
+            report = measured(
+                permuted(self.weights[i], result.permutation_F), inputs, result.spec, result.tensors
+            )
+            for key, values in found.items():
+                values.append(report[key])
+        read = report["bytes"]
+        total = read["predictor"] + read["candidates"] + read["kept"]
+        shares = {
+            "predictor_share": read["predictor"] / read["dense"],
+            "total_share": total / read["dense"],
+        }
+        means = {key: sum(values) / len(values) for key, values in found.items()}
+        return {**means, "recall_worst": min(found["recall"]), **shares}
+
+
+def main() -> None:
+    """Runs dense, the oracle at every keep, then every setting."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for flag in ("--model", "--acts", "--data", "--out", "--settings"):
+        parser.add_argument(flag, type=Path, required=True)
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.35])
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.set_grad_enabled(False)
+    study = Study(args)
+    study.perplexities("dense", 1.0, None)
+    for keep in args.keep:
+        study.perplexities("oracle", keep, oracle(keep))
+    for setting in json.loads(args.settings.read_text(encoding="utf-8")):
+        study.run(setting)
+
+
+if __name__ == "__main__":
+    main()
