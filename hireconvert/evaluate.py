@@ -1,0 +1,251 @@
+"""Stage: quality of a converted model, paired against dense on the same windows.
+
+FFN figures use the dense head and every scored position; head figures use dense hidden states, so
+the two do not mix. Hidden states are kept for each view and logits exist for a few positions at a
+time, because a float32 row of 262,144 logits takes a megabyte.
+
+Shape suffixes: W windows, T tokens of a window, N rows (scored positions), D width, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from pydoc_data import topics
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from hireconvert.data import EvalWindows, evaluation_windows
+from hireconvert.errors import InputError
+from hireconvert.families import base_model
+from hireconvert.loading import load
+from hireconvert.measures import (
+    HeadReport,
+    PairedFigures,
+    SelectionReport,
+    ViewReport,
+    head_logits,
+    head_report,
+    hire_layers,
+    hire_scope,
+    layer_inputs,
+    prove_logits,
+    selection_report,
+)
+
+Progress = Callable[[int, int], None]
+
+# Logits held at once, in elements; a handful of float32 tensors of this size live together.
+_LOGITS_AT_ONCE = 2**23
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """Everything measured; views are `dense`, `all` and `all_prefix` (positions >= dense_prefix).
+
+    `selection` and the last two views are None without a sparse FFN, `head` without a sparse head.
+    """
+
+    num_windows: int
+    num_scored: int
+    text_sha256: str
+    dense_prefix: int
+    baseline_perplexity: float
+    dense: ViewReport
+    all: ViewReport | None
+    all_prefix: ViewReport | None
+    selection: SelectionReport | None
+    head: HeadReport | None
+
+    @property
+    def worst(self) -> ViewReport:
+        """The sparse view that limits hold for; the dense view without a sparse FFN."""
+        sparse = [view for view in (self.all, self.all_prefix) if view is not None]
+        return max(sparse or [self.dense], key=lambda view: view.perplexity)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers alone, ready for JSON."""
+        tree = asdict(self)
+        for name in ("dense", "all", "all_prefix"):
+            if tree[name] is not None:
+                del tree[name]["nll_N"]
+        return tree
+
+
+# --------------------------------------------------------------------------- running a view
+
+
+def _hidden_states(model: Any, ids_WT: torch.Tensor, tick: Callable[[], None]) -> torch.Tensor:
+    """What the head receives at every position that predicts a token of the window, [N, D]."""
+    rows = []
+    for ids_T in ids_WT:
+        output = base_model(model)(input_ids=ids_T[None].to(model.device), use_cache=False)
+        rows.append(output.last_hidden_state[0, :-1])
+        tick()
+    return torch.cat(rows)
+
+
+def _require_sparse(model: Any, shape_WT: torch.Size, dense_prefix: int) -> int:
+    """Rows that ran dense for being NaN or inf; RuntimeError unless all others selected."""
+    num_windows, length = shape_WT
+    nonfinite = 0
+    for index, counts in model.hire_stats()["layers"].items():
+        planned = num_windows * min(dense_prefix, length)
+        if counts["rows"] != num_windows * length or counts["dense_rows"] >= counts["rows"]:
+            raise RuntimeError(
+                f"layer {index} counted {counts['rows']} rows, {counts['dense_rows']} of them "
+                f"dense, expected {num_windows * length} with {planned} dense: the sparse path "
+                "did not run, so its quality was not measured"
+            )
+        nonfinite += counts["dense_rows"] - planned
+    return nonfinite
+
+
+# --------------------------------------------------------------------------- FFN figures
+
+
+def _compare(
+    baseline: tuple[PreTrainedModel, torch.Tensor],
+    model: Any,
+    hidden: dict[str, torch.Tensor],
+    target_N: torch.Tensor,
+    tick: Callable[[], None],
+) -> tuple[PairedFigures, dict[str, PairedFigures]]:
+    """Figures of the baseline and of each view's hidden states [N, D], through the dense head."""
+    own, sums = PairedFigures(), {name: PairedFigures() for name in hidden}
+    for chunk in _chunks(len(target_N), model):
+        target = target_N[chunk].to(model.device)
+        dense_NV = head_logits(baseline[0], baseline[1][chunk]).log_softmax(-1).to(model.device)
+        own.add(dense_NV, dense_NV, target)
+        for name, hidden_ND in hidden.items():
+            same = hidden_ND is baseline[1]
+            view_NV = dense_NV if same else head_logits(model, hidden_ND[chunk]).log_softmax(-1)
+            sums[name].add(dense_NV, view_NV, target)
+        tick()
+    return own, sums
+
+
+def _chunks(num_rows: int, model: Any) -> list[slice]:
+    size = max(1, _LOGITS_AT_ONCE // model.get_output_embeddings().weight.shape[0])
+    return [slice(start, start + size) for start in range(0, num_rows, size)]
+
+
+# --------------------------------------------------------------------------- the whole
+
+
+@dataclass
+class _Views:
+    """Hidden states [N, D] of each view and what running it counted."""
+
+    hidden: dict[str, torch.Tensor] = field(default_factory=dict)
+    nonfinite: dict[str, int] = field(default_factory=dict)
+    selection: SelectionReport | None = None
+
+
+def _run_views(
+    model: Any, ids_WT: torch.Tensor, dense_prefix: int, tick: Callable[[], None]
+) -> _Views:
+    views = _Views()
+    with hire_scope(model, "off"):
+        prove_logits(model, ids_WT)
+        views.hidden["dense"] = _hidden_states(model, ids_WT, tick)
+        views.nonfinite["dense"] = 0
+    if not hire_layers(model):
+        return views
+    for name, prefix in {"all": 0, "all_prefix": dense_prefix}.items():
+        model.hire_stats(reset=True)
+        with hire_scope(model, "all", dense_prefix=prefix), layer_inputs(model) as inputs:
+            views.hidden[name] = _hidden_states(model, ids_WT, tick)
+        views.nonfinite[name] = _require_sparse(model, ids_WT.shape, prefix)
+        if name == "all":
+            views.selection = selection_report(model, inputs)
+    return views
+
+
+@torch.no_grad()
+def evaluate_model(
+    model: Any,
+    baseline: PreTrainedModel | None,
+    windows: EvalWindows,
+    *,
+    progress: Progress = lambda done, total: None,
+    dense_prefix: int = 64,
+    num_head_positions: int = 128,
+) -> EvalReport:
+    """Every figure of a HiRE model, paired against `baseline` (None: its own dense view).
+
+    Each row of `windows.ids_WT` is scored from its second token on; `dense_prefix` is cut to half
+    a window. `progress` is called with steps done and steps in all. The model's scope is
+    restored. Raises InputError when the logits are made in an unknown way, RuntimeError when the
+    sparse path did not run (our bug).
+    """
+    ids_WT = windows.ids_WT
+    dense_prefix = min(dense_prefix, ids_WT.shape[1] // 2)
+    target_N = ids_WT[:, 1:].flatten()
+    passes = (3 if hire_layers(model) else 1) + (baseline is not None)
+    total = passes * len(ids_WT) + len(_chunks(len(target_N), model))
+    done = 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        progress(done, total)
+
+    views = _run_views(model, ids_WT, dense_prefix, tick)
+    reference = (model, views.hidden["dense"])
+    if baseline is not None:
+        reference = (baseline, _hidden_states(baseline, ids_WT, tick))
+    with hire_scope(model, "off"):
+        own, sums = _compare(reference, model, views.hidden, target_N, tick)
+    reports = {name: sums[name].report(views.nonfinite[name]) for name in sums}
+    head = None
+    if model.config.hire["head"] is not None:
+        head = head_report(model, views.hidden["dense"], num_head_positions)
+    return EvalReport(
+        num_windows=len(ids_WT),
+        num_scored=windows.num_scored,
+        text_sha256=windows.sha256,
+        dense_prefix=dense_prefix,
+        baseline_perplexity=own.report(0).perplexity,
+        dense=reports["dense"],
+        all=reports.get("all"),
+        all_prefix=reports.get("all_prefix"),
+        selection=views.selection,
+        head=head,
+    )
+
+
+def builtin_text() -> str:
+    """The reference text that every Python carries; it differs a little between versions."""
+    return "\n\n".join(text for _, text in sorted(topics.topics.items()))
+
+
+def evaluate_checkpoint(
+    folder: Path,
+    *,
+    text: Path | None = None,
+    num_tokens: int = 8192,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Any]:
+    """`evaluate_model(...).to_dict()` of a converted folder against its own dense view.
+
+    `text` is a UTF-8 file; None takes the text that Python carries. Raises InputError when the
+    folder or the text cannot be used.
+    """
+    model = load(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} holds no tokenizer that can be loaded: {error}") from error
+    windows = evaluation_windows(_read_text(text), tokenizer, num_tokens=num_tokens)
+    return evaluate_model(model, None, windows, progress=progress).to_dict()
+
+
+def _read_text(path: Path | None) -> str:
+    if path is None:
+        return builtin_text()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as UTF-8 text: {error}") from error
