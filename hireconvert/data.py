@@ -212,10 +212,10 @@ def _pieces(documents: Iterable[str], tokenizer: Any) -> Iterator[_Piece]:
 def _reported(pieces: Iterator[_Piece], total: int, progress: Progress | None) -> Iterator[_Piece]:
     done = 0
     for piece in pieces:
-        yield piece
         done += len(piece.ids)
         if progress is not None:
             progress(min(done, total), total)
+        yield piece
 
 
 def _divide(
