@@ -9,7 +9,7 @@ from math import ceil, prod
 from typing import Any, TypeAlias
 
 from hireconvert.errors import InputError
-from hireconvert.runtime.hire_config import expected_tensors
+from hireconvert.runtime.hire_config import expected_tensors, head_tensor_shapes
 from hireconvert.runtime.hire_predict import layer_bytes
 
 ITEM_BYTES = {"U8": 1, "I8": 1, "F8_E4M3": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8, "I64": 8}
@@ -41,17 +41,26 @@ def num_matrices(hire: Mapping[str, Any]) -> int:
     return 3 if hire["ffn"] and hire["layout"]["gate"] else 2
 
 
-def hire_tensors(hire: Mapping[str, Any], width: int) -> TensorTable:
-    """Every tensor that hire/predictors.safetensors must hold, under its full name."""
+def hire_tensors(hire: Mapping[str, Any], width: int, head_width: int) -> TensorTable:
+    """Every tensor that hire/predictors.safetensors must hold, under its full name.
+
+    `width` is that of the layers; `head_width`, of the head's input, differs in a few models.
+    """
     table: TensorTable = {}
     for index, layer in enumerate(_layers(hire)):
         if layer is not None:
             outputs = num_outputs(layer, gated=num_matrices(hire) == 3)
             for name, entry in predictor_table(layer["predictor"], width, outputs).items():
                 table[f"layers.{index}.{name}"] = entry
-    if hire["head"] and hire["head"]["kind"] == "lr":
-        table["head.factor_in"] = ("F32", (hire["head"]["rank"], width))
+    if hire["head"]:
+        shapes = head_tensor_shapes(hire["head"], head_width)
+        table |= {name: ("F32", shape) for name, shape in shapes.items()}
     return table
+
+
+def head_width(config: Any) -> int:
+    """The width of the head's input; `config` is the text configuration."""
+    return int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size)
 
 
 def table_bytes(table: TensorTable) -> int:

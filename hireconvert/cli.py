@@ -146,10 +146,12 @@ def convert(
       hireconvert convert ./model.gguf out -r lossless
       hireconvert convert ./model out -r balanced --set data.source=notes.txt --dry-run
     """
-    from hireconvert import pipeline, planning
+    from hireconvert.pipeline import Job
+    from hireconvert.pipeline import convert as run
+    from hireconvert.planning import make_plan
     from hireconvert.recipe import load_recipe
 
-    job = pipeline.Job(
+    job = Job(
         model=model,
         out=out,
         recipe=load_recipe(recipe, overrides or []),
@@ -157,12 +159,12 @@ def convert(
         trust_remote_code=trust_remote_code,
     )
     if dry_run:
-        plan = planning.make_plan(model, job.recipe, revision=revision)
+        plan = make_plan(model, job.recipe, revision=revision, trust_remote_code=trust_remote_code)
         _show(plan, as_json, render.plan)
         return
     reporter = render.make_reporter(_err())
     try:
-        report = pipeline.convert(job, reporter, resume=resume, overwrite=overwrite)
+        report = run(job, reporter, resume=resume, overwrite=overwrite)
     except KeyboardInterrupt:
         reporter.close()
         _err().print("interrupted; the same command with --resume continues")

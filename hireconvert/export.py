@@ -16,11 +16,11 @@ import yaml
 from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedModel
 
-from hireconvert.accounting import hire_tensors
+from hireconvert.accounting import head_width, hire_tensors
 from hireconvert.errors import InputError
 from hireconvert.headers import INDEX_FILE, read_headers
 from hireconvert.loading import CHECKSUMS, PREDICTORS, REPORT, RUNTIME_FOLDER, file_sha256
-from hireconvert.recipe import HeadRecipe, Recipe, dump_recipe
+from hireconvert.recipe import Recipe, dump_recipe
 from hireconvert.runtime import RUNTIME_FILES
 from hireconvert.runtime.hire_config import FORMAT_VERSION, check_hire_config
 from hireconvert.runtime.modeling_hire import hire_class
@@ -56,25 +56,7 @@ class Conversion:
     base_class: type[PreTrainedModel]
     hire: Mapping[str, Any]
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    permuted: PreTrainedModel | None = None
-
-
-def head_spec(head: HeadRecipe | None, vocabulary: int, width: int) -> dict[str, Any] | None:
-    """HEAD of docs/format.md; counts are cut to the size of the head."""
-    if head is None:
-        return None
-    quantized = head.kind == "q"
-    return {
-        "kind": head.kind,
-        "bits": head.bits if quantized else None,
-        "block": head.block if quantized else 0,
-        "rank": None if quantized else min(head.rank, width),
-        "num_candidates": min(head.num_candidates, vocabulary),
-        "unselected": head.unselected,
-        "certified": head.certified,
-        "certify_top": min(head.certify_top, vocabulary),
-        "on_uncertified": head.on_uncertified,
-    }
+    rewritten: PreTrainedModel | None = None  # saved instead of copying the source's files
 
 
 def hire_dict(
@@ -97,8 +79,8 @@ def hire_dict(
 
 def write_model(conversion: Conversion, folder: Path, *, max_shard_gb: float) -> None:
     """Write everything that loads into the empty `folder`. Raises InputError."""
-    if conversion.permuted is not None:
-        conversion.permuted.save_pretrained(folder, max_shard_size=f"{max_shard_gb}GB")
+    if conversion.rewritten is not None:
+        conversion.rewritten.save_pretrained(folder, max_shard_size=f"{max_shard_gb}GB")
     else:
         _copy_weights(conversion.source, folder)
     for pattern in CARRIED:
@@ -150,8 +132,8 @@ def _write_config(conversion: Conversion, folder: Path) -> None:
 
 
 def _write_predictors(conversion: Conversion, folder: Path) -> None:
-    width = AutoConfig.from_pretrained(folder).get_text_config().hidden_size
-    expected = hire_tensors(conversion.hire, width)
+    config = AutoConfig.from_pretrained(folder).get_text_config()
+    expected = hire_tensors(conversion.hire, config.hidden_size, head_width(config))
     found = {name: tuple(tensor.shape) for name, tensor in conversion.tensors.items()}
     wanted = {name: shape for name, (_, shape) in expected.items()}
     assert found == wanted, f"predictors differ from their specs: {found.items() ^ wanted.items()}"
@@ -204,7 +186,7 @@ def license_of(source: Path) -> str | None:
 
 def render_card(report: Mapping[str, Any], license_name: str | None) -> str:
     """The model card: metadata that the Hub reads, how to load, what was measured."""
-    base = report["model"]["hub_id"]
+    base = report["model"]["base_model"]
     metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if license_name:
         metadata["license"] = license_name
@@ -212,7 +194,7 @@ def render_card(report: Mapping[str, Any], license_name: str | None) -> str:
         metadata["base_model"] = base
         metadata["base_model_relation"] = "quantized"
     metadata["tags"] = ["hireconvert", "activation-sparsity", "custom_code"]
-    title = f"{base or report['model']['name']} with HiRE ({report['recipe']})"
+    title = f"{base or report['model']['architecture']} with HiRE ({report['recipe']})"
     lines = [
         "---",
         yaml.safe_dump(metadata, sort_keys=False).strip(),

@@ -15,6 +15,7 @@ from hireconvert.accounting import (
     ITEM_BYTES,
     TensorTable,
     head_entry,
+    head_width,
     hire_tensors,
     layer_rows,
     token_bytes,
@@ -61,9 +62,13 @@ def dense_table(folder: Path) -> TensorTable:
     return {name: (header.dtype, header.shape) for name, header in read_headers(folder).items()}
 
 
-def check_tensors(folder: Path, hire: Mapping[str, Any], width: int) -> int:
+def check_tensors(folder: Path, config: Any) -> int:
     """The number of predictor tensors; raises InputError where names or shapes do not fit."""
-    expected = hire_tensors(hire, width)
+    text = config.get_text_config()
+    try:
+        expected = hire_tensors(config.hire, text.hidden_size, head_width(text))
+    except ValueError as error:
+        raise InputError(f"{folder / 'config.json'}: {error}") from error
     path = folder / PREDICTORS
     if expected and not path.is_file():
         raise InputError(f"{path} is missing, but config.hire calls for {len(expected)} tensors.")
@@ -91,7 +96,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     check_config(config)
     hire, text = config.hire, config.get_text_config()
-    check_tensors(folder, hire, text.hidden_size)
+    check_tensors(folder, config)
     tensors = dense_table(folder)
     dtype, _ = head_entry(tensors, text.vocab_size)
     recalls = {row["layer"]: row.get("recall") for row in _report(folder).get("layers", [])}
@@ -131,7 +136,7 @@ def _checks(folder: Path) -> Iterator[tuple[str, str]]:
     yield "shipped code", f"known, version {check_shipped_runtime(folder)}"
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     check_config(config)
-    count = check_tensors(folder, config.hire, config.get_text_config().hidden_size)
+    count = check_tensors(folder, config)
     yield "predictors", f"{count} tensors fit config.hire"
     result = _run_fresh_process(folder)
     for problem, keys in result["problems"].items():
