@@ -1,14 +1,15 @@
 """The files that ship inside every checkpoint; they import nothing from hireconvert.
 
-`modeling_hire` model classes, loading, saving, `hire_config` what a config may say, `hire_install`
-putting selection into native layers, `hire_predict` predictors and selection, `hire_ffn` the
-sparse FFN, `hire_head` the sparse LM head.
+`modeling_hire` model classes, `hire_io` loading and saving, `hire_config` what a config may say,
+`hire_install` putting selection into native layers, `hire_predict` predictors and selection,
+`hire_ffn` the sparse FFN, `hire_head` the sparse LM head.
 """
 
 RUNTIME_FILES = (
     "modeling_hire.py",
     "hire_config.py",
     "hire_install.py",
+    "hire_io.py",
     "hire_predict.py",
     "hire_ffn.py",
     "hire_head.py",

@@ -3,6 +3,7 @@
 Shape suffixes: D width, M predictor outputs, R rank.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ from .hire_ffn import SparseFfn
 
 FORMAT_VERSION = 1
 PREDICTOR_FILE = "hire/predictors.safetensors"
+_PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
+_SLICE = re.compile(_PATH.pattern + r"(:0/2|:1/2)?")
 
 
 def _integer(spec: Mapping[str, Any], key: str, low: int, high: int, where: str) -> int:
@@ -24,9 +27,10 @@ def _integer(spec: Mapping[str, Any], key: str, low: int, high: int, where: str)
 
 
 def _choice(spec: Mapping[str, Any], key: str, choices: tuple[Any, ...], where: str) -> None:
-    if spec.get(key) not in choices:
+    value = spec.get(key)
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise ValueError(
-            f"config.hire: {where}.{key} is {spec.get(key)!r}, expected one of {list(choices)}"
+            f"config.hire: {where}.{key} is {value!r}, expected one of {list(choices)}"
         )
 
 
@@ -80,37 +84,49 @@ def _check_head(spec: Any) -> None:
         _integer(spec, "rank", 1, 2**20, "head")
 
 
+def _check_layout(layout: Any) -> None:
+    names = ("layers", "ffn", "gate", "up", "down", "act")
+    if not isinstance(layout, Mapping) or any(name not in layout for name in names):
+        raise ValueError(f"config.hire: layout must be an object with the names {list(names)}")
+    for name in names:
+        path = layout[name]
+        absent = (name == "gate" and path is None) or (name == "ffn" and path == "")
+        pattern = _SLICE if name in ("gate", "up") else _PATH
+        if not absent and (not isinstance(path, str) or not pattern.fullmatch(path)):
+            raise ValueError(f"config.hire: layout.{name} is {path!r}, not the name of a module")
+    if layout["ffn"] == "" and layout["gate"] is not None:
+        raise ValueError("config.hire: layout has a gate but no FFN module")
+
+
+def _check_ffn(hire: Mapping[str, Any], num_layers: int) -> None:
+    _check_layout(hire.get("layout"))
+    layers = hire["ffn"].get("layers") if isinstance(hire["ffn"], Mapping) else None
+    if not isinstance(layers, list) or len(layers) != num_layers:
+        found = len(layers) if isinstance(layers, list) else type(layers).__name__
+        raise ValueError(f"config.hire: ffn.layers has {found} entries, expected {num_layers}")
+    for index, spec in enumerate(layers):
+        if spec is not None:
+            _check_layer(spec, f"ffn.layers[{index}]")
+
+
 def check_hire_config(config: Any) -> None:
     """Raise ValueError, naming the field, when `config.hire` is not what docs/format.md allows."""
     hire = getattr(config, "hire", None)
     if not isinstance(hire, Mapping):
         raise ValueError("config.hire is missing: this is not a HiRE checkpoint")
-    if hire.get("format_version") != FORMAT_VERSION:
+    version = hire.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
         raise ValueError(
-            f"config.hire: format_version is {hire.get('format_version')!r}, "
-            f"this runtime reads {FORMAT_VERSION}"
+            f"config.hire: format_version is {version!r}, this runtime reads {FORMAT_VERSION}"
         )
     _integer(hire, "max_decode_queries", 1, 2**20, "hire")
     _integer(hire, "max_sparse_rows", 1, 2**20, "hire")
-    if hire.get("ffn") is not None:
-        layers = hire["ffn"].get("layers") if isinstance(hire["ffn"], Mapping) else None
-        if not isinstance(layers, list) or len(layers) != config.num_hidden_layers:
-            found = len(layers) if isinstance(layers, list) else type(layers).__name__
-            raise ValueError(
-                f"config.hire: ffn.layers has {found} entries, expected {config.num_hidden_layers}"
-            )
-        layout = hire.get("layout")
-        keys = ("layers", "ffn", "gate", "up", "down", "act")
-        if not isinstance(layout, Mapping) or any(
-            not isinstance(layout.get(k, ""), str | None) for k in keys
-        ):
-            raise ValueError(f"config.hire: layout must be an object with the names {list(keys)}")
-        if any(k not in layout for k in keys):
-            raise ValueError(f"config.hire: layout lacks {[k for k in keys if k not in layout]}")
-        for index, spec in enumerate(layers):
-            if spec is not None:
-                _check_layer(spec, f"ffn.layers[{index}]")
-    if hire.get("head") is not None:
+    for name in ("ffn", "head"):
+        if name not in hire:
+            raise ValueError(f"config.hire: {name} is missing; it is an object or null")
+    if hire["ffn"] is not None:
+        _check_ffn(hire, config.get_text_config().num_hidden_layers)
+    if hire["head"] is not None:
         _check_head(hire["head"])
 
 
@@ -138,10 +154,20 @@ def expected_tensors(
     return shapes
 
 
+def _check_type(tensor: torch.Tensor, name: str, where: str) -> None:
+    codes = {"planes": torch.uint8, "factor_in_codes": torch.int8, "factor_out_codes": torch.int8}
+    wanted = codes.get(name)
+    if tensor.dtype != wanted if wanted else not tensor.is_floating_point():
+        expected = wanted or "a floating-point type"
+        raise ValueError(f"{PREDICTOR_FILE}: {where}{name} is {tensor.dtype}, expected {expected}")
+    if wanted is None and not bool(tensor.float().isfinite().all()):
+        raise ValueError(f"{PREDICTOR_FILE}: {where}{name} holds NaN or inf")
+
+
 def check_predictor_tensors(
     tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], where: str
 ) -> None:
-    """Raise ValueError when tensors are missing, mis-shaped or hold NaN or inf."""
+    """Raise ValueError when tensors are missing, mis-shaped, mistyped or hold NaN or inf."""
     for name, shape in shapes.items():
         if name not in tensors:
             raise ValueError(f"{PREDICTOR_FILE}: {where}{name} is missing")
@@ -153,29 +179,21 @@ def check_predictor_tensors(
     for name, tensor in tensors.items():
         if name not in shapes:
             raise ValueError(f"{PREDICTOR_FILE}: {where}{name} is not called for by config.hire")
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise ValueError(f"{PREDICTOR_FILE}: {where}{name} holds NaN or inf")
-    if "column_scale" in tensors and bool((tensors["column_scale"] == 0).any()):
-        raise ValueError(f"{PREDICTOR_FILE}: {where}column_scale holds zeros")
+        _check_type(tensor, name, where)
+    if "column_scale" in tensors and not bool((tensors["column_scale"] > 0).all()):
+        raise ValueError(
+            f"{PREDICTOR_FILE}: {where}column_scale holds values that are not positive"
+        )
 
 
 def layer_tensor_shapes(layer: SparseFfn) -> dict[str, tuple[int, ...]]:
-    """Shapes of the predictor tensors that one installed layer needs; checks counts against it."""
+    """Shapes of the predictor tensors that one installed layer needs."""
     spec, parts = layer.spec, layer.parts
     num_neurons, width = parts.up.weight_out_in().shape
-    if spec["num_neurons"] != num_neurons:
-        raise ValueError(
-            f"config.hire: num_neurons is {spec['num_neurons']}, the layer has {num_neurons}"
-        )
-    predictor = spec["predictor"]
-    if predictor["num_inputs"] > width:
-        raise ValueError(
-            f"config.hire: num_inputs is {predictor['num_inputs']}, the layer is {width} wide"
-        )
     outputs = num_neurons // spec["group_size"]
-    if not predictor["groups"]:
+    if not spec["predictor"]["groups"]:
         outputs = num_neurons * (1 if parts.gate is None else 2)
-    return expected_tensors(predictor, width, outputs)
+    return expected_tensors(spec["predictor"], width, outputs)
 
 
 def head_tensor_shapes(spec: Mapping[str, Any], width: int) -> dict[str, tuple[int, ...]]:

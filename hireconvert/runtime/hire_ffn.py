@@ -35,8 +35,15 @@ class Part:
 
     @property
     def known(self) -> bool:
-        """Whether the module is a plain layer whose weight may be read row by row."""
-        return isinstance(self.module, nn.Linear | Conv1D)
+        """Whether the module is a plain layer whose weight may be read row by row.
+
+        Adapters wrap it, quantizers put packed, sharded or offloaded tensors there.
+        """
+        if not isinstance(self.module, nn.Linear | Conv1D):
+            return False
+        weight = self.module.weight
+        plain = type(weight.data) is torch.Tensor and weight.device.type != "meta"
+        return plain and weight.dim() == 2 and weight.is_floating_point()
 
     def _slice(self, tensor: torch.Tensor) -> torch.Tensor:
         size = tensor.shape[0] // self.pieces
@@ -84,29 +91,23 @@ class FfnParts:
 
 
 def weight_stamp(modules: list[nn.Module]) -> tuple[Any, ...]:
-    """A value that changes when a weight does: identity, version counter and sampled content.
+    """A value that changes when a weight or bias is replaced, moved, converted or written to."""
+    tensors = [t for module in modules for t in (module.weight, module.bias) if t is not None]
+    return tuple((t.data_ptr(), t._version, t.dtype, t.device, t.shape) for t in tensors)
 
-    The version counter misses writes through `.data` (LoRA merging does that), so about a
-    thousand elements spread over each tensor are summed as integers as well.
+
+def content_stamp(modules: list[nn.Module]) -> tuple[float, ...]:
+    """A value that changes with the weights' content, which a write through `.data` leaves alone.
+
+    Merging LoRA adapters writes like that. About a thousand elements of each tensor are summed.
     """
-    stamp: list[Any] = []
+    sums = []
     for module in modules:
         weight = module.weight.detach()
-        stride = max(1, weight.numel() // 1009)
-        sample = weight.reshape(-1)[::stride].double()
-        weights = torch.arange(1, sample.numel() + 1, dtype=torch.float64, device=sample.device)
-        content = float((sample * weights).sum())
-        stamp.append(
-            (
-                weight.data_ptr(),
-                module.weight._version,
-                weight.dtype,
-                str(weight.device),
-                tuple(weight.shape),
-                content,
-            )
-        )
-    return tuple(stamp)
+        sample = weight.reshape(-1)[:: max(1, weight.numel() // 1009)].double().nan_to_num()
+        factor = torch.arange(1, sample.numel() + 1, dtype=torch.float64, device=sample.device)
+        sums.append(float((sample * factor).sum()))
+    return tuple(sums)
 
 
 @dataclass
@@ -114,6 +115,7 @@ class Prepared:
     """Tensors derived from the live weights, valid while `stamp` matches them."""
 
     stamp: tuple[Any, ...]
+    content: tuple[float, ...]
     gate_FD: torch.Tensor | None
     up_FD: torch.Tensor
     down_FD: torch.Tensor
@@ -124,11 +126,17 @@ class Prepared:
 class SparseFfn(nn.Module):
     """Selection and sparse arithmetic of one layer; sits beside the dense weights as `hire`."""
 
-    def __init__(self, spec: Mapping[str, Any], parts: FfnParts) -> None:
+    def __init__(
+        self,
+        spec: Mapping[str, Any],
+        owner: nn.Module,
+        layout: Mapping[str, Any],
+        parts: FfnParts,
+    ) -> None:
         super().__init__()
         self.spec = dict(spec)
-        # Plain containers keep the parts out of the module tree: their names must not change.
-        self._parts = (parts,)
+        # Plain containers keep modules out of the module tree: their names must not change.
+        self._owner, self._layout, self._parts = (owner,), dict(layout), (parts,)
         self.predictor_tensors: dict[str, torch.Tensor] = {}
         self.prepared: Prepared | None = None
         self.register_buffer(
@@ -137,20 +145,30 @@ class SparseFfn(nn.Module):
 
     @property
     def parts(self) -> FfnParts:
-        """The layer's matrices; read anew so that a replaced weight is seen."""
+        """The layer's matrices and activation."""
         return self._parts[0]
 
-    def usable(self) -> bool:
-        """Whether the weights are plain layers; serving engines put fused or sharded ones there."""
-        return all(part.known for part in self.parts.matrices())
+    def find_parts(self) -> bool:
+        """Look the matrices up anew; false when something else than plain layers lies there."""
+        known = all(part.known for part in self.parts.matrices())
+        if self._layout["ffn"]:
+            fresh = FfnParts.resolve(self._owner[0], self._layout)
+            known = all(part.known for part in fresh.matrices())
+            self._parts = (fresh,)
+        return known
 
     @torch.no_grad()
-    def prepare(self) -> None:
-        """Build the derived tensors, or rebuild them when a weight has changed."""
-        parts = self.parts
+    def prepare(self, thorough: bool = True) -> None:
+        """Build the derived tensors, or rebuild them when a weight has changed.
+
+        A write through `.data` is seen only when `thorough`. Raises RuntimeError without
+        predictor tensors.
+        """
+        parts, prepared = self.parts, self.prepared
         modules = [part.module for part in parts.matrices()]
         stamp = weight_stamp(modules)
-        if self.prepared is not None and self.prepared.stamp == stamp:
+        same = prepared is not None and prepared.stamp == stamp
+        if same and (not thorough or prepared.content == content_stamp(modules)):
             return
         if not self.predictor_tensors:
             raise RuntimeError(
@@ -161,6 +179,7 @@ class SparseFfn(nn.Module):
         moved = {name: tensor.to(up_FD.device) for name, tensor in self.predictor_tensors.items()}
         self.prepared = Prepared(
             stamp=stamp,
+            content=content_stamp(modules),
             gate_FD=None
             if parts.gate is None
             else parts.gate.weight_out_in().detach().contiguous(),
@@ -209,7 +228,7 @@ class SparseFfn(nn.Module):
 
     def forward(self, x_ND: torch.Tensor, dense_rows_N: torch.Tensor | None) -> torch.Tensor:
         """The FFN output [N, D] with selection at every row not marked in `dense_rows_N`."""
-        if not torch.compiler.is_compiling() and (self.prepared is None or self.training):
+        if not torch.compiler.is_compiling() and self.prepared is None:
             self.prepare()
         if x_ND.shape[0] == 1 and dense_rows_N is None and not torch.is_grad_enabled():
             return self.gathered(x_ND)
@@ -225,22 +244,28 @@ class SparseFfn(nn.Module):
         with torch.no_grad():
             unit_NS = self.estimated_units(x_ND)
             score_NF = self.scores(h_NF, self.prepared.norm_F)
-            dense_N = ~(unit_NS.isfinite().all(-1) & score_NF.isfinite().all(-1))
-            num_bad = dense_N.sum()
-            keep_NF = self.kept_mask(unit_NS.nan_to_num(), score_NF.nan_to_num())
+            candidate_NF = self.candidate_mask(unit_NS.nan_to_num())
+            dense_N = ~unit_NS.isfinite().all(-1)
+            dense_N = dense_N | ~(score_NF.isfinite() | ~candidate_NF).all(-1)
             if dense_rows_N is not None:
                 dense_N = dense_N | dense_rows_N
-                num_bad = dense_N.sum()
+            keep_NF = self.kept_mask(candidate_NF, score_NF.nan_to_num())
             keep_NF = keep_NF | dense_N[:, None]
-            self.count(x_ND.shape[0], num_bad)
+            self.count(x_ND.shape[0], dense_N.sum())
         return parts.down.run(torch.where(keep_NF, h_NF, torch.zeros_like(h_NF)))
 
-    def kept_mask(self, unit_NS: torch.Tensor, score_NF: torch.Tensor) -> torch.Tensor:
-        """The mask [N, F] of active neurons from estimated unit scores and exact neuron scores."""
+    def candidate_mask(self, unit_NS: torch.Tensor) -> torch.Tensor:
+        """The mask [N, F] of the neurons to be computed exactly, from estimated unit scores."""
+        spec = self.spec
+        candidate_NC = select_neurons(
+            unit_NS, spec["num_candidates"], spec["group_size"], spec["num_common"]
+        )
+        return members_mask(candidate_NC, spec["num_neurons"])
+
+    def kept_mask(self, candidate_NF: torch.Tensor, score_NF: torch.Tensor) -> torch.Tensor:
+        """The mask [N, F] of active neurons among the candidates, from exact neuron scores."""
         spec = self.spec
         group, common, total = spec["group_size"], spec["num_common"], spec["num_neurons"]
-        candidate_NC = select_neurons(unit_NS, spec["num_candidates"], group, common)
-        candidate_NF = members_mask(candidate_NC, total)
         if spec["keep"] == "candidates":
             return candidate_NF
         exact_NF = torch.where(candidate_NF, score_NF, torch.full_like(score_NF, -1.0))
@@ -263,7 +288,7 @@ class SparseFfn(nn.Module):
 
     def gathered(self, x_1D: torch.Tensor) -> torch.Tensor:
         """The fast path for one row: reads candidate rows of gate and up, kept rows of down."""
-        prepared, spec, parts = self.prepared, self.spec, self.parts
+        prepared, spec = self.prepared, self.spec
         unit_1S = self.estimated_units(x_1D)
         finite = unit_1S.isfinite().all()
         if not torch.compiler.is_compiling() and not bool(finite):
@@ -271,13 +296,7 @@ class SparseFfn(nn.Module):
         index_C = select_neurons(
             unit_1S.nan_to_num(), spec["num_candidates"], spec["group_size"], spec["num_common"]
         )[0]
-        h_1C = _linear_rows(x_1D, prepared.up_FD, parts.up.bias(), index_C)
-        if parts.gate is not None:
-            h_1C = (
-                parts.act(_linear_rows(x_1D, prepared.gate_FD, parts.gate.bias(), index_C)) * h_1C
-            )
-        else:
-            h_1C = parts.act(h_1C)
+        h_1C = self._hidden_rows(x_1D, index_C)
         score_1C = self.scores(h_1C, prepared.norm_F[index_C])
         finite = finite & score_1C.isfinite().all()
         if not torch.compiler.is_compiling() and not bool(finite):
@@ -294,6 +313,16 @@ class SparseFfn(nn.Module):
                 finite, lambda x, y: y.clone(), lambda x, y: self.dense(x).view_as(y), (x_1D, y_1D)
             )
         return y_1D
+
+    def _hidden_rows(self, x_1D: torch.Tensor, index_C: torch.Tensor) -> torch.Tensor:
+        prepared, parts = self.prepared, self.parts
+        if index_C.shape[0] == prepared.up_FD.shape[0]:
+            return self._hidden(x_1D)  # all of them, in order: nothing to gather
+        up_1C = _linear_rows(x_1D, prepared.up_FD, parts.up.bias(), index_C)
+        if parts.gate is None:
+            return parts.act(up_1C)
+        gate_1C = _linear_rows(x_1D, prepared.gate_FD, parts.gate.bias(), index_C)
+        return parts.act(gate_1C) * up_1C
 
     def _best_candidates(self, score_1C: torch.Tensor) -> torch.Tensor:
         """Positions within the candidates of the kept neurons, ascending."""

@@ -21,11 +21,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .hire_ffn import weight_stamp
+from .hire_ffn import content_stamp, weight_stamp
 from .hire_predict import top_k_indices
 
 COUNTER_NAMES = ("calls", "rows", "rescored", "dense_rows", "uncertified_rows", "overflow_rows")
 _FLOAT32_UNIT = 2.0**-24
+_HALF_MAX = 65504.0
 # Rows whose capped upper bound comes this close to the threshold (relative) are rescored too. It
 # covers rounding to float32 and a tanh that is accurate, but not monotone, to a few units.
 _MARGIN = 16 * 2.0**-23
@@ -39,6 +40,7 @@ class PreparedHead:
     """Estimator and bounds derived from the live weight; valid while `stamp` matches it."""
 
     stamp: tuple[Any, ...]
+    content: tuple[float, ...]
     weight_VD: torch.Tensor
     bias_V: torch.Tensor | None
     codes_VD: torch.Tensor | None
@@ -81,15 +83,20 @@ class SparseHead(nn.Module):
     # ----------------------------------------------------------------- derived tensors
 
     @torch.no_grad()
-    def prepare(self, head: nn.Module) -> None:
-        """Build the estimator and its bounds from the live weight, or rebuild after a change."""
+    def prepare(self, head: nn.Module, thorough: bool = True) -> None:
+        """Build the estimator and its bounds from the live weight, or rebuild after a change.
+
+        A write through `.data` is seen only when `thorough`.
+        """
         stamp = weight_stamp([head])
-        if self.prepared is not None and self.prepared.stamp == stamp:
+        same = self.prepared is not None and self.prepared.stamp == stamp
+        if same and (not thorough or self.prepared.content == content_stamp([head])):
             return
         weight_VD = head.weight.detach()
         bias = getattr(head, "bias", None)
         prepared = PreparedHead(
             stamp,
+            content_stamp([head]),
             weight_VD,
             None if bias is None else bias.detach(),
             None,
@@ -108,40 +115,33 @@ class SparseHead(nn.Module):
         weight_VD, spec = prepared.weight_VD, self.spec
         num_rows, width = weight_VD.shape
         levels = 2 ** (spec["bits"] - 1) - 1
-        block = spec["block"] or width
+        block = min(spec["block"] or width, width)
         scales, codes, copies = [], [], []
         for start in range(0, num_rows, _CHUNK_ROWS):
             chunk = weight_VD[start : start + _CHUNK_ROWS].float()
             padded = F.pad(chunk, (0, -width % block)).unflatten(1, (-1, block))
             scale = padded.abs().amax(-1) / levels
             code = (padded / scale.clamp(min=1e-30)[..., None]).round().clamp(-levels, levels)
-            code_CD = code.flatten(1)[:, :width]
-            copy_CD = (code * scale[..., None]).flatten(1)[:, :width]
-            self._row_bounds(prepared, start, chunk, code_CD, scale, block)
             if spec["block"] == 0:
-                codes.append(code_CD.to(torch.int8))
+                codes.append(code[:, 0].to(torch.int8))
                 scales.append(scale[:, 0])
+                copy_CD = codes[-1].double() * scale.double()
             else:
-                copies.append(copy_CD.to(torch.float16))
+                copy = (code * scale[..., None]).flatten(1)[:, :width]
+                copies.append(copy.clamp(-_HALF_MAX, _HALF_MAX).to(torch.float16))
+                copy_CD = copies[-1].double()
+            self._row_bounds(prepared, start, chunk, copy_CD)
         if spec["block"] == 0:
             prepared.codes_VD, prepared.scale_V = torch.cat(codes), torch.cat(scales)
         else:
             prepared.copy_VD = torch.cat(copies)
 
     def _row_bounds(
-        self,
-        prepared: PreparedHead,
-        start: int,
-        chunk: torch.Tensor,
-        code_CD: torch.Tensor,
-        scale: torch.Tensor,
-        block: int,
+        self, prepared: PreparedHead, start: int, chunk: torch.Tensor, copy_CD: torch.Tensor
     ) -> None:
-        """Store e_i, rounded up, for the rows of one chunk."""
-        width = chunk.shape[1]
-        copy_CD = code_CD.double() * scale.double().repeat_interleave(block, dim=1)[:, :width]
+        """Store e_i, rounded up, for the rows of one chunk and the copy as it is stored."""
         error = (chunk.double() - copy_CD).norm(dim=1)
-        gamma = (width + 8) * _FLOAT32_UNIT * 1.01
+        gamma = (chunk.shape[1] + 8) * _FLOAT32_UNIT * 1.01
         bound = error * (1 + 1e-9) + gamma * copy_CD.norm(dim=1) + 1e-30
         prepared.bound_V[start : start + chunk.shape[0]] = (bound * (1 + 1e-6)).float()
 
@@ -160,16 +160,20 @@ class SparseHead(nn.Module):
         basis_DR, mixing_RR = torch.linalg.qr(stored["head.factor_in"].t())
         basis_RD = basis_DR.t().float().contiguous()
         lift_DR = stored["head.lift"] @ mixing_RR.t()
-        gamma = (weight_VD.shape[1] + 8) * _FLOAT32_UNIT * 4
+        # A x in float32 is off by at most (D + 8) u ||x|| in each of its R entries.
+        rank, width = basis_RD.shape
+        gamma = ((width + 8) * rank**0.5 + rank + 8) * _FLOAT32_UNIT * 1.01
         factors, inside, outside = [], [], []
         for start in range(0, weight_VD.shape[0], _CHUNK_ROWS):
             chunk = weight_VD[start : start + _CHUNK_ROWS].double()
             factor = (chunk @ lift_DR).to(torch.bfloat16)
             rest = chunk - factor.double() @ basis_RD.double()
             within = rest @ basis_DR
-            rounding = gamma * (chunk.norm(dim=1) + factor.double().norm(dim=1))
+            # Rounding grows with ||x|| <= ||Q x|| + ||x - Q^T Q x||, so it is part of both.
+            rounding = gamma * factor.double().norm(dim=1) + 1e-30
             inside.append((within.norm(dim=1) + rounding) * (1 + 1e-6))
-            outside.append((rest - within @ basis_DR.t()).norm(dim=1) * (1 + 1e-6))
+            beyond = (rest - within @ basis_DR.t()).norm(dim=1)
+            outside.append((beyond + rounding) * (1 + 1e-6))
             factors.append(factor)
         prepared.basis_RD, prepared.factor_VR = basis_RD, torch.cat(factors).float()
         prepared.bound_V, prepared.outside_V = torch.cat(inside).float(), torch.cat(outside).float()
@@ -271,6 +275,10 @@ class SparseHead(nn.Module):
     def _count(self, **increments: Any) -> None:
         zero = torch.zeros((), dtype=torch.int64, device=self.counts.device)
         self.counts.add_(torch.stack([zero + increments.get(name, 0) for name in COUNTER_NAMES]))
+
+    def count_dense(self, rows: int) -> None:
+        """Count rows that the dense head serves although they were due here."""
+        self._count(calls=1, rows=rows, dense_rows=rows)
 
     def forward(self, x_ND: torch.Tensor, head: nn.Module, certify: bool) -> torch.Tensor:
         """Full-size float32 logits [N, V]; a row with NaN or inf goes through the dense head."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .hire_ffn import FfnParts, SparseFfn
 from .hire_head import SparseHead
@@ -26,8 +27,10 @@ class HireState:
         # generate() sets these for its duration: whether it runs, and how the head serves it.
         self.generating = False
         self.head_mode = "recipe"
-        # prepare_inputs_for_generation knows the cache length outside a compiled graph.
-        self.decode_hint: bool | None = None
+        # Whether the FFN weights are plain layers; serving engines and adapters replace them.
+        self.usable = True
+        # Set by the causal forward while it runs: the base model need not decide again.
+        self.decided = False
         self.sparse = False
         self.dense_rows_N: torch.Tensor | None = None
         self.warned: set[str] = set()
@@ -85,17 +88,18 @@ class HireHeadMixin:
         state = self.hire_state
         self.hire.unselected = None
         rows = hidden_states.shape[:-1].numel()
-        wanted = state.sparse_head and state.head_mode != "dense"
-        if state.scope == "decode":
-            wanted = wanted and (state.sparse or state.generating)
-            if wanted and rows > state.max_sparse_rows:
-                state.warn_once(
-                    f"head runs dense: {rows} rows, max_sparse_rows is {state.max_sparse_rows}"
-                )
-                wanted = False
-        elif state.scope == "off":
-            wanted = False
-        if not wanted:
+        due = state.scope == "all" or (
+            state.scope == "decode" and (state.sparse or state.generating)
+        )
+        if not due or not state.sparse_head:
+            return super().forward(hidden_states)
+        many = state.scope == "decode" and rows > state.max_sparse_rows
+        if many:
+            state.warn_once(
+                f"head runs dense: {rows} rows, max_sparse_rows is {state.max_sparse_rows}"
+            )
+        if many or state.head_mode == "dense" or hidden_states.dtype == torch.float64:
+            self.hire.count_dense(rows)
             return super().forward(hidden_states)
         certify = self.hire.spec["certified"] and state.head_mode != "estimate"
         logits = self.hire(hidden_states.flatten(0, -2), self, certify)
@@ -108,12 +112,53 @@ def mixed(mixin: type, native: type) -> type:
     return type(f"Hire{native.__name__}", (mixin, native), {"__module__": __name__})
 
 
+def decoder_layers(base: nn.Module, path: str) -> nn.ModuleList:
+    """The decoder layers below the base model. Raises ValueError when `path` names none."""
+    try:
+        layers = base.get_submodule(path)
+    except AttributeError as error:
+        raise ValueError(f"config.hire: layout.layers does not fit the model: {error}") from error
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(f"config.hire: layout.layers is {path!r}, which is no list of layers")
+    return layers
+
+
+def _check_parts(parts: FfnParts, spec: Mapping[str, Any]) -> None:
+    if not all(isinstance(part.module, nn.Linear | Conv1D) for part in parts.matrices()):
+        raise ValueError("config.hire: layout names modules that are no Linear or Conv1D layers")
+    num_neurons, width = parts.up.weight_out_in().shape
+    shapes = [part.weight_out_in().shape for part in parts.matrices()]
+    if any(shape != (num_neurons, width) for shape in shapes[:-1]) or shapes[-1] != (
+        width,
+        num_neurons,
+    ):
+        raise ValueError(f"config.hire: layout names matrices of shapes {list(map(list, shapes))}")
+    if any(True for _ in parts.act.parameters()):
+        raise ValueError("config.hire: layout.act names a module with weights")
+    if spec["num_neurons"] != num_neurons:
+        raise ValueError(
+            f"config.hire: num_neurons is {spec['num_neurons']}, the layer has {num_neurons}"
+        )
+    if spec["predictor"]["num_inputs"] > width:
+        raise ValueError(
+            f"config.hire: num_inputs is {spec['predictor']['num_inputs']}, "
+            f"the layer is {width} wide"
+        )
+
+
 def install_ffn(
     layer: nn.Module, layout: Mapping[str, Any], spec: Mapping[str, Any], state: HireState
 ) -> SparseFfn:
-    """Put selection into one decoder layer without moving or renaming a weight."""
-    owner = layer.get_submodule(layout["ffn"]) if layout["ffn"] else layer
-    parts = FfnParts.resolve(owner, layout)
+    """Put selection into one decoder layer without moving or renaming a weight.
+
+    Raises ValueError when the layer is not what the layout and the spec say.
+    """
+    try:
+        owner = layer.get_submodule(layout["ffn"]) if layout["ffn"] else layer
+        parts = FfnParts.resolve(owner, layout)
+    except AttributeError as error:
+        raise ValueError(f"config.hire: layout does not fit the model: {error}") from error
+    _check_parts(parts, spec)
     if layout["ffn"]:
         target = owner
         owner.__class__ = mixed(HireFfnMixin, type(owner))
@@ -122,7 +167,7 @@ def install_ffn(
         target.__class__ = mixed(HireInlineMixin, type(target))
         parts.down.module.__class__ = mixed(HirePassMixin, type(parts.down.module))
         setattr(layer, layout["act"], nn.Identity())
-    target.hire = SparseFfn(spec, parts)
+    target.hire = SparseFfn(spec, owner, layout, parts)
     object.__setattr__(target, "hire_state", state)
     return target.hire
 

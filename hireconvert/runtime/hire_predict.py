@@ -93,7 +93,7 @@ def decode_blocks(
 ) -> torch.Tensor:
     """The quantized copy in float32, as stored: [M, D], or channel-major [D, M]."""
     codes = unpack_planes(tensors["planes"], length).float()
-    block = spec["block"]
+    block = min(spec["block"], length)
     scale = tensors["scale"].float().repeat_interleave(block, dim=1)[:, :length]
     if spec["symmetric"]:
         return (codes - (2 ** spec["bits"] - 1) / 2) * scale

@@ -12,49 +12,29 @@ The base model's forward decides once per call whether its rows select, and ever
 """
 
 import functools
-import json
-import logging
-import shutil
+import inspect
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
-from safetensors.torch import save_file
-from transformers.utils import cached_file
 
-from .hire_config import (
-    PREDICTOR_FILE,
-    check_hire_config,
-    check_predictor_tensors,
-    describe,
-    head_tensor_shapes,
-    layer_tensor_shapes,
-)
+from .hire_config import check_hire_config
 from .hire_ffn import COUNTER_NAMES as FFN_COUNTER_NAMES
 from .hire_ffn import SparseFfn
 from .hire_head import COUNTER_NAMES as HEAD_COUNTER_NAMES
 from .hire_head import SparseHead
-from .hire_install import HireState, cached_tokens, install_ffn, install_head
+from .hire_install import HireState, cached_tokens, decoder_layers, install_ffn, install_head
+from .hire_io import HireIoMixin
 
-RUNTIME_FILES = (
-    "modeling_hire.py",
-    "hire_config.py",
-    "hire_install.py",
-    "hire_predict.py",
-    "hire_ffn.py",
-    "hire_head.py",
-)
 SCOPES = ("decode", "all", "off")
-logger = logging.getLogger("hire")
 
 
 class HireBaseMixin:
     """The base model: installs the sparse layers and decides, once per call, who selects."""
+
+    hire_causal = False
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         check_hire_config(config)
@@ -64,7 +44,7 @@ class HireBaseMixin:
         self.register_buffer("hire_fallbacks", torch.zeros(1, dtype=torch.int64), persistent=False)
         self.hire_layers: dict[int, SparseFfn] = {}
         if hire["ffn"] is not None:
-            layers = self.get_submodule(hire["layout"]["layers"])
+            layers = decoder_layers(self, hire["layout"]["layers"])
             for index, spec in enumerate(hire["ffn"]["layers"]):
                 if spec is not None:
                     self.hire_layers[index] = install_ffn(
@@ -72,66 +52,88 @@ class HireBaseMixin:
                     )
         self.post_init()
 
-    def _hire_decide(self, shape: torch.Size, cache: Any) -> None:
-        state = self.hire_state
-        batch, queries = shape[0], shape[1]
+    def _hire_decide(self, call: Mapping[str, Any], hint: bool | None) -> None:
+        state, cache = self.hire_state, call.get("past_key_values")
         state.sparse, state.dense_rows_N = False, None
-        if state.scope == "off":
+        given = call.get("input_ids")
+        given = call.get("inputs_embeds") if given is None else given
+        if state.scope == "off" or given is None:
             return
+        batch, queries = given.shape[:2]
         if state.scope == "all":
+            self.hire_refresh(True)
             self._hire_decide_all(batch, queries, cached_tokens(cache) or 0)
             return
-        hint, state.decode_hint = state.decode_hint, None
         decoding = cached_tokens(cache) != 0 if hint is None else hint
-        if not decoding:
-            if not torch.compiler.is_compiling():
-                self.hire_prepare()
+        # What generate() did before the first step holds for the others; training never decodes.
+        if not (decoding and state.generating) and not (self.training and not decoding):
+            self.hire_refresh(not decoding)
+        if not decoding or queries > state.max_decode_queries:
             return
-        if queries > state.max_decode_queries:
-            return
-        if batch * queries > state.max_sparse_rows:
+        rows, most = batch * queries, state.max_sparse_rows
+        if rows > most or not state.usable:
             self.hire_fallbacks.add_(1)
-            state.warn_once(
-                f"{batch * queries} rows run dense: max_sparse_rows is {state.max_sparse_rows}"
-            )
+            if state.usable:
+                state.warn_once(f"{rows} rows run dense: max_sparse_rows is {most}")
             return
         state.sparse = True
 
     def _hire_decide_all(self, batch: int, queries: int, cached: int) -> None:
         state = self.hire_state
-        if not torch.compiler.is_compiling():
-            self.hire_prepare()
-        state.sparse = True
+        state.sparse = state.usable
         if cached < state.dense_prefix:
             dense_Q = (
                 torch.arange(cached, cached + queries, device=self.device) < state.dense_prefix
             )
             state.dense_rows_N = dense_Q.repeat(batch)
 
-    def hire_prepare(self) -> None:
-        """Build derived tensors, or rebuild those whose weights changed; cheap when none did."""
-        if not all(layer.usable() for layer in self.hire_layers.values()):
-            self.hire_state.warn_once(
+    def hire_refresh(self, thorough: bool) -> None:
+        """Build derived tensors, or rebuild those whose weights changed; nothing inside a graph.
+
+        `thorough` looks at the weights' content too, which a write through `.data` changes alone.
+        """
+        if torch.compiler.is_compiling():
+            return
+        state, layers = self.hire_state, list(self.hire_layers.values())
+        if thorough or any(layer.prepared is None for layer in layers):
+            state.usable = all(layer.find_parts() for layer in layers)
+        if not state.usable:
+            state.warn_once(
                 "FFN weights are not plain Linear or Conv1D layers: every row runs dense"
             )
-            self.hire_state.scope = "off"
             return
-        for layer in self.hire_layers.values():
-            layer.prepare()
+        for layer in layers:
+            layer.prepare(thorough)
 
 
 class HireCausalMixin:
     """The language model: a HiRE base model below it, the sparse head beside its weight."""
+
+    hire_causal = True
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         check_hire_config(config)
         super().__init__(config, *args, **kwargs)
         prefix = self.base_model_prefix
         setattr(self, prefix, hire_class(type(getattr(self, prefix)))(config))
-        if config.hire["head"] is not None:
-            cap = getattr(config.get_text_config(), "final_logit_softcapping", None)
-            install_head(self.get_output_embeddings(), config.hire["head"], cap, self.hire_state)
+        self._hire_install_head(None)
         self.post_init()
+
+    def _hire_install_head(self, before: SparseHead | None) -> None:
+        spec = self.config.hire["head"]
+        if spec is None:
+            return
+        head = self.get_output_embeddings()
+        cap = getattr(self.config.get_text_config(), "final_logit_softcapping", None)
+        install_head(head, spec, cap, self.hire_state)
+        if before is not None:
+            head.hire.predictor_tensors = before.predictor_tensors
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        """Replace the head (resizing the vocabulary does) and put the sparse head beside it."""
+        before = getattr(self.get_output_embeddings(), "hire", None)
+        super().set_output_embeddings(new_embeddings)
+        self._hire_install_head(before)
 
     @property
     def hire_state(self) -> HireState:
@@ -142,34 +144,48 @@ class HireCausalMixin:
         """Native inputs; notes whether the cache holds tokens, which a graph cannot ask."""
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         cache = inputs.get("past_key_values")
-        inputs["hire_decode"] = cache is not None and int(cache.get_seq_length()) > 0
+        decoding = cache is not None and int(cache.get_seq_length()) > 0
+        if not decoding:
+            self.hire_prepare()  # the forward may be a compiled graph, which cannot
+        inputs["hire_decode"] = decoding
         return inputs
 
-    def generate(self, *args: Any, generation_config: Any = None, **kwargs: Any) -> Any:
-        """Native `generate`; the head certifies, estimates or runs dense as the settings need."""
-        with self._hire_generation(generation_config, kwargs):
-            return super().generate(*args, generation_config=generation_config, **kwargs)
+    def hire_prepare(self) -> None:
+        """Build derived tensors now; needed only before a forward compiled without `generate`."""
+        getattr(self, self.base_model_prefix).hire_refresh(True)
+        self._hire_refresh_head(True)
 
-    @contextmanager
-    def _hire_generation(self, generation_config: Any, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    def _hire_refresh_head(self, thorough: bool) -> None:
+        head = self.get_output_embeddings()
+        if hasattr(head, "hire") and not torch.compiler.is_compiling():
+            head.hire.prepare(head, thorough)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Native `generate`; the head certifies, estimates or runs dense as the settings need."""
         state = self.hire_state
         before = (state.generating, state.head_mode)
-        state.generating, state.head_mode = True, self._hire_head_mode(generation_config, kwargs)
+        state.generating = True
+        self._hire_custom = bool(
+            kwargs.get("logits_processor") or kwargs.get("prefix_allowed_tokens_fn")
+        )
         try:
-            yield
+            return super().generate(*args, **kwargs)
         finally:
             state.generating, state.head_mode = before
 
-    def _hire_head_mode(self, generation_config: Any, kwargs: Mapping[str, Any]) -> str:
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> Any:
+        """Native resolution of the settings, which then choose the head's mode."""
+        resolved = super()._prepare_generation_config(*args, **kwargs)
+        if self.hire_state.generating:
+            self.hire_state.head_mode = self._hire_head_mode(resolved[0].to_dict())
+        return resolved
+
+    def _hire_head_mode(self, settings: Mapping[str, Any]) -> str:
         """`recipe` where the certificate covers these settings, else what `on_uncertified` says."""
         spec = self.config.hire["head"]
         if spec is None or not spec["certified"]:
             return "recipe"
-        settings = {**self.generation_config.to_dict()}
-        if generation_config is not None:
-            settings.update({k: v for k, v in generation_config.to_dict().items() if v is not None})
-        settings.update({k: v for k, v in kwargs.items() if k in settings})
-        reason = uncertified_reason(settings, kwargs, spec["certify_top"])
+        reason = uncertified_reason(settings, self._hire_custom, spec["certify_top"])
         if reason is None:
             return "recipe"
         self.hire_state.warn_once(
@@ -225,9 +241,7 @@ class HireCausalMixin:
             head.counts.zero_()
 
 
-def uncertified_reason(
-    settings: Mapping[str, Any], kwargs: Mapping[str, Any], top: int
-) -> str | None:
+def uncertified_reason(settings: Mapping[str, Any], custom: bool, top: int) -> str | None:
     """Why generation settings need more logits than the certified `top`; None when they do not."""
 
     def on(name: str, *neutral: Any) -> bool:
@@ -235,7 +249,7 @@ def uncertified_reason(
 
     if (settings.get("num_beams") or 1) > 1 or on("penalty_alpha"):
         return "beam or contrastive search"
-    if kwargs.get("logits_processor") or kwargs.get("prefix_allowed_tokens_fn"):
+    if custom:
         return "a custom logits processor"
     if on("output_scores") or on("output_logits"):
         return "scores over all rows"
@@ -272,142 +286,56 @@ def hire_class(native: type) -> type:
     return getattr(sys.modules[__name__], f"Hire{native.__name__}")
 
 
+def _arguments(native: type) -> Callable[[tuple[Any, ...], Mapping[str, Any]], dict[str, Any]]:
+    """A function that names the positional arguments of the native forward."""
+    names = list(inspect.signature(native.forward).parameters)[1:]
+
+    def named(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        return {**dict(zip(names, args, strict=False)), **kwargs}
+
+    return named
+
+
 def _causal_forward(native: type) -> Any:
+    named = _arguments(native)
+
     @functools.wraps(native.forward)
     def forward(self: Any, *args: Any, hire_decode: bool | None = None, **kwargs: Any) -> Any:
-        self.hire_state.decode_hint = hire_decode
-        output = native.forward(self, *args, **kwargs)
+        call, state = named(args, kwargs), self.hire_state
+        # Decided here as well: some models (OPT) call their decoder past the base model's forward.
+        getattr(self, self.base_model_prefix)._hire_decide(call, hire_decode)
+        if not state.generating and not self.training:
+            self._hire_refresh_head(state.scope == "all" or not state.sparse)
+        state.decided = True
+        try:
+            output = native.forward(self, *args, **kwargs)
+        finally:
+            state.decided = False
         head = getattr(self.get_output_embeddings(), "hire", None)
         # Soft-capping comes after the head and would turn -inf into a finite number.
-        if head is not None and head.unselected is not None and hasattr(output, "logits"):
-            output.logits = output.logits.masked_fill(
-                head.unselected.view_as(output.logits), -torch.inf
-            )
+        if head is None or head.unselected is None:
+            return output
+        place = 0 if call.get("labels") is None else 1
+        logits = output[place] if isinstance(output, tuple) else output.logits
+        logits = logits.masked_fill(head.unselected.view_as(logits), -torch.inf)
+        if isinstance(output, tuple):
+            return (*output[:place], logits, *output[place + 1 :])
+        output.logits = logits
         return output
 
     return forward
 
 
 def _base_forward(native: type) -> Any:
+    named = _arguments(native)
+
     @functools.wraps(native.forward)
-    def forward(self: Any, input_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
-        embeds = kwargs.get("inputs_embeds")
-        given = input_ids if input_ids is not None else embeds
-        if given is not None:
-            self._hire_decide(given.shape, kwargs.get("past_key_values"))
-        return native.forward(self, input_ids, *args, **kwargs)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.hire_state.decided:
+            self._hire_decide(named(args, kwargs), None)
+        return native.forward(self, *args, **kwargs)
 
     return forward
-
-
-class HireIoMixin:
-    """Loading and saving: predictors and runtime files travel with the weights."""
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Native loading, then the predictors; see PreTrainedModel.from_pretrained.
-
-        Raises OSError when the predictor file is missing, ValueError when it does not fit.
-        """
-        result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = result[0] if isinstance(result, tuple) else result
-        model._hire_load(pretrained_model_name_or_path, kwargs)
-        return result
-
-    def _hire_parts(self) -> tuple[Any, SparseHead | None]:
-        base = getattr(self, self.base_model_prefix, self)
-        output = self.get_output_embeddings() if isinstance(self, HireCausalMixin) else None
-        return base, getattr(output, "hire", None)
-
-    def _hire_load(self, source: Any, kwargs: Mapping[str, Any]) -> None:
-        base, head = self._hire_parts()
-        if base.hire_layers or (head is not None and head.spec["kind"] == "lr"):
-            keys = (
-                "cache_dir",
-                "force_download",
-                "local_files_only",
-                "token",
-                "revision",
-                "subfolder",
-            )
-            options = {key: kwargs[key] for key in keys if kwargs.get(key) is not None}
-            path = cached_file(source, PREDICTOR_FILE, **options)
-            self._hire_assign(path, base, head)
-        for counter in [layer.counts for layer in base.hire_layers.values()] + [
-            base.hire_fallbacks
-        ]:
-            counter.zero_()  # Transformers fills non-persistent buffers with whatever memory held
-        if head is not None:
-            head.counts.zero_()
-        logger.warning("hire: %s", describe(self.config.hire))
-
-    def _hire_assign(self, path: str, base: Any, head: SparseHead | None) -> None:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        for index, layer in base.hire_layers.items():
-            prefix = f"layers.{index}."
-            own = {
-                k.removeprefix(prefix): tensors.pop(k)
-                for k in list(tensors)
-                if k.startswith(prefix)
-            }
-            check_predictor_tensors(own, layer_tensor_shapes(layer), prefix)
-            layer.predictor_tensors, layer.prepared = own, None
-        head_tensors = {k: tensors.pop(k) for k in list(tensors) if k.startswith("head.")}
-        if head is not None:
-            width = self.get_output_embeddings().weight.shape[1]
-            check_predictor_tensors(head_tensors, head_tensor_shapes(head.spec, width), "")
-            head.predictor_tensors, head.prepared = head_tensors, None
-        if tensors:
-            raise ValueError(
-                f"{PREDICTOR_FILE}: {sorted(tensors)[0]} is not called for by config.hire"
-            )
-
-    def save_pretrained(
-        self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any
-    ) -> None:
-        """Native saving plus predictors, runtime files and both auto_map entries."""
-        if push_to_hub:
-            raise ValueError(
-                "save_pretrained(push_to_hub=True) would upload half a model; use push_to_hub()"
-            )
-        super().save_pretrained(save_directory, *args, **kwargs)
-        folder = Path(save_directory)
-        base, head = self._hire_parts()
-        tensors = {
-            f"layers.{index}.{name}": tensor
-            for index, layer in base.hire_layers.items()
-            for name, tensor in layer.predictor_tensors.items()
-        }
-        if head is not None:
-            tensors.update(head.predictor_tensors)
-        if tensors:
-            (folder / PREDICTOR_FILE).parent.mkdir(exist_ok=True)
-            save_file(
-                {k: v.contiguous() for k, v in tensors.items()},
-                folder / PREDICTOR_FILE,
-                {"format": "pt"},
-            )
-        for name in RUNTIME_FILES:
-            shutil.copyfile(Path(__file__).parent / name, folder / name)
-        self._hire_patch_config(folder / "config.json")
-
-    def _hire_patch_config(self, path: Path) -> None:
-        """Native architecture name and both auto_map entries, whichever of the two was saved."""
-        config = json.loads(path.read_text())
-        own = type(self).__name__
-        entries = {
-            key: value.rpartition(".")[2].rpartition("--")[2]
-            for key, value in (getattr(self.config, "auto_map", None) or {}).items()
-        }
-        if isinstance(self, HireCausalMixin):
-            entries["AutoModelForCausalLM"] = own
-            entries["AutoModel"] = type(getattr(self, self.base_model_prefix)).__name__
-        else:
-            entries["AutoModel"] = own
-        config["auto_map"] = {key: f"modeling_hire.{name}" for key, name in entries.items()}
-        config["architectures"] = [entries.get("AutoModelForCausalLM", own).removeprefix("Hire")]
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def __getattr__(name: str) -> type:

@@ -1,0 +1,144 @@
+"""Loading and saving of HiRE models: predictors and runtime files travel with the weights."""
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers.utils import cached_file
+
+from .hire_config import (
+    PREDICTOR_FILE,
+    check_predictor_tensors,
+    describe,
+    head_tensor_shapes,
+    layer_tensor_shapes,
+)
+from .hire_head import SparseHead
+
+RUNTIME_FILES = (
+    "modeling_hire.py",
+    "hire_config.py",
+    "hire_install.py",
+    "hire_io.py",
+    "hire_predict.py",
+    "hire_ffn.py",
+    "hire_head.py",
+)
+logger = logging.getLogger("hire")
+
+
+class HireIoMixin:
+    """Loading and saving: predictors and runtime files travel with the weights."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Native loading, then the predictors; see PreTrainedModel.from_pretrained.
+
+        Raises OSError when the predictor file is missing, ValueError when it does not fit.
+        """
+        result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = result[0] if isinstance(result, tuple) else result
+        model._hire_load(pretrained_model_name_or_path, kwargs)
+        return result
+
+    def _hire_parts(self) -> tuple[Any, SparseHead | None]:
+        base = getattr(self, self.base_model_prefix, self)
+        output = self.get_output_embeddings() if self.hire_causal else None
+        return base, getattr(output, "hire", None)
+
+    def _hire_load(self, source: Any, kwargs: Mapping[str, Any]) -> None:
+        base, head = self._hire_parts()
+        if base.hire_layers or (head is not None and head.spec["kind"] == "lr"):
+            keys = (
+                "cache_dir",
+                "force_download",
+                "local_files_only",
+                "token",
+                "revision",
+                "subfolder",
+            )
+            options = {key: kwargs[key] for key in keys if kwargs.get(key) is not None}
+            path = cached_file(source, PREDICTOR_FILE, **options)
+            self._hire_assign(path, base, head)
+        for counter in [layer.counts for layer in base.hire_layers.values()] + [
+            base.hire_fallbacks
+        ]:
+            counter.zero_()  # Transformers fills non-persistent buffers with whatever memory held
+        if head is not None:
+            head.counts.zero_()
+        logger.warning("hire: %s", describe(self.config.hire))
+
+    def _hire_assign(self, path: str, base: Any, head: SparseHead | None) -> None:
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{PREDICTOR_FILE} cannot be read: {error}") from error
+        for index, layer in base.hire_layers.items():
+            prefix = f"layers.{index}."
+            own = {
+                k.removeprefix(prefix): tensors.pop(k)
+                for k in list(tensors)
+                if k.startswith(prefix)
+            }
+            check_predictor_tensors(own, layer_tensor_shapes(layer), prefix)
+            layer.predictor_tensors, layer.prepared = own, None
+        head_tensors = {k: tensors.pop(k) for k in list(tensors) if k.startswith("head.")}
+        if head is not None:
+            width = self.get_output_embeddings().weight.shape[1]
+            check_predictor_tensors(head_tensors, head_tensor_shapes(head.spec, width), "")
+            head.predictor_tensors, head.prepared = head_tensors, None
+        if tensors:
+            raise ValueError(
+                f"{PREDICTOR_FILE}: {sorted(tensors)[0]} is not called for by config.hire"
+            )
+
+    def save_pretrained(
+        self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Native saving plus predictors, runtime files and both auto_map entries."""
+        if push_to_hub:
+            raise ValueError(
+                "save_pretrained(push_to_hub=True) would upload half a model; use push_to_hub()"
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
+        folder = Path(save_directory)
+        base, head = self._hire_parts()
+        tensors = {
+            f"layers.{index}.{name}": tensor
+            for index, layer in base.hire_layers.items()
+            for name, tensor in layer.predictor_tensors.items()
+        }
+        if head is not None:
+            tensors.update(head.predictor_tensors)
+        if tensors:
+            (folder / PREDICTOR_FILE).parent.mkdir(exist_ok=True)
+            save_file(
+                {k: v.contiguous() for k, v in tensors.items()},
+                folder / PREDICTOR_FILE,
+                {"format": "pt"},
+            )
+        for name in RUNTIME_FILES:
+            shutil.copyfile(Path(__file__).parent / name, folder / name)
+        self._hire_patch_config(folder / "config.json")
+
+    def _hire_patch_config(self, path: Path) -> None:
+        """Native architecture name and both auto_map entries, whichever of the two was saved."""
+        config = json.loads(path.read_text())
+        own = type(self).__name__
+        entries = {
+            key: value.rpartition(".")[2].rpartition("--")[2]
+            for key, value in (getattr(self.config, "auto_map", None) or {}).items()
+        }
+        if self.hire_causal:
+            entries["AutoModelForCausalLM"] = own
+            entries["AutoModel"] = type(getattr(self, self.base_model_prefix)).__name__
+        else:
+            entries["AutoModel"] = own
+        config["auto_map"] = {key: f"modeling_hire.{name}" for key, name in entries.items()}
+        config["architectures"] = [entries.get("AutoModelForCausalLM", own).removeprefix("Hire")]
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
