@@ -94,14 +94,23 @@ def build_tokens(
     total = (num_fit + num_held) * new_T
     if recipe.source == "self":
         assert sample is not None, "source self needs a sampler"
-        pieces: Iterator[_Piece] = (
-            _Piece(row, hashlib.sha256(np.asarray(row, "<i8").tobytes()).digest())
-            for row in sample(total, seed).tolist()
-        )
-    else:
-        pieces = _pieces(_shuffled_documents(recipe, tokenizer, seed), tokenizer)
-    pieces = _reported(pieces, total, progress)
-    fit, held = _divide(pieces, num_fit * new_T, num_held * new_T, recipe)
+        rows = sample(total, seed).tolist()
+
+    def pieces(cap: int | None) -> Iterator[_Piece]:
+        found: Iterator[_Piece]
+        if recipe.source == "self":
+            found = (_Piece(row, _digest(np.asarray(row, "<i8").tobytes())) for row in rows)
+        else:
+            found = _pieces(_shuffled_documents(recipe, tokenizer, seed), tokenizer, cap)
+        return _reported(found, total, progress)
+
+    # A window's worth of each document, so that many have a say; all of them if that is too little.
+    needed = (num_fit * new_T, num_held * new_T)
+    fit, held = (
+        _divide(pieces(new_T), *needed)
+        or _divide(pieces(None), *needed)
+        or _cut(list(pieces(None)), *needed, name=_public_name(recipe))
+    )
     bos = [tokenizer.bos_token_id] if with_bos else []
     digest = hashlib.sha256(b"".join(piece.digest for piece in fit + held)).hexdigest()
     return TokenData(
@@ -133,7 +142,7 @@ def evaluation_windows(
         wanted = f"expected one window of at least {max(window, 2)}"
         raise InputError(f"the text to evaluate on has {len(ids)} tokens; {wanted}")
     bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-    digest = hashlib.sha256(joined.encode()).digest()
+    digest = _digest(joined.encode())
     ids_WT = _pack([_Piece(ids, digest)], num_windows, window, bos)
     return EvalWindows(ids_WT, num_windows * (ids_WT.shape[1] - 1), digest.hex())
 
@@ -202,11 +211,18 @@ def _shuffled_documents(recipe: DataRecipe, tokenizer: Any, seed: int) -> Iterab
     return (documents[index] for index in order.tolist())
 
 
-def _pieces(documents: Iterable[str], tokenizer: Any) -> Iterator[_Piece]:
+def _pieces(documents: Iterable[str], tokenizer: Any, cap: int | None) -> Iterator[_Piece]:
+    blank_line = tokenizer(SEPARATOR, add_special_tokens=False).input_ids
     for document in documents:
         text = document + SEPARATOR
         ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        yield _Piece(ids, hashlib.sha256(document.encode()).digest())
+        if cap is not None and len(ids) > cap:
+            ids = ids[:cap] + blank_line
+        yield _Piece(ids, _digest(document.encode()))
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
 
 
 def _reported(pieces: Iterator[_Piece], total: int, progress: Progress | None) -> Iterator[_Piece]:
@@ -219,9 +235,9 @@ def _reported(pieces: Iterator[_Piece], total: int, progress: Progress | None) -
 
 
 def _divide(
-    pieces: Iterator[_Piece], num_fit: int, num_held: int, recipe: DataRecipe
-) -> tuple[list[_Piece], list[_Piece]]:
-    """Return pieces with at least `num_fit` tokens and others with at least `num_held`."""
+    pieces: Iterator[_Piece], num_fit: int, num_held: int
+) -> tuple[list[_Piece], list[_Piece]] | None:
+    """Return documents with at least `num_fit` tokens and others with at least `num_held`."""
     held = _take(pieces, num_held)
     fit = _take(pieces, num_fit)
     if _size(fit) >= num_fit:
@@ -231,15 +247,18 @@ def _divide(
     shortest_first = iter(sorted(held + fit, key=lambda piece: len(piece.ids)))
     held = _take(shortest_first, num_held)
     fit = list(shortest_first)
-    if _size(fit) >= num_fit:
-        return fit, held
-    # Documents cannot be told apart, as with a single one: disjoint parts of the same text.
-    everything = held + fit
-    if _size(everything) < num_fit + num_held:
-        found = f"{_size(everything)} tokens in {len(everything)} documents"
+    return (fit, held) if _size(fit) >= num_fit else None
+
+
+def _cut(
+    pieces: list[_Piece], num_fit: int, num_held: int, *, name: str
+) -> tuple[list[_Piece], list[_Piece]]:
+    """Return the beginning and the end of text whose documents cannot be told apart."""
+    if _size(pieces) < num_fit + num_held:
+        found = f"{_size(pieces)} tokens in {len(pieces)} documents"
         wanted = f"the minimum is {num_fit + num_held} (data.num_tokens + data.num_held_tokens)"
-        raise InputError(f"{_public_name(recipe)}: too little text: {found}; {wanted}")
-    return _take(iter(everything), num_fit), _tail(everything, num_held)
+        raise InputError(f"{name}: too little text: {found}; {wanted}")
+    return _take(iter(pieces), num_fit), _tail(pieces, num_held)
 
 
 def _take(pieces: Iterator[_Piece], num_tokens: int) -> list[_Piece]:

@@ -78,8 +78,9 @@ def test_windows_are_packed_seeded_and_from_different_documents(tmp_path, tokeni
     assert tokens.source == "x.txt" and tokens.starts_with_bos
     fit, held = text_of(tokenizer, tokens.fit_WT), text_of(tokenizer, tokens.held_WT)
     assert not (set(fit) & set(held)) - {"\n"}
-    assert fit[30:32] == "\n\n" and len(set(fit[:30])) == 1 and fit[32] != fit[0]
-    assert tokens.num_documents == len((set(fit) | set(held)) - {"\n"})
+    # A window's worth (15 new tokens) of each document, then a blank line.
+    assert fit[15:17] == "\n\n" and len(set(fit[:15])) == 1 and fit[17] != fit[0]
+    assert tokens.num_documents == len((set(fit) | set(held)) - {"\n"}) == 6
     again = build_tokens(recipe(path), tokenizer, seed=0)
     other = build_tokens(recipe(path), tokenizer, seed=1)
     assert torch.equal(again.fit_WT, tokens.fit_WT) and again.text_sha256 == tokens.text_sha256
@@ -277,7 +278,7 @@ def test_hub_dataset_is_streamed(monkeypatch, tmp_path, tokenizer):
     how = {"split": "train", "revision": "abc", "streaming": True}
     assert calls == [(("org/name", "en"), how)]
     assert tokens.source == "hub:org/name@abc"
-    assert text_of(tokenizer, tokens.held_WT).startswith("a" * 28)
+    assert text_of(tokenizer, tokens.held_WT).startswith("a" * 15 + "\n\n" + "b" * 13)
 
 
 def test_hub_failures(monkeypatch, tmp_path, tokenizer):
