@@ -84,7 +84,7 @@ def build_tokens(
     """Return the calibration tokens of a recipe: ceil(tokens / window) windows of each kind.
 
     `sample` is called for source `self`. Documents are shuffled with the seed, joined by a blank
-    line and cut into windows. Raises InputError when there is too little text, or HubError.
+    line (sampled rows follow each other) and cut into windows. Raises InputError, HubError.
     """
     with_bos = adds_bos(tokenizer)
     new_T = recipe.window - with_bos
