@@ -14,6 +14,7 @@ import torch
 from hireconvert.errors import InputError
 from hireconvert.families import FfnWeights
 from hireconvert.fitting import (
+    Batch,
     Moments,
     Training,
     grouped_order,
@@ -41,6 +42,7 @@ from hireconvert.scoring import (
     combined,
     exact_scores,
     hidden,
+    kth_score,
     layer_counts,
     measured,
     predictor_spec,
@@ -119,7 +121,7 @@ def distill_layer(
 
 def neuron_order(scores_NF: torch.Tensor, counts: dict[str, Any]) -> torch.Tensor:
     """int64 [F]: the most often active neurons first, then the rest in co-active groups."""
-    kth_N1 = scores_NF.topk(counts["num_kept"], dim=1).values[:, -1:]
+    kth_N1 = kth_score(scores_NF, counts["num_kept"])
     activity_F = (scores_NF >= kth_N1).sum(0)
     by_activity = torch.argsort(activity_F, descending=True, stable=True)
     common = by_activity[: counts["num_common"]].sort().values
@@ -257,11 +259,12 @@ def _trained(
         )
     floor, common = _score_floor(job), job.counts["num_common"]
 
-    def batch(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def batch(rows: torch.Tensor) -> Batch:
         x_BD = job.fit_ND[rows]
         base_BM = torch.zeros(()) if base is None else base.estimate(x_BD)
         truth_BS = _log_units(job, hidden(job.weights, x_BD), floor, first=common)
-        return x_BD - mean_D, base_BM, truth_BS
+        num = (job.counts["num_kept"] - common) // job.counts["group_size"]
+        return Batch(x_BD - mean_D, base_BM, truth_BS, kth_score(truth_BS, num))
 
     def log_scores(z_BM: torch.Tensor) -> torch.Tensor:
         if spec["groups"]:
@@ -277,14 +280,12 @@ def _trained(
         report = measured(job.weights, job.held_ND, held_spec, tensors)
         return float(report["recall"])
 
-    group = job.counts["group_size"]
     training = Training(**recipe.distill.model_dump(), seed=job.seed)
     result = train_factors(
         start,
         batch,
         log_scores,
         num_rows=job.fit_ND.shape[0],
-        num=(job.counts["num_kept"] - common) // group,
         held_recall=held_recall,
         training=training,
     )
@@ -296,8 +297,8 @@ def _score_floor(job: _Job) -> float:
     """A tenth of the typical threshold: below it a log score says nothing about the top set."""
     rows = job.fit_ND[: ROW_CHUNK // 2]
     scores_NF = exact_scores(job.weights, rows, job.norm_F)
-    kth_N = scores_NF.topk(job.counts["num_kept"], dim=1).values[:, -1]
-    return max(float(kth_N.median()) / 10, 1e-20)
+    kth_N1 = kth_score(scores_NF, job.counts["num_kept"])
+    return max(float(kth_N1.median()) / 10, 1e-20)
 
 
 def _log_units(job: _Job, hidden_NF: torch.Tensor, floor: float, *, first: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 RIDGE = 1e-3
+SHARPNESS_RATE = 0.02
 CLUSTER_CANDIDATE_FLOOR = 1e-2
 Loss = Literal["bce", "regression", "listwise"]
 
@@ -144,6 +145,17 @@ def grouped_order(scores_NF: torch.Tensor, group_size: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Some calibration rows: centred inputs, what a copy already contributes (or zero), true log
+    scores of the units, and the k-th of each row."""
+
+    x_BD: torch.Tensor
+    base_BM: torch.Tensor
+    truth_BS: torch.Tensor
+    threshold_B1: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Training:
     """What the training of factors needs to know besides the data."""
 
@@ -152,7 +164,6 @@ class Training:
     batch_rows: int
     learning_rate: float
     seed: int
-    sharpness: float = 4.0
 
 
 @dataclass(frozen=True)
@@ -167,55 +178,65 @@ class Trained:
 
 
 def ranking_loss(
-    loss: Loss, estimate_BS: torch.Tensor, truth_BS: torch.Tensor, num: int, sharpness: float
+    loss: Loss,
+    estimate_BS: torch.Tensor,
+    truth_BS: torch.Tensor,
+    threshold_B1: torch.Tensor,
+    sharpness: torch.Tensor,
 ) -> torch.Tensor:
-    """The loss of estimated log scores [B, S] against true ones, for a top set of `num`.
+    """The loss of estimated log scores [B, S] against true ones and each row's true threshold.
 
-    `bce` membership against the true threshold, `listwise` cross-entropy of the softmax with the
-    uniform distribution over the true set, `regression` squared error of the log scores.
+    `bce` membership of the true top set, `listwise` cross-entropy of the softmaxes of estimated
+    and true log scores, `regression` squared error of the log scores. `sharpness` (an exponent
+    and an offset, trained along) says how far estimates can be trusted.
     """
     if loss == "regression":
         return (estimate_BS - truth_BS).square().mean()
-    threshold_B1 = truth_BS.topk(num, dim=1).values[:, -1:]
-    member_BS = (truth_BS >= threshold_B1).float()
-    if loss == "bce":
-        logits_BS = sharpness * (estimate_BS - threshold_B1)
-        return F.binary_cross_entropy_with_logits(logits_BS, member_BS)
-    share_BS = member_BS / member_BS.sum(1, keepdim=True)
-    return -(share_BS * F.log_softmax(sharpness * estimate_BS, dim=1)).sum(1).mean()
+    estimate_BS = estimate_BS * sharpness[0].exp()
+    if loss == "listwise":
+        return -(truth_BS.softmax(1) * F.log_softmax(estimate_BS, dim=1)).sum(1).mean()
+    logits_BS = estimate_BS - threshold_B1 * sharpness[0].exp() + sharpness[1]
+    return F.binary_cross_entropy_with_logits(logits_BS, (truth_BS >= threshold_B1).float())
 
 
 def train_factors(
     start: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    batch: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    batch: Callable[[torch.Tensor], Batch],
     log_scores: Callable[[torch.Tensor], torch.Tensor],
     *,
     num_rows: int,
-    num: int,
     held_recall: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], float],
     training: Training,
 ) -> Trained:
     """Factors trained on rows of the calibration inputs, the best on held-out rows kept.
 
-    `start` is (factor_in, factor_out, bias); `batch(rows)` gives centred inputs, what a copy
-    already contributes (or zero) and true log scores; the start itself is a contender, so
-    training never returns anything worse on the held-out rows.
+    `start` is (factor_in, factor_out, bias); `batch(rows)` gives the data of some rows,
+    `log_scores` turns outputs [B, M] into log scores. The start itself is a contender, so training
+    never returns anything worse on the held-out rows.
     """
     generator = torch.Generator().manual_seed(training.seed)
     parameters = [tensor.clone().requires_grad_(True) for tensor in start]
-    optimizer = torch.optim.Adam(parameters, lr=training.learning_rate)
+    sharpness = torch.zeros(2, requires_grad=True)
+    optimizer = torch.optim.Adam(
+        [
+            {"params": parameters, "lr": training.learning_rate},
+            {"params": [sharpness], "lr": SHARPNESS_RATE},
+        ]
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(training.steps, 1))
     best = [tensor.detach().clone() for tensor in parameters]
     recalls, losses = [held_recall(*best)], []
     every = max(training.steps // 8, 1)
     for step in range(training.steps):
         rows = torch.randint(num_rows, (min(training.batch_rows, num_rows),), generator=generator)
-        x_BD, base_BM, truth_BS = batch(rows)
+        data = batch(rows)
         factor_in, factor_out, bias = parameters
         optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
-            z_BM = base_BM + F.linear(F.linear(x_BD, factor_in), factor_out) + bias
-            loss = ranking_loss(training.loss, log_scores(z_BM), truth_BS, num, training.sharpness)
+            z_BM = data.base_BM + F.linear(F.linear(data.x_BD, factor_in), factor_out) + bias
+            loss = ranking_loss(
+                training.loss, log_scores(z_BM), data.truth_BS, data.threshold_B1, sharpness
+            )
             loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

@@ -10,6 +10,7 @@ import itertools
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -20,8 +21,7 @@ from hireconvert.runtime.hire_predict import (
     Predictor,
     layer_bytes,
     members_mask,
-    recall_at,
-    select_neurons,
+    top_k_indices,
     unit_scores,
 )
 
@@ -123,19 +123,19 @@ def measured(
     width, kept = weights.up_FD.shape[1], spec["num_kept"]
     predictor = Predictor(spec["predictor"], tensors, width)
     norm_F = score_norms(weights, spec["score"])
-    totals = torch.zeros(3)
+    totals = torch.zeros(3, dtype=torch.float64)
     for rows in x_ND.split(ROW_CHUNK):
         score_NF = exact_scores(weights, rows, norm_F).nan_to_num()
         unit_NS = estimated_units(weights, predictor.estimate(rows), norm_F, spec).nan_to_num()
         candidate_NF = _chosen(unit_NS, spec["num_candidates"], spec)
         narrow_NF = _chosen(unit_NS, kept, spec)
-        true_mass = score_NF.topk(kept, dim=1).values.square().sum(1)
-        found = (score_NF * candidate_NF).topk(kept, dim=1).values.square().sum(1)
-        mass_N = (found / true_mass.clamp_min(1e-30)).clamp_max(1.0)
-        for index, value in enumerate(
-            (recall_at(score_NF, candidate_NF, kept), recall_at(score_NF, narrow_NF, kept), mass_N)
-        ):
-            totals[index] += value.sum()
+        member_NF = score_NF >= kth_score(score_NF, kept)
+        found_NF = score_NF * candidate_NF
+        found_NF = found_NF * (found_NF >= kth_score(found_NF, kept))
+        totals[0] += _hits(member_NF, candidate_NF, kept)
+        totals[1] += _hits(member_NF, narrow_NF, kept)
+        mass_N = (score_NF * member_NF).square().sum(1).clamp_min(1e-30)
+        totals[2] += float((found_NF.square().sum(1) / mass_N).clamp_max(1.0).sum())
     recall, at_kept, mass = (totals / x_ND.shape[0]).tolist()
     matrices = 2 if weights.gate_FD is None else 3
     return {
@@ -156,9 +156,33 @@ def estimated_units(
     return unit_scores(score_NF[:, spec["num_common"] :], spec["group_size"])
 
 
+def kth_score(score_NS: torch.Tensor, num: int) -> torch.Tensor:
+    """The `num`-th largest score of each row, [N, 1]; many times faster than torch.topk here."""
+    place = score_NS.shape[1] - num
+    kth_N = np.partition(score_NS.numpy(), place, axis=1)[:, place]
+    return torch.from_numpy(kth_N).unsqueeze(1)
+
+
+def top_mask(score_NS: torch.Tensor, num: int) -> torch.Tensor:
+    """bool [N, S]: the very entries that the runtime's `top_k_indices` names."""
+    mask_NS = score_NS >= kth_score(score_NS, num)
+    tied_N = mask_NS.sum(1) != num
+    if bool(tied_N.any()):  # only ties need the runtime's slower rule, lowest index first
+        best = top_k_indices(score_NS[tied_N], num)
+        mask_NS[tied_N] = members_mask(best, score_NS.shape[1])
+    return mask_NS
+
+
 def _chosen(unit_NS: torch.Tensor, count: int, spec: dict[str, Any]) -> torch.Tensor:
-    index_NK = select_neurons(unit_NS, count, spec["group_size"], spec["num_common"])
-    return members_mask(index_NK, spec["num_neurons"])
+    """bool [N, F]: the common neurons and the best units, `count` neurons in all."""
+    common, group = spec["num_common"], spec["group_size"]
+    mask_NS = top_mask(unit_NS, (count - common) // group).repeat_interleave(group, dim=1)
+    return torch.cat([mask_NS.new_ones(mask_NS.shape[0], common), mask_NS], dim=1)
+
+
+def _hits(member_NF: torch.Tensor, chosen_NF: torch.Tensor, num: int) -> float:
+    """Sum over rows of the recall; every member counts, more than `num` (ties) as `num`."""
+    return float((member_NF & chosen_NF).sum(1).clamp(max=num).double().sum() / num)
 
 
 def cheapest_first(

@@ -35,9 +35,10 @@ from hireconvert.families import FfnWeights
 from hireconvert.recipe import FfnRecipe, PredictorRecipe
 from hireconvert.runtime.hire_ffn import SparseFfn
 from hireconvert.runtime.hire_predict import Predictor
-from hireconvert.scoring import estimated_units, layer_counts, measured
+from hireconvert.scoring import estimated_units, layer_counts, measured, top_mask
 
 TEXTS = ("wiki", "c4")
+RECALL_ROWS = 512
 
 
 def ffn_weights(module: Any) -> FfnWeights:
@@ -56,6 +57,14 @@ def permuted(weights: FfnWeights, order: torch.Tensor | None) -> FfnWeights:
     return FfnWeights(*moved, None, None, weights.act)
 
 
+def kept_mask(unit_NS: torch.Tensor, score_NF: torch.Tensor, spec: dict[str, Any]) -> torch.Tensor:
+    """What the runtime keeps (its own code where groups or common neurons are involved)."""
+    if spec["group_size"] > 1 or spec["num_common"]:
+        return SparseFfn.kept_mask(types.SimpleNamespace(spec=spec), unit_NS, score_NF)
+    candidate_NF = top_mask(unit_NS, spec["num_candidates"])
+    return top_mask(score_NF.where(candidate_NF, -1.0), spec["num_kept"])
+
+
 class PredictedMask:
     """The mask that the shipped runtime selects, from one result a layer."""
 
@@ -72,8 +81,7 @@ class PredictedMask:
         scores = scores_NF if order is None else scores_NF[:, order]
         z_NM = self.predictors[index].estimate(x_ND)
         units = estimated_units(self.weights[index], z_NM, self.norms[index], result.spec)
-        holder = types.SimpleNamespace(spec=result.spec)
-        mask = SparseFfn.kept_mask(holder, units.nan_to_num(), scores)
+        mask = kept_mask(units.nan_to_num(), scores, result.spec)
         if order is None:
             return mask
         return torch.zeros_like(mask).scatter_(1, order.expand_as(mask), mask)
@@ -154,7 +162,7 @@ class Study:
         """Recall on the dense model's inputs of the test texts, and shares of dense bytes."""
         found: dict[str, list[float]] = {"recall": [], "recall_at_kept": [], "score_mass": []}
         for i, result in enumerate(layers):
-            inputs = torch.cat([self.acts[text][i] for text in TEXTS])
+            inputs = torch.cat([self.acts[text][i][:RECALL_ROWS] for text in TEXTS])
             report = measured(
                 permuted(self.weights[i], result.permutation_F), inputs, result.spec, result.tensors
             )

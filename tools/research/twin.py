@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hireconvert.scoring import round_half_up, top_mask
 
 WINDOW = 1024
 LOGIT_CHUNK = 256
@@ -93,22 +94,9 @@ def masked_ffn(mask: Mask) -> Callable[[int, nn.Module, torch.Tensor], torch.Ten
     return forward
 
 
-def top_mask(scores_NF: torch.Tensor, count: int) -> torch.Tensor:
-    """bool [N, F]: the `count` largest of each row."""
-    mask = torch.zeros_like(scores_NF, dtype=torch.bool)
-    if count >= scores_NF.shape[1]:
-        return ~mask
-    return mask.scatter_(1, scores_NF.topk(count, dim=1, sorted=False).indices, True)
-
-
 def oracle(keep: float) -> Mask:
     """The mask of the true top share of neurons."""
     return lambda _i, _x, scores: top_mask(scores, round_half_up(keep * scores.shape[1]))
-
-
-def round_half_up(value: float) -> int:
-    """The nearest integer, halves upwards."""
-    return math.floor(value + 0.5)
 
 
 def captured_inputs(model: Any, windows: torch.Tensor) -> list[torch.Tensor]:
