@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -26,6 +25,7 @@ from transformers import (
 from hireconvert import gguf, hub
 from hireconvert.errors import InputError, UsageError
 from hireconvert.headers import (
+    BUILD_ERRORS,
     INDEX_FILE,
     SINGLE_FILE,
     TensorHeader,
@@ -41,7 +41,6 @@ from hireconvert.headers import (
 from hireconvert.workspace import Workspace, write_json
 
 __all__ = ["DenseCheckpoint", "SourceHeaders", "TensorHeader", "open_checkpoint"]
-__all__ += ["read_source_headers"]
 
 CONFIG_FILE = "config.json"
 # Any one group is a vocabulary that Transformers can build a tokenizer from.
@@ -54,16 +53,17 @@ VOCABULARIES = (
     ("sentencepiece.bpe.model",),
     ("tekken.json",),
 )
-TOKENIZER_FILES = {name for group in VOCABULARIES for name in group} | {
+TEXT_FILES = {name for group in VOCABULARIES for name in group} | {
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+    "generation_config.json",
 }
-OTHER_FILES = {"generation_config.json"}
 # Where an older save_pretrained left the path the model was loaded from: never ours to repeat.
 PATH_KEYS = ("_name_or_path", "_model_name_or_path")
+TOKENIZER_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError)
 SOURCE = "source"
 WARNINGS_FILE = "warnings.json"
 
@@ -101,9 +101,8 @@ class DenseCheckpoint:
     ) -> PreTrainedModel:
         """The model in eval mode on the CPU, `dtype` None meaning as stored.
 
-        Transformers' own class is used wherever there is one; code in the repository runs only
-        where there is none and `trust_remote_code` is given. Raises InputError when the weights
-        do not fit.
+        Transformers' own class is used wherever there is one; the repository's code runs only
+        where there is none and `trust_remote_code` is given. Raises InputError on a poor fit.
         """
         auto: Any = AutoModelForCausalLM  # its typing knows no second result
         model, info = auto.from_pretrained(
@@ -124,7 +123,10 @@ class DenseCheckpoint:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 self.folder, trust_remote_code=trust_remote_code, local_files_only=True
             )
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        except Exception as error:
+            # The tokenizers library raises nothing finer than Exception itself for a bad file.
+            if type(error) is not Exception and not isinstance(error, TOKENIZER_ERRORS):
+                raise
             raise InputError(
                 f"the tokenizer of {self.source} cannot be loaded: {error}. Expected files that "
                 "AutoTokenizer reads without code of their own."
@@ -260,22 +262,20 @@ def _check_custom(model_type: str, auto_map: Any, trust: bool) -> None:
 def _native_config(raw: dict[str, Any], model_type: str) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(raw)
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except BUILD_ERRORS as error:
         raise InputError(f"{CONFIG_FILE} is no valid {model_type} config: {error}") from error
-    except ZeroDivisionError as error:
-        raise InputError(f"{CONFIG_FILE} is no valid {model_type} config: a zero count") from error
     try:
         expected = causal_class(config).__name__
     except KeyError:
         expected = ""
     named = raw.get("architectures") or [expected]
-    encodes = config.is_encoder_decoder or getattr(config, "is_decoder", True) is False
-    if not expected.endswith(("ForCausalLM", "LMHeadModel")) or encodes or expected not in named:
+    generates = not config.is_encoder_decoder and getattr(config, "is_decoder", True)
+    generates = generates and expected.endswith(("ForCausalLM", "LMHeadModel"))
+    if not generates or expected not in named:
         raise InputError(
             f"the model is not a causal language model that generates text: {CONFIG_FILE} says "
-            f"model_type {model_type}, architectures {named}; expected "
-            f"{expected or 'a decoder-only model such as LlamaForCausalLM'}. Choose a decoder-only "
-            "text model."
+            f"model_type {model_type}, architectures {named}; expected a decoder-only text model "
+            "such as LlamaForCausalLM."
         )
     return config
 
@@ -294,7 +294,7 @@ def _survey_folder(
     raw = read_json(folder / CONFIG_FILE)
     config, warnings = check_config(raw, trust=trust)
     check_tokenizer_files(names)
-    for name in sorted(TOKENIZER_FILES | OTHER_FILES):
+    for name in sorted(TEXT_FILES):
         if name.endswith(".json") and name in names:
             read_json(folder / name)
     headers = read_headers(folder)
@@ -383,7 +383,7 @@ def _public_config(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _fingerprint(folder: Path, headers: dict[str, TensorHeader]) -> str:
     """SHA-256 over names and contents of every file that decides what the model computes."""
-    wanted = {CONFIG_FILE, INDEX_FILE, *TOKENIZER_FILES, *OTHER_FILES}
+    wanted = {CONFIG_FILE, INDEX_FILE, *TEXT_FILES}
     wanted |= {header.file for header in headers.values()}
     total = hashlib.sha256()
     for name in sorted(wanted | {path.name for path in folder.glob("*.py")}):

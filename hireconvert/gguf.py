@@ -29,7 +29,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from hireconvert.errors import InputError
-from hireconvert.headers import TensorHeader, causal_class, check_loading_info
+from hireconvert.headers import BUILD_ERRORS, TensorHeader, causal_class, check_loading_info
 
 # Value types of the format: struct code of the fixed-size ones; 8 is a string, 9 an array.
 SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
@@ -144,7 +144,7 @@ def read_gguf(path: Path) -> GgufFile:
     try:
         with path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as m:
             file = _parse(path, _Cursor(m))
-    except (struct.error, ValueError, KeyError, OverflowError) as error:
+    except (struct.error, ValueError, KeyError, ArithmeticError, TypeError) as error:
         raise InputError(
             f"{path.name} is not a complete GGUF file ({error}). Fetch it again."
         ) from error
@@ -193,10 +193,16 @@ def gguf_config(file: GgufFile) -> PreTrainedConfig:
 
     Raises InputError when Transformers cannot read the architecture, or it is not a causal LM.
     """
+    num_blocks = file.of_architecture().get("block_count", 0)
+    if not isinstance(num_blocks, int) or num_blocks > len(file.tensors):
+        raise InputError(
+            f"{file.path.name} declares {num_blocks} blocks but only {len(file.tensors)} tensors. "
+            "The file is damaged: fetch it again."
+        )
     try:
         config = AutoConfig.from_pretrained(file.path.parent, gguf_file=file.path.name)
         model_class = causal_class(config)
-    except (ValueError, KeyError, TypeError) as error:
+    except BUILD_ERRORS as error:
         known = ", ".join(sorted(GGUF_CONFIG_MAPPING.keys() - {"general", "tokenizer"}))
         raise InputError(
             f"{file.path.name} holds a {file.architecture!r} model, which Transformers cannot read "
@@ -281,8 +287,14 @@ def gguf_headers(file: GgufFile, config: PreTrainedConfig) -> dict[str, TensorHe
 
     Raises InputError when the file's tensors are not exactly those of the model.
     """
-    with torch.device("meta"):
-        model = causal_class(config)(config)
+    try:
+        with torch.device("meta"):
+            model = causal_class(config)(config)
+    except BUILD_ERRORS as error:
+        raise InputError(
+            f"no {config.model_type} model can be built from the metadata of {file.path.name}: "
+            f"{error}. The file is damaged: fetch it again."
+        ) from error
     processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config.to_dict())
     native_names = get_gguf_hf_weights_map(model, processor)
     filled: dict[str, int] = {}

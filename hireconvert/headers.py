@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -35,6 +36,17 @@ DTYPES = {
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 NAMES_SHOWN = 4
+# What torch and Transformers raise when a config asks for an impossible model.
+BUILD_ERRORS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    StrictDataclassError,
+)
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises InputError naming the file when it is anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path.name} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
         raise InputError(
             f"{path.name} is not valid JSON ({error}). It may be cut short: fetch it again."
@@ -236,7 +250,7 @@ def check_against_config(config: PreTrainedConfig, headers: dict[str, TensorHead
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (RuntimeError, ValueError, TypeError, ZeroDivisionError, AssertionError) as error:
+    except BUILD_ERRORS as error:
         raise InputError(
             f"no {model_class.__name__} can be built from config.json: {error}"
         ) from error

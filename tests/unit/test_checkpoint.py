@@ -277,6 +277,14 @@ def test_a_broken_folder_is_refused_naming_what_is_wrong(case: str, model: Path)
     assert caught.value.exit_code == 4
 
 
+@pytest.mark.parametrize("content", ["{}", '{"model": {"type": "BPE", "vocab": 3}}'])
+def test_a_tokenizer_that_cannot_be_built(content: str, model: Path) -> None:
+    (model / "tokenizer.json").write_text(content)
+    opened = open_checkpoint(str(model), work=model)
+    with pytest.raises(InputError, match="the tokenizer of folder cannot be loaded"):
+        opened.load_tokenizer()
+
+
 def test_a_dry_run_refuses_what_headers_can_tell(model: Path) -> None:
     edit_config(model, intermediate_size=65)
     with pytest.raises(InputError, match="expected"):
@@ -405,6 +413,7 @@ def test_gguf_becomes_a_safetensors_folder_and_is_reused(tmp_path: Path) -> None
         ({"llama.attention.key_length": 16}, "", "llama.attention.key_length = 16"),
         ({"llama.attention.sliding_window": 32}, "", "llama.attention.sliding_window = 32"),
         ({"split.count": 2}, "", "one part of a split model"),
+        ({"general.alignment": 0}, "", "not a complete GGUF file"),
         ({}, "blk.1.ffn_up", "holds 0 values for model.layers.1.mlp.up_proj.weight"),
     ],
 )
@@ -433,6 +442,27 @@ def test_a_cut_gguf_is_refused(kept: int, tmp_path: Path) -> None:
         gguf.read_gguf(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_count": 10**9}, "declares 1000000000 blocks"),
+        ({"attention.head_count": 0}, "cannot read|can be built"),
+        ({"embedding_length": 48}, "values for"),
+    ],
+)
+def test_gguf_metadata_that_contradicts_its_tensors(
+    change: dict[str, int], message: str, tmp_path: Path
+) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf")
+    content = bytearray(path.read_bytes())
+    for key, value in change.items():
+        start = content.index(f"llama.{key}".encode()) + len(f"llama.{key}") + 4
+        content[start : start + 4] = value.to_bytes(4, "little")
+    path.write_bytes(bytes(content))
+    with pytest.raises(InputError, match=message):
+        open_checkpoint(str(path), work=tmp_path / "work")
+
+
 def test_a_missing_gguf_package_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -444,7 +474,7 @@ def test_a_missing_gguf_package_names_the_extra(
 
 def test_an_architecture_transformers_cannot_read(tmp_path: Path) -> None:
     writer = gguf_package.GGUFWriter(tmp_path / "x.gguf", "bert")
-    writer.add_uint32("bert.block_count", 1)
+    writer.add_uint32("bert.context_length", 1)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
