@@ -10,6 +10,7 @@ import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -296,7 +297,12 @@ def gguf_headers(file: GgufFile, config: PreTrainedConfig) -> dict[str, TensorHe
             f"{error}. The file is damaged: fetch it again."
         ) from error
     processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config.to_dict())
-    native_names = get_gguf_hf_weights_map(model, processor)
+    # The map of the whole model almost always suffices; Transformers' descent into every module
+    # builds the same table hundreds of times (7 s for 30 layers).
+    flat = SimpleNamespace(config=model.config, state_dict=model.state_dict, named_children=list)
+    native_names = get_gguf_hf_weights_map(flat, processor)
+    if not file.tensors.keys() <= native_names.keys():
+        native_names = get_gguf_hf_weights_map(model, processor)
     filled: dict[str, int] = {}
     for name, tensor in file.tensors.items():
         native = native_names.get(name, "lm_head.weight" if name == "output.weight" else "")

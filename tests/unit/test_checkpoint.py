@@ -150,6 +150,33 @@ def test_own_code_is_not_run_where_transformers_has_the_class(model: Path) -> No
     assert type(opened.load_model(trust_remote_code=True)) is LlamaForCausalLM
 
 
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_own_code_runs_where_it_must_and_may(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules = str(tmp_path / "modules")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
+    monkeypatch.syspath_prepend(modules)
+    (model / "own.py").write_text(OWN_CODE)
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    edit_config(model, model_type="own", auto_map=classes)
+    opened = open_checkpoint(str(model), work=model, trust_remote_code=True)
+    assert type(opened.load_model(trust_remote_code=True)).__name__ == "OwnForCausalLM"
+    (model / "own.py").write_text(OWN_CODE + "CHANGED = True\n")
+    changed = open_checkpoint(str(model), work=model, trust_remote_code=True)
+    assert changed.fingerprint != opened.fingerprint
+
+
 def _truncate(folder: Path) -> None:
     content = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
