@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
@@ -29,6 +30,7 @@ TransportError: type[Exception] = HfHubHTTPError.__bases__[0]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # What a causal LM needs beside its weights. Pickles match none of these; code only with trust.
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*")
+TEMPLATES = "additional_chat_templates"  # the only folder that a tokenizer reads
 CODE_FILES = ("*.py",)
 WEIGHT_FILES = ("model.safetensors", "model-*.safetensors")
 
@@ -68,13 +70,16 @@ def download(repo: HubRepo, patterns: tuple[str, ...]) -> Path:
 
     Raises HubError, also when the network is down and the cache does not hold them all.
     """
+    wanted, ignored = list(patterns), ["*/*"]  # a pattern's * matches / too
+    if repo.files is not None:
+        wanted, ignored = [name for name in repo.files if _is_wanted(name, patterns)], []
     with hub_errors(repo):
         folder = Path(
             snapshot_download(
                 repo.repo_id,
                 revision=repo.revision,
-                allow_patterns=list(patterns),
-                ignore_patterns=["*/*"],
+                allow_patterns=wanted,
+                ignore_patterns=ignored,
                 local_files_only=repo.files is None,
             )
         )
@@ -84,6 +89,11 @@ def download(repo: HubRepo, patterns: tuple[str, ...]) -> Path:
             "downloaded. Run the command again, or pin a commit with --revision."
         )
     return folder
+
+
+def _is_wanted(name: str, patterns: tuple[str, ...]) -> bool:
+    top, _, _ = name.rpartition("/")
+    return top in ("", TEMPLATES) and any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def remote_headers(repo: HubRepo) -> dict[str, TensorHeader]:

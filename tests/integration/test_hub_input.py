@@ -84,6 +84,9 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     whole = write_model(home / "whole")
     (whole / "pytorch_model.bin").write_bytes(b"a pickle")
     (whole / "own.py").write_text("raise SystemExit('run')\n")
+    for extra in ("additional_chat_templates/tools.jinja", "onnx/config.json"):
+        (whole / extra).parent.mkdir()
+        (whole / extra).write_text("{}")
     sharded = write_model(home / "sharded", num_layers=2)
     LlamaForCausalLM.from_pretrained(sharded).save_pretrained(sharded, max_shard_size="2KB")
     (sharded / "model.safetensors").unlink()
@@ -145,7 +148,8 @@ def test_a_hub_model_opens_with_its_commit_on_record(story: dict[str, Any]) -> N
 
 def test_pickles_and_code_are_not_downloaded(story: dict[str, Any]) -> None:
     assert "model.safetensors" in story["whole"]["files"]
-    assert not {"pytorch_model.bin", "own.py"} & set(story["whole"]["files"])
+    assert not {"pytorch_model.bin", "own.py", "onnx"} & set(story["whole"]["files"])
+    assert "additional_chat_templates" in story["whole"]["files"]
     assert not [line for line in story["requests"] if line.endswith((".bin", ".py"))]
 
 
