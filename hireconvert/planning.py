@@ -10,7 +10,9 @@ from math import prod
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from hireconvert.accounting import (
     ITEM_BYTES,
@@ -69,7 +71,7 @@ def layout_by_names(model: PreTrainedModel) -> Layout | None:
     for layout in LAYOUTS:
         try:
             found = [
-                part.known
+                isinstance(part.module, nn.Linear | Conv1D)
                 for index in range(num_layers(model))
                 for part in ffn_parts(model, layout, index).matrices()
             ]
