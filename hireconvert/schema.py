@@ -278,7 +278,7 @@ class DecodeRecipe(_Section):
         description="tokens; a longer query after cached ones is prefill, which is dense",
     )
     max_sparse_rows: Count = Field(
-        default=8, description="rows (batch times query tokens); more run dense"
+        default=32, description="rows (batch times query tokens); more run dense"
     )
 
 

@@ -321,7 +321,7 @@ def test_per_layer():
 def test_defaults_are_those_of_the_contract():
     recipe = Recipe(name="x", head=HeadRecipe())
     assert recipe.data == DataRecipe(num_tokens=16384, num_held_tokens=4096, window=1024)
-    assert recipe.decode.max_decode_queries == 32 and recipe.decode.max_sparse_rows == 8
+    assert recipe.decode.max_decode_queries == 32 and recipe.decode.max_sparse_rows == 32
     assert math.isclose(DistillRecipe().learning_rate, 1e-3)
 
 
