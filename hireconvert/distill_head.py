@@ -1,4 +1,4 @@
-"""Stage: the head's spec, and for a low-rank head the subspace its hidden states live in.
+"""Stage: for a low-rank head, the subspace that its hidden states live in.
 
 Shape suffixes: N rows, D width, V vocabulary, R rank, C candidates.
 """
@@ -11,22 +11,6 @@ from hireconvert.schema import HeadRecipe
 
 _RIDGE = 1e-4
 _CHUNK_ROWS = 128
-
-
-def head_spec(recipe: HeadRecipe, vocabulary: int) -> dict[str, Any]:
-    """The `config.hire.head` object of docs/format.md."""
-    low_rank = recipe.kind == "lr"
-    return {
-        "kind": recipe.kind,
-        "bits": None if low_rank else recipe.bits,
-        "block": None if low_rank else recipe.block,
-        "rank": recipe.rank if low_rank else None,
-        "num_candidates": min(recipe.num_candidates, vocabulary),
-        "unselected": recipe.unselected,
-        "certified": recipe.certified,
-        "certify_top": min(recipe.certify_top, vocabulary),
-        "on_uncertified": recipe.on_uncertified,
-    }
 
 
 def distill_head(

@@ -25,11 +25,10 @@ from hireconvert.accounting import (
     token_bytes,
 )
 from hireconvert.checkpoint import read_source_headers
-from hireconvert.distill_head import head_spec
 from hireconvert.errors import InputError
 from hireconvert.families import LAYOUTS, Layout, ffn_parts, is_mixture_of_experts, num_layers
 from hireconvert.recipe import FfnRecipe, Recipe, per_layer
-from hireconvert.scoring import layer_counts, predictor_spec
+from hireconvert.scoring import head_spec, layer_counts, predictor_spec
 
 LIBRARIES_BYTES = 600_000_000  # Python with torch and transformers loaded
 SMALL_FILES_BYTES = 50_000_000  # tokenizer, report, runtime

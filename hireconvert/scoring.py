@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from hireconvert.errors import UsageError
 from hireconvert.families import FfnWeights
-from hireconvert.recipe import FfnRecipe, PredictorRecipe
+from hireconvert.recipe import FfnRecipe, HeadRecipe, PredictorRecipe
 from hireconvert.runtime.hire_predict import (
     Predictor,
     layer_bytes,
@@ -81,6 +81,22 @@ def predictor_spec(
         "factor_bits": recipe.factor_bits,
         "num_inputs": inputs if with_copy else width,
         "groups": recipe.group_scores,
+    }
+
+
+def head_spec(recipe: HeadRecipe, vocabulary: int) -> dict[str, Any]:
+    """The `config.hire.head` object of docs/format.md."""
+    low_rank = recipe.kind == "lr"
+    return {
+        "kind": recipe.kind,
+        "bits": None if low_rank else recipe.bits,
+        "block": None if low_rank else recipe.block,
+        "rank": recipe.rank if low_rank else None,
+        "num_candidates": min(recipe.num_candidates, vocabulary),
+        "unselected": recipe.unselected,
+        "certified": recipe.certified,
+        "certify_top": min(recipe.certify_top, vocabulary),
+        "on_uncertified": recipe.on_uncertified,
     }
 
 
