@@ -192,7 +192,7 @@ def _layer_recall(model: Any, index: int, x_ND: torch.Tensor) -> float:
     group, common = spec["group_size"], spec["num_common"]
     score_NF = layer.scores(hidden_activations(weights, x_ND), weights.down_FD.norm(dim=1))
     estimate_NS = layer.estimated_units(x_ND.to(model.device)).cpu().nan_to_num()
-    kept_NF = layer.kept_mask(estimate_NS, score_NF)
+    kept_NF = layer.kept_mask(layer.candidate_mask(estimate_NS), score_NF)
     kept_NS = kept_NF[:, common:].unflatten(-1, (-1, group))[..., 0]
     exact_NS = unit_scores(score_NF[:, common:], group)
     recall_N = recall_at(exact_NS, kept_NS, (spec["num_kept"] - common) // group)
