@@ -255,7 +255,7 @@ def test_unknown_treatment_of_logits_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_row_with_nan_is_counted() -> None:
     model = hire_model(dense_model(), layer_spec(), None)
-    model.model.hire_prepare()
+    model.hire_prepare()
     layer = model.model.hire_layers[1]
     forward = layer.estimated_units
     layer.estimated_units = lambda x: forward(x).index_fill(0, torch.tensor([0]), math.nan)
