@@ -9,26 +9,22 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from hireconvert.accounting import (
     ITEM_BYTES,
     TensorTable,
     head_entry,
-    head_width,
-    hire_tensors,
     layer_rows,
     token_bytes,
 )
 from hireconvert.errors import InputError
-from hireconvert.headers import read_file_header, read_headers
+from hireconvert.headers import read_headers
 from hireconvert.loading import (
     CHECKSUMS,
-    PREDICTORS,
     REPORT,
-    check_config,
     check_shipped_runtime,
+    check_tensors,
     file_sha256,
+    native_config,
     read_config,
 )
 
@@ -62,39 +58,13 @@ def dense_table(folder: Path) -> TensorTable:
     return {name: (header.dtype, header.shape) for name, header in read_headers(folder).items()}
 
 
-def check_tensors(folder: Path, config: Any) -> int:
-    """The number of predictor tensors; raises InputError where names or shapes do not fit."""
-    text = config.get_text_config()
-    try:
-        expected = hire_tensors(config.hire, text.hidden_size, head_width(text))
-    except ValueError as error:
-        raise InputError(f"{folder / 'config.json'}: {error}") from error
-    path = folder / PREDICTORS
-    if expected and not path.is_file():
-        raise InputError(f"{path} is missing, but config.hire calls for {len(expected)} tensors.")
-    headers = read_file_header(path) if path.is_file() else {}
-    found = {name: (header.dtype, header.shape) for name, header in headers.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        wanted, there = expected.get(name), found.get(name)
-        if wanted != there:
-            raise InputError(
-                f"{path}: {name} is {_shown(there)}, but config.hire calls for {_shown(wanted)}."
-            )
-    return len(expected)
-
-
-def _shown(entry: tuple[str, tuple[int, ...]] | None) -> str:
-    return "absent" if entry is None else f"{entry[0]} {list(entry[1])}"
-
-
 def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     """What `folder` keeps, predicts and reads, per layer and in sum; reads headers only.
 
     Raises InputError when it is not a converted model or its parts do not fit together.
     """
     raw = read_config(folder)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    check_config(config)
+    config = native_config(folder)
     hire, text = config.hire, config.get_text_config()
     check_tensors(folder, config)
     tensors = dense_table(folder)
@@ -134,8 +104,7 @@ def _checks(folder: Path) -> Iterator[tuple[str, str]]:
     read_config(folder)
     yield "checksums", f"{check_checksums(folder)} files"
     yield "shipped code", f"known, version {check_shipped_runtime(folder)}"
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    check_config(config)
+    config = native_config(folder)
     count = check_tensors(folder, config)
     yield "predictors", f"{count} tensors fit config.hire"
     result = _run_fresh_process(folder)

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from hireconvert.accounting import head_width, hire_tensors
 from hireconvert.errors import InputError
+from hireconvert.headers import read_file_header, read_headers
 from hireconvert.runtime import RUNTIME_FILES, modeling_hire
 from hireconvert.runtime.hire_config import check_hire_config
 from hireconvert.version import __version__
@@ -81,12 +83,46 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def check_config(config: PreTrainedConfig) -> None:
-    """Raise InputError when the runtime refuses `config.hire`."""
+def native_config(folder: Path) -> PreTrainedConfig:
+    """The configuration object of a converted folder, `hire` checked by the runtime.
+
+    Raises InputError when Transformers or the runtime refuses it.
+    """
     try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         check_hire_config(config)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder / 'config.json'}: {error}") from error
+    return config
+
+
+def check_tensors(folder: Path, config: Any) -> int:
+    """The number of predictor tensors, after every header was checked; reads no weight.
+
+    Raises InputError when dense weights are damaged or predictors do not fit `config.hire`.
+    """
+    read_headers(folder)
+    text = config.get_text_config()
+    try:
+        expected = hire_tensors(config.hire, text.hidden_size, head_width(text))
     except ValueError as error:
-        raise InputError(f"config.json: {error}") from error
+        raise InputError(f"{folder / 'config.json'}: {error}") from error
+    path = folder / PREDICTORS
+    if expected and not path.is_file():
+        raise InputError(f"{path} is missing, but config.hire calls for {len(expected)} tensors.")
+    headers = read_file_header(path) if path.is_file() else {}
+    found = {name: (header.dtype, header.shape) for name, header in headers.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        wanted, there = expected.get(name), found.get(name)
+        if wanted != there:
+            raise InputError(
+                f"{path}: {name} is {_shown(there)}, but config.hire calls for {_shown(wanted)}."
+            )
+    return len(expected)
+
+
+def _shown(entry: tuple[str, tuple[int, ...]] | None) -> str:
+    return "absent" if entry is None else f"{entry[0]} {list(entry[1])}"
 
 
 def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -98,9 +134,11 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedM
     folder = Path(folder)
     raw = read_config(folder)
     check_shipped_runtime(folder)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    check_config(config)
-    name = raw.get("auto_map", {}).get("AutoModelForCausalLM", "").rpartition(".")[2]
+    config = native_config(folder)
+    check_tensors(folder, config)
+    auto_map = raw.get("auto_map")
+    entry = auto_map.get("AutoModelForCausalLM") if isinstance(auto_map, dict) else None
+    name = str(entry).rpartition(".")[2]
     model_class = getattr(modeling_hire, name, None)
     if not name.startswith("Hire") or model_class is None:
         raise InputError(

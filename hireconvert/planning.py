@@ -163,7 +163,7 @@ def make_plan(
     skeleton = make_skeleton(source.config, tensors)
     result = plan(skeleton, recipe, source_bytes=source.disk_bytes)
     result["notes"] = [*source.warnings, *result["notes"]]
-    return {**result, "estimated_seconds": round(_seconds(skeleton, result, recipe), 1)}
+    return {**result, "estimated_seconds": round(_seconds(skeleton, result, recipe), 3)}
 
 
 def needs_text(hire: Mapping[str, Any]) -> bool:
