@@ -70,12 +70,23 @@ def table_bytes(table: TensorTable) -> int:
 
 def head_entry(tensors: TensorTable, vocabulary: int) -> tuple[str, tuple[int, int]]:
     """(dtype, [V, D]) of the matrix that makes logits: the untied head, or the tied embedding."""
-    found = {name: e for name, e in tensors.items() if len(e[1]) == 2 and e[1][0] >= vocabulary}
+    found = {name: tensors[name] for name in tensors if _has_vocabulary(name, tensors, vocabulary)}
     if not found:
         raise InputError(f"the weights hold no matrix of {vocabulary} rows, so no output head.")
     name = min(found, key=lambda name: ("embed" in name or "wte" in name, name))
     dtype, shape = found[name]
     return dtype, (shape[0], shape[1])
+
+
+def _has_vocabulary(name: str, tensors: TensorTable, vocabulary: int) -> bool:
+    """Whether a tensor is an embedding or a head: a matrix outside the layers, a row a token."""
+    shape = tensors[name][1]
+    inside = any(part.isdigit() for part in name.split("."))
+    return len(shape) == 2 and shape[0] >= vocabulary and not inside and not _is_position(name)
+
+
+def _is_position(name: str) -> bool:
+    return name.endswith(("embed_positions.weight", "wpe.weight"))
 
 
 def dense_bytes(tensors: TensorTable, config: Any) -> int:
@@ -88,9 +99,7 @@ def dense_bytes(tensors: TensorTable, config: Any) -> int:
     head = head_entry(tensors, config.vocab_size)
     total = float(ITEM_BYTES[head[0]] * prod(head[1]))
     for name, (dtype, shape) in tensors.items():
-        if name.endswith(("embed_positions.weight", "wpe.weight")):
-            continue
-        if len(shape) == 2 and shape[0] >= config.vocab_size:
+        if _is_position(name) or _has_vocabulary(name, tensors, config.vocab_size):
             continue
         count = ITEM_BYTES[dtype] * prod(shape)
         total += count * (routed if ".experts." in name else 1.0)

@@ -1,0 +1,190 @@
+"""Bytes, plans and known runtimes, from shapes alone."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+
+from hireconvert.accounting import dense_bytes, head_bytes, head_entry, hire_tensors, table_bytes
+from hireconvert.errors import InputError, UsageError
+from hireconvert.loading import KNOWN_HASHES, RUNTIME_FOLDER, file_sha256, runtime_versions
+from hireconvert.planning import Skeleton, make_skeleton, plan, planned_hire
+from hireconvert.runtime import RUNTIME_FILES
+from hireconvert.schema import FfnRecipe, HeadRecipe, PredictorRecipe, Recipe
+from hireconvert.version import __version__
+
+SIZES: dict[str, dict[str, Any]] = {
+    "llama": {
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "phi3": {
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+    },
+    "opt": {
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "ffn_dim": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "word_embed_proj_dim": 16,
+    },
+    "gpt2": {"vocab_size": 100, "n_embd": 32, "n_inner": 64, "n_layer": 2, "n_head": 4},
+    "mixtral": {
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+    },
+    "bloom": {"vocab_size": 100, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+}
+
+
+def skeleton(family: str, **changes: Any) -> Skeleton:
+    config: PreTrainedConfig = CONFIG_MAPPING[family](**(SIZES[family] | changes))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    tied = getattr(config, "tie_word_embeddings", False)
+    tensors = {
+        name: ("BF16", tuple(tensor.shape))
+        for name, tensor in model.state_dict().items()
+        if not (tied and name == "lm_head.weight")
+    }
+    return make_skeleton(config.to_dict(), tensors)
+
+
+def recipe(**predictor: Any) -> Recipe:
+    ffn = FfnRecipe(keep_fraction=0.5, predictor=PredictorRecipe(block=16, **predictor))
+    return Recipe(name="test", ffn=ffn, head=HeadRecipe(certified=True, certify_top=4))
+
+
+@pytest.mark.parametrize(
+    ("family", "gate", "matrices"),
+    [
+        ("llama", "gate_proj", 3),
+        ("phi3", "gate_up_proj:0/2", 3),
+        ("opt", None, 2),
+        ("gpt2", None, 2),
+    ],
+)
+def test_families_are_planned_from_headers(family: str, gate: str | None, matrices: int) -> None:
+    result = plan(skeleton(family), recipe())
+    bare = skeleton(family)
+    assert bare.layout is not None and bare.layout["gate"] == gate
+    assert [row["neurons"] for row in result["layers"]] == [64, 64]
+    assert [row["kept"] for row in result["layers"]] == [32, 32]
+    assert [row["candidates"] for row in result["layers"]] == [40, 40]
+    assert result["layers"][0]["dense_bytes"] == matrices * 64 * 32 * 2
+    tokens = result["bytes_per_token"]
+    assert tokens["ffn"]["dense"] == 2 * matrices * 64 * 32 * 2
+    assert tokens["head"]["dense"] == 100 * (16 if family == "opt" else 32) * 2
+    assert tokens["converted"] < tokens["dense"]
+
+
+def test_unknown_ffn_is_refused_and_its_head_still_planned() -> None:
+    with pytest.raises(InputError, match=r"bloom.*head only"):
+        plan(skeleton("bloom"), recipe())
+    lossless = Recipe(name="head", head=HeadRecipe(certified=True))
+    result = plan(skeleton("bloom"), lossless)
+    assert result["layers"] == [] and result["head"]["certify_top"] == 64
+    assert result["disk_bytes"] > table_bytes(skeleton("bloom").tensors)
+
+
+def test_unknown_model_type_is_refused() -> None:
+    with pytest.raises(InputError, match="model_type 'mine'"):
+        make_skeleton({"model_type": "mine"}, {})
+
+
+def test_experts_stay_dense_and_count_as_far_as_routed() -> None:
+    mixture = skeleton("mixtral", num_experts_per_tok=2)
+    result = plan(mixture, recipe())
+    assert result["layers"] == [] and "only the head" in result["notes"][0]
+    more = skeleton("mixtral", num_experts_per_tok=4)
+    expert = 3 * 64 * 32 * 2
+    difference = dense_bytes(more.tensors, more.config) - dense_bytes(
+        mixture.tensors, mixture.config
+    )
+    assert difference == 2 * 2 * expert  # two more experts in each of two layers
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        # 128 outputs: a row is 3 planes of 4 bytes, 2 scales; vectors of 4 * (32 + 32 + 128)
+        ({"kind": "q", "bits": 3}, 128 * (3 * 4 + 2 * 2) + 768),
+        # channel-major: 16 of 32 channels, each 3 planes of 16 bytes and 8 scales
+        ({"kind": "q", "bits": 3, "input_keep": 0.5}, 16 * (3 * 16 + 8 * 2) + 768),
+        ({"kind": "lr", "rank": 8}, 2 * 8 * (32 + 128) + 4 * (32 + 128)),
+        ({"kind": "lr", "rank": 8, "factor_bits": 4}, 8 * 160 // 2 + 4 * 136 + 4 * (32 + 128)),
+    ],
+)
+def test_predictor_bytes_by_hand(changes: dict[str, Any], expected: int) -> None:
+    result = plan(skeleton("llama"), recipe(**changes))
+    row = result["layers"][0]
+    assert row["predictor_bytes"] == expected
+    assert row["read_bytes"] == expected + (2 * 40 + 32) * 32 * 2
+
+
+def test_tables_name_what_each_kind_stores() -> None:
+    hire = planned_hire(skeleton("llama"), recipe(kind="qlr", rank=8, symmetric=False))
+    names = {name.removeprefix("layers.1.") for name in hire_tensors(hire, 32, 32)}
+    both = {"planes", "scale", "offset", "column_scale", "factor_in", "factor_out", "mean", "bias"}
+    assert both <= names
+
+
+def test_head_bytes_by_hand() -> None:
+    head = HeadRecipe(certified=False, num_candidates=10).model_dump()
+    assert head_bytes(None, (100, 32), 2) == 6400
+    assert head_bytes(head, (100, 32), 2) == 100 * (32 + 4) + 10 * 64
+    certified = {**head, "certified": True, "certify_top": 4}
+    assert head_bytes(certified, (100, 32), 2) == 100 * (32 + 4 + 4) + 4 * 64
+    low_rank = {**head, "kind": "lr", "rank": 8}
+    assert head_bytes(low_rank, (100, 32), 2) == 2 * 8 * 132 + 10 * 64
+
+
+def test_untied_embedding_is_not_read() -> None:
+    tied, untied = (skeleton("llama", tie_word_embeddings=tie) for tie in (True, False))
+    assert dense_bytes(tied.tensors, tied.config) == dense_bytes(untied.tensors, untied.config)
+    assert head_entry(untied.tensors, 100) == ("BF16", (100, 32))
+    with pytest.raises(InputError, match="no matrix of 100 rows"):
+        head_entry({"norm": ("BF16", (32,))}, 100)
+
+
+def test_recipe_lists_must_fit_the_layers() -> None:
+    three = Recipe(name="test", ffn=FfnRecipe(keep_fraction=[0.5, 0.5, 0.5]))
+    with pytest.raises(UsageError, match=r"ffn\.keep_fraction: 3 values for 2 layers"):
+        plan(skeleton("llama"), three)
+
+
+def test_released_runtimes_are_known() -> None:
+    log = (Path(__file__).parents[2] / "CHANGELOG.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## (\d+\.\d+\.\d+)(.*)$", log, flags=re.MULTILINE)
+    released = {version for version, rest in headings if "unreleased" not in rest}
+    entries = json.loads(KNOWN_HASHES.read_text(encoding="utf-8"))
+    assert {entry["version"] for entry in entries} == released
+    assert all(set(entry) == {"version", "file", "sha256"} for entry in entries)
+
+
+def test_installed_runtime_is_known() -> None:
+    known = runtime_versions()
+    for name in RUNTIME_FILES:
+        assert __version__ in known[name, file_sha256(RUNTIME_FOLDER / name)]
+    on_disk = {path.name for path in RUNTIME_FOLDER.glob("*.py")} - {"__init__.py"}
+    assert on_disk == set(RUNTIME_FILES)
