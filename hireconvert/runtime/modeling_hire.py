@@ -124,6 +124,8 @@ class HireCausalMixin:
         if spec is None:
             return
         head = self.get_output_embeddings()
+        if hasattr(head, "hire"):  # a tied head is resized with the embedding and stays
+            return
         cap = getattr(self.config.get_text_config(), "final_logit_softcapping", None)
         install_head(head, spec, cap, self.hire_state)
         if before is not None:
