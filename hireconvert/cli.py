@@ -184,11 +184,14 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure OUT against its own dense view: perplexity, KL, agreement, rows rescored."""
-    from hireconvert import evaluate as stage
+    from hireconvert.evaluate import evaluate_checkpoint
+    from hireconvert.stages import steps
 
     reporter = render.make_reporter(_err())
     try:
-        report = stage.evaluate_checkpoint(out, text=text, num_tokens=tokens)
+        with reporter.stage("evaluation", 100) as advance:
+            progress = steps(advance, 100)
+            report = evaluate_checkpoint(out, text=text, num_tokens=tokens, progress=progress)
     finally:
         reporter.close()
     _show(report, as_json, render.evaluation)

@@ -19,7 +19,7 @@ from hireconvert import planning
 from hireconvert.accounting import token_bytes
 from hireconvert.checkpoint import open_checkpoint
 from hireconvert.data import TokenData
-from hireconvert.errors import InputError
+from hireconvert.errors import InputError, UsageError
 from hireconvert.export import public_recipe, write_documents
 from hireconvert.loading import REPORT, RUNTIME_FOLDER, file_sha256
 from hireconvert.recipe import Recipe
@@ -36,7 +36,13 @@ from hireconvert.stages import (
     make_tokens,
 )
 from hireconvert.version import __version__
-from hireconvert.workspace import differences, open_workspace, publish, require_disk
+from hireconvert.workspace import (
+    Workspace,
+    differences,
+    open_workspace,
+    publish,
+    require_disk,
+)
 
 DEVICE = "cpu"
 
@@ -59,8 +65,9 @@ def convert(
 
     Raises a HireError for whatever the user can mend; the work folder stays for --resume.
     """
+    out = _checked_out(job)
     _check_data_source(job.recipe)
-    with open_workspace(job.out, resume=resume, overwrite=overwrite) as space:
+    with open_workspace(out, resume=resume, overwrite=overwrite) as space:
         with reporter.stage("reading the model"):
             checkpoint = open_checkpoint(
                 job.model,
@@ -74,32 +81,49 @@ def convert(
         skeleton = planning.make_skeleton(checkpoint.config, tensors)
         hire = planning.planned_hire(skeleton, job.recipe)
         run = Run(job.recipe, space, checkpoint, skeleton, hire, reporter)
-        finished = _finished_report(run, job.out) if resume else None
+        finished = _finished_report(run, out) if resume else None
         if finished is not None:
             space.remove()
             return {**finished, "status": "already complete"}
         plan = planning.plan(skeleton, job.recipe)
         for note in plan["notes"]:
             reporter.note(f"note: {note}")
-        require_disk(space.root, plan["disk_bytes"] - _size(space.root))
+        require_disk(space.root, plan["disk_bytes"] - _finished_bytes(space))
         report = _run_stages(run, plan)
-        publish(space.path("export") / "model", job.out)
+        publish(space.path("export") / "model", out)
         space.remove()
         return {**report, "status": "converted"}
+
+
+def _checked_out(job: Job) -> Path:
+    """OUT as an absolute path. Raises UsageError where writing it would destroy the model."""
+    given = job.out.expanduser()
+    if given.is_symlink():
+        raise UsageError(f"OUT {given} is a symbolic link; name the folder it points to.")
+    out, model = given.resolve(), Path(job.model).expanduser()
+    if model.exists() and (out == model.resolve() or out in model.resolve().parents):
+        raise UsageError(f"OUT {out} holds MODEL {job.model}; name another folder.")
+    if not out.name:
+        raise UsageError(f"OUT {out} cannot be created; name a folder below it.")
+    return out
 
 
 def _check_data_source(recipe: Recipe) -> None:
     source = recipe.data.source
     local = source != "self" and not source.startswith("hub:")
-    if recipe.ffn is not None and local and not Path(source).expanduser().exists():
+    used = recipe.ffn is not None or (recipe.head is not None and recipe.head.kind == "lr")
+    if used and local and not Path(source).expanduser().exists():
         raise InputError(
             f"data.source {source!r} does not exist; expected a file, a folder, hub:org/name or "
             "self (--set data.source=...)."
         )
 
 
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def _finished_bytes(space: Workspace) -> int:
+    """Bytes of the artifacts that a resumed conversion need not write again."""
+    folders = ("tokens", "activations", "predictors", "export")
+    files = (file for name in folders for file in space.path(name).rglob("*") if file.is_file())
+    return sum(file.stat().st_size for file in files)
 
 
 def _finished_report(run: Run, out: Path) -> dict[str, Any] | None:

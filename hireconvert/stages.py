@@ -106,7 +106,7 @@ def make_tokens(run: Run, fingerprint: Mapping[str, Any]) -> TokenData:
     recipe, tokenizer = run.recipe, run.checkpoint.load_tokenizer()
     total = 1000
     with run.stage("tokens", fingerprint, "calibration text", total) as (folder, advance):
-        progress = _steps(advance, total)
+        progress = steps(advance, total)
 
         def sample(count: int, seed: int) -> torch.Tensor:
             return sample_from_model(run.model, tokenizer, count, seed=seed, progress=progress)
@@ -118,8 +118,8 @@ def make_tokens(run: Run, fingerprint: Mapping[str, Any]) -> TokenData:
     return load_tokens(run.space.path("tokens"))
 
 
-def _steps(advance: Callable[[], None], total: int) -> Callable[[int, int], None]:
-    """Turn (done, of all) reports into at most `total` steps; never back."""
+def steps(advance: Callable[[], None], total: int) -> Callable[[int, int], None]:
+    """A callback for (done, of all) reports that makes at most `total` steps; never back."""
     shown = 0
 
     def progress(done: int, of: int) -> None:
@@ -144,7 +144,7 @@ def _activations(run: Run, fingerprint: Mapping[str, Any], tokens: TokenData) ->
                 tokens.held_WT,
                 out=folder,
                 head=run.low_rank_head,
-                progress=_steps(advance, total),
+                progress=steps(advance, total),
             )
     return run.space.path("activations")
 
@@ -286,7 +286,7 @@ def evaluate_export(
             scored = ids_WT.shape[0] * (ids_WT.shape[1] - 1)
             windows = EvalWindows(ids_WT, scored, tokens.text_sha256)
             model = load(folder, dtype=torch.float32)
-            report = evaluate_model(model, None, windows, progress=_steps(advance, total))
+            report = evaluate_model(model, None, windows, progress=steps(advance, total))
             write_json(artifact / RESULT, {**report.to_dict(), "dtype": "float32"})
     result: dict[str, Any] = json.loads(
         (run.space.path("evaluation") / RESULT).read_text(encoding="utf-8")

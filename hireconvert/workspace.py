@@ -9,13 +9,12 @@ OUT.work/                     beside OUT, on the same file system, so that renam
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
 
 from hireconvert.errors import InputError, UsageError
 
@@ -27,6 +26,7 @@ except ImportError:  # Windows: two conversions of one OUT are then not kept apa
 FINGERPRINT = "fingerprint.json"
 LOCK = "lock"
 REPLACES_OUT = "replaces_out"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Fingerprint = Mapping[str, Any]
 
 
@@ -91,24 +91,20 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def full_disk_is_input_error(where: Path) -> Iterator[None]:
-    """Turn `no space left` and `quota exceeded` into an InputError that names the folder."""
+    """Turn a write that finds no room, in space, quota or file size, into an InputError."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        # safetensors and tokenizers wrap the OSError of a failed write in types of their own.
+        wrapped = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(wrapped[1]) if wrapped else getattr(error, "errno", None)
+        if number not in NO_ROOM:
             raise
-        raise InputError(_disk_message(where)) from error
-    except SafetensorError as error:  # it wraps the OSError of a failed write
-        if "No space left on device" not in str(error):
-            raise
-        raise InputError(_disk_message(where)) from error
-
-
-def _disk_message(where: Path) -> str:
-    return (
-        f"the disk is full: a file below {where} could not be written. Free some space, then run "
-        "the same command with --resume; finished stages are kept."
-    )
+        raise InputError(
+            f"the disk is full: a file below {where} could not be written "
+            f"({os.strerror(number)}). Free some space, then run the same command with --resume; "
+            "finished stages are kept."
+        ) from error
 
 
 def require_disk(folder: Path, needed_bytes: int) -> None:
@@ -176,19 +172,23 @@ class Workspace:
         final.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        with full_disk_is_input_error(self.root):
-            yield partial
-            write_json(partial / FINGERPRINT, fingerprint)
-            fsync_tree(partial)
-            rename_durably(partial, final)
+        yield partial
+        write_json(partial / FINGERPRINT, fingerprint)
+        fsync_tree(partial)
+        rename_durably(partial, final)
 
     def clear(self) -> None:
         """Remove every artifact, finished or not, but keep the lock."""
-        for path in self.root.iterdir():
+        for path in sorted(self.root.iterdir()):
             if path.name == LOCK:
                 continue
             if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
+                # Under its final name a folder is whole or absent, also while it is removed.
+                doomed = path.with_name(path.name.removesuffix(".partial") + ".partial")
+                if doomed != path:
+                    shutil.rmtree(doomed, ignore_errors=True)
+                    path.rename(doomed)
+                shutil.rmtree(doomed)
             else:
                 path.unlink()
 
@@ -243,7 +243,8 @@ def open_workspace(out: Path, *, resume: bool, overwrite: bool) -> Iterator[Work
             workspace.clear()
             workspace.note_replacement()
         try:
-            yield workspace
+            with full_disk_is_input_error(work):
+                yield workspace
         finally:
             # A run that got nowhere leaves nothing for the next one to ask about.
             if work.is_dir() and {path.name for path in work.iterdir()} <= {LOCK, REPLACES_OUT}:
@@ -267,11 +268,9 @@ def publish(finished: Path, out: Path) -> None:
 
     The older one is moved aside first and deleted last, so at no time is `out` half-written.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
+    fsync_tree(finished)
     aside = work_folder(out) / "replaced"
     shutil.rmtree(aside, ignore_errors=True)
-    if out.is_symlink():
-        raise UsageError(f"OUT {out} is a symbolic link; name the folder it points to.")
     if out.exists():
         rename_durably(out, aside)
     rename_durably(finished, out)

@@ -403,6 +403,17 @@ def test_missing_model_and_converted_model(
     assert code == 4 and "already converted" in err
 
 
+def test_out_is_never_the_model(run: Callable[..., Any], source: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(source, tmp_path / "folder" / "model"))
+    for out in (model, tmp_path / "folder", model / ".." / "model"):
+        code, _, err = run("convert", model, out, "-r", "lossless", "--overwrite")
+        assert code == 2 and "holds MODEL" in err
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    code, _, err = run("convert", model, tmp_path / "link", "-r", "lossless", "--overwrite")
+    assert code == 2 and "symbolic link" in err
+    assert (model / "model.safetensors").exists()
+
+
 def test_our_own_bugs_keep_their_traceback(
     monkeypatch: pytest.MonkeyPatch, source: Path, tmp_path: Path
 ) -> None:
