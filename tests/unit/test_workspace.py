@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from hireconvert import workspace
 from hireconvert.errors import InputError, UsageError
@@ -76,13 +77,28 @@ def test_artifact_without_fingerprint_fails_closed(tmp_path: Path) -> None:
         space.is_done("tokens", PRINT)
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_full_disk_is_the_users_to_mend(tmp_path: Path, code: int) -> None:
-    space = Workspace(tmp_path)
-    with pytest.raises(InputError, match="disk is full"), space.building("tokens", PRINT):
-        raise OSError(code, os.strerror(code))
-    with pytest.raises(PermissionError), space.building("tokens", PRINT):
-        raise PermissionError(errno.EACCES, "no")
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+        SafetensorError("Error while serializing: I/O error: File too large (os error 27)"),
+        Exception("No space left on device (os error 28)"),  # as the tokenizers package raises it
+    ],
+)
+def test_full_disk_is_the_users_to_mend(tmp_path: Path, error: Exception) -> None:
+    def convert(raised: Exception) -> None:
+        out = tmp_path / "out"
+        with open_workspace(out, resume=True, overwrite=False) as space:
+            if not space.is_done("tokens", PRINT):
+                build(space, "tokens")
+            raise raised
+
+    with pytest.raises(InputError, match=r"disk is full.*--resume"):
+        convert(error)
+    assert (tmp_path / "out.work" / "tokens").is_dir()
+    with pytest.raises(PermissionError):
+        convert(PermissionError(errno.EACCES, "no"))
 
 
 def test_require_disk_names_needed_and_free(

@@ -1,0 +1,96 @@
+"""What a forked command line may be made to suffer: each runs in the child, before the CLI does.
+
+Events are numbered from 0: every file-system call of Python on something below a folder (audit
+events of the interpreter), and every fsync.
+"""
+
+import errno
+import importlib
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_PATHS = {"open": 0, "os.rename": 0, "os.mkdir": 0, "os.remove": 0, "os.rmdir": 0, "os.fsync": 0}
+_FOLDER = {"os.remove": 1, "os.rmdir": 1}  # which argument is a directory handle, or -1
+at_end: list[Callable[[], object]] = []  # called when the command line is through
+
+
+def _watch(below: str, act: Callable[[int, str, str], None]) -> None:
+    """Call act(number, event, path) before every event below a folder."""
+    seen = 0
+    busy = False
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal seen, busy
+        if busy or event not in _PATHS or not isinstance(arguments[0], str | Path):
+            return
+        busy = True
+        try:
+            path = str(arguments[0])
+            folder = arguments[_FOLDER[event]] if event in _FOLDER else -1
+            if folder != -1:
+                path = f"{Path(f'/proc/self/fd/{folder}').readlink()}/{path}"
+            if path.startswith(below):
+                number, seen = seen, seen + 1
+                act(number, event, path)
+        finally:
+            busy = False
+
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        sys.audit("os.fsync", str(Path(f"/proc/self/fd/{handle}").readlink()))
+        real(handle)
+
+    os.fsync = fsync
+    sys.addaudithook(hook)
+
+
+def log_events(below: str, file: str) -> None:
+    """Write [[event, path], ...] into `file` when the child ends."""
+    events: list[tuple[str, str]] = []
+    _watch(below, lambda number, event, path: events.append((event, path)))
+    at_end.append(lambda: Path(file).write_text(json.dumps(events)))
+
+
+def signal_at(below: str, number: int, name: str) -> None:
+    """Send this process the signal `name` right before the event of that number."""
+
+    def act(now: int, event: str, path: str) -> None:
+        if now == number:
+            os.kill(os.getpid(), getattr(signal, name))
+
+    _watch(below, act)
+
+
+def limit_file_size(num_bytes: int, deadly: bool) -> None:
+    """No file may grow beyond `num_bytes`: the write fails, or (deadly) kills the process."""
+    if deadly:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+
+
+def full_disk_at(below: str, number: int) -> None:
+    """The event of that number fails as on a full disk."""
+
+    def act(now: int, event: str, path: str) -> None:
+        if now == number:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    _watch(below, act)
+
+
+def replace(target: str, value: Any) -> None:
+    """Set module.name to a value; `call` in place of it makes it a function returning that."""
+    module, _, name = target.rpartition(".")
+    setattr(importlib.import_module(module), name, value)
+
+
+def replace_function(target: str, result: Any) -> None:
+    """Make module.name a function that returns `result`."""
+    replace(target, lambda *arguments, **named: result)
