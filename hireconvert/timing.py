@@ -54,8 +54,8 @@ def _decode(timed: Timed, prompt_1T: torch.Tensor, num_tokens: int) -> float:
         input_ids=prompt_1T.to(model.device),
         attention_mask=torch.ones_like(prompt_1T, device=model.device),
         max_new_tokens=num_tokens,
-        # No token has this id: every round decodes the same number of tokens.
-        eos_token_id=-1,
+        # No token has this id, so every round decodes the same number of tokens.
+        eos_token_id=model.config.get_text_config().vocab_size,
         pad_token_id=0,
         do_sample=False,
         temperature=None,
