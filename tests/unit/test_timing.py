@@ -33,6 +33,7 @@ class Fake:
     def __init__(self, name: str, log: list[str], seconds: float) -> None:
         self.name, self.log, self.seconds = name, log, seconds
         self.scopes: list[str] = []
+        self.config = LlamaConfig(vocab_size=50)
 
     def set_hire_scope(self, scope: str) -> None:
         self.scopes.append(scope)
