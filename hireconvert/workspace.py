@@ -2,6 +2,8 @@
 
 OUT.work/                     beside OUT, on the same file system, so that renames are atomic
   lock                        held (flock) while a process works here; the kernel frees it on kill
+  discards                    while --overwrite throws away what an earlier run left
+  replaces_out                this conversion was started with --overwrite
   NAME.partial/               an artifact being written; thrown away by the next run
   NAME/  ...  fingerprint.json   a finished artifact and the named parts it was made from
 """
@@ -26,6 +28,7 @@ except ImportError:  # Windows: two conversions of one OUT are then not kept apa
 FINGERPRINT = "fingerprint.json"
 LOCK = "lock"
 REPLACES_OUT = "replaces_out"
+DISCARDS = "discards"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Fingerprint = Mapping[str, Any]
 
@@ -180,7 +183,7 @@ class Workspace:
     def clear(self) -> None:
         """Remove every artifact, finished or not, but keep the lock."""
         for path in sorted(self.root.iterdir()):
-            if path.name == LOCK:
+            if path.name in (LOCK, DISCARDS):
                 continue
             if path.is_dir() and not path.is_symlink():
                 # Under its final name a folder is whole or absent, also while it is removed.
@@ -240,8 +243,11 @@ def open_workspace(out: Path, *, resume: bool, overwrite: bool) -> Iterator[Work
         _take_lock(lock.fileno(), work)
         workspace = Workspace(work)
         if overwrite:
+            (work / DISCARDS).touch()
+        if (work / DISCARDS).exists():  # now, or by a run that was killed while clearing
             workspace.clear()
             workspace.note_replacement()
+            (work / DISCARDS).unlink()
         try:
             with full_disk_is_input_error(work):
                 yield workspace

@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -85,8 +86,14 @@ def full_disk_at(below: str, number: int) -> None:
     _watch(below, act)
 
 
+def little_space(num_bytes: int) -> None:
+    """Every disk says that this much is free."""
+    usage = shutil.disk_usage("/")._replace(free=num_bytes)
+    replace("shutil.disk_usage", lambda path: usage)
+
+
 def replace(target: str, value: Any) -> None:
-    """Set module.name to a value; `call` in place of it makes it a function returning that."""
+    """Set module.name to a value."""
     module, _, name = target.rpartition(".")
     setattr(importlib.import_module(module), name, value)
 
