@@ -228,18 +228,19 @@ def evaluate_checkpoint(
     num_tokens: int = 8192,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
-    """`evaluate_model(...).to_dict()` of a converted folder against its own dense view.
+    """`evaluate_model(...).to_dict()` of a converted folder against its own dense view, in float32.
 
     `text` is a UTF-8 file; None takes the text that Python carries. Raises InputError when the
     folder or the text cannot be used.
     """
-    model = load(folder)
+    model = load(folder, dtype=torch.float32)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} holds no tokenizer that can be loaded: {error}") from error
     windows = evaluation_windows(_read_text(text), tokenizer, num_tokens=num_tokens)
-    return evaluate_model(model, None, windows, progress=progress).to_dict()
+    report = evaluate_model(model, None, windows, progress=progress)
+    return {**report.to_dict(), "dtype": "float32"}
 
 
 def _read_text(path: Path | None) -> str:
