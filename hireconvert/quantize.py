@@ -117,13 +117,14 @@ def round_codes(weight_MD: torch.Tensor, grid: Grid) -> torch.Tensor:
 
 
 def feedback_codes(
-    weight_MD: torch.Tensor, grid: Grid, second_moment_DD: torch.Tensor, *, damping: float = 0.01
+    weight_MD: torch.Tensor, grid: Grid, second_moment_DD: torch.Tensor, *, damping: float = 0.3
 ) -> torch.Tensor:
     """uint8 codes [M, D] with least error of the product W x under the inputs' second moment.
 
     Columns are rounded one after the other, loudest first; what one loses is made up by those
     still open (optimal brain quantization as GPTQ orders it). `damping` is a share of the mean
-    diagonal, so that fewer rows than D still give a definite matrix.
+    diagonal: it keeps few rows definite, and a high one recalls more on text of another kind
+    than the calibration text (docs/log.md).
     """
     scale_MD, offset_MD = expand_grid(grid, weight_MD.shape)
     diagonal_D = second_moment_DD.diagonal()

@@ -101,6 +101,8 @@ class Study:
         }
         self.acts = torch.load(args.acts, mmap=True)
         self.weights = [ffn_weights(layer.mlp) for layer in self.model.model.layers]
+        last = len(self.weights)
+        self.layers = range(1, last, 3) if args.recall_only else range(last)
         self.done = {(r["name"], r["keep"]): r for r in read_results(args.out)}
 
     def perplexities(self, name: str, keep: float, mask: Any) -> None:
@@ -126,12 +128,18 @@ class Study:
         """One predictor a layer."""
         recipe = FfnRecipe(keep_fraction=keep, **setting.get("ffn", {}))
         predictor = PredictorRecipe(**setting["predictor"])
-        rows = setting.get("fit_rows")
+        stride = self.args.fit_stride
         return [
             distill_layer(
-                w, self.acts["fit"][i][:rows], self.acts["held"][i], recipe, predictor, keep, seed=0
+                self.weights[i],
+                self.acts["fit"][i][::stride].contiguous(),
+                self.acts["held"][i][::4].contiguous(),
+                recipe,
+                predictor,
+                keep,
+                seed=0,
             )
-            for i, w in enumerate(self.weights)
+            for i in self.layers
         ]
 
     def run(self, setting: dict[str, Any]) -> None:
@@ -156,12 +164,19 @@ class Study:
             ]
             extra = {**self.recalls(layers), "fit_s": round(time.time() - started, 1)}
             extra["setting"] = setting
+            if self.args.recall_only:
+                line = {"name": name, "keep": keep, **extra}
+                append_result(self.args.out, line)
+                print(
+                    name, round(extra["recall_at_kept"], 4), round(extra["recall"], 4), flush=True
+                )
+                continue
             self.record(name, keep, PredictedMask(self.weights, layers), extra)
 
     def recalls(self, layers: list[LayerResult]) -> dict[str, Any]:
         """Recall on the dense model's inputs of the test texts, and shares of dense bytes."""
         found: dict[str, list[float]] = {"recall": [], "recall_at_kept": [], "score_mass": []}
-        for i, result in enumerate(layers):
+        for i, result in zip(self.layers, layers, strict=True):
             inputs = torch.cat([self.acts[text][i][:RECALL_ROWS] for text in TEXTS])
             report = measured(
                 permuted(self.weights[i], result.permutation_F), inputs, result.spec, result.tensors
@@ -185,14 +200,17 @@ def main() -> None:
         parser.add_argument(flag, type=Path, required=True)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.35])
     parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--fit-stride", type=int, default=1, help="every n-th calibration row")
+    parser.add_argument("--recall-only", action="store_true", help="every third layer, no texts")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
     study = Study(args)
-    study.perplexities("dense", 1.0, None)
-    for keep in args.keep:
-        study.perplexities("oracle", keep, oracle(keep))
+    if not args.recall_only:
+        study.perplexities("dense", 1.0, None)
+        for keep in args.keep:
+            study.perplexities("oracle", keep, oracle(keep))
     for setting in json.loads(args.settings.read_text(encoding="utf-8")):
         study.run(setting)
 
