@@ -250,17 +250,19 @@ class SparseHead(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same with room for a fixed number of rows, as a compiled graph needs it.
 
-        More rows than fit: every logit is computed exactly from the stored weight, and counted.
+        More rows than fit, or NaN or inf among the inputs: every logit is computed exactly from
+        the stored weight, and counted.
         """
         needed_V = self._needed(x_D, z_V)
         room = max(_COMPILED_MIN_ROWS, _COMPILED_ROWS_PER_TOP * self.spec["certify_top"])
         room = min(room, z_V.shape[0])
-        overflow = needed_V.sum() > room
+        finite = x_D.isfinite().all()
+        overflow = finite & (needed_V.sum() > room)
         index_C = top_k_indices(
             torch.where(needed_V, z_V, torch.full_like(z_V, -3e38))[None], room
         )[0]
         scored_V = z_V.index_put((index_C,), self._rescore(x_D, index_C))
-        self._count(overflow_rows=overflow)
+        self._count(overflow_rows=overflow, dense_rows=~finite)
         weight_VD, bias_V = self.prepared.weight_VD, self.prepared.bias_V
 
         def everything(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
@@ -269,7 +271,7 @@ class SparseHead(nn.Module):
         def rescored(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
             return z.clone()
 
-        return torch.cond(overflow, everything, rescored, (x_D, scored_V)), needed_V
+        return torch.cond(overflow | ~finite, everything, rescored, (x_D, scored_V)), needed_V
 
     def estimated_row(
         self, x_D: torch.Tensor, z_V: torch.Tensor

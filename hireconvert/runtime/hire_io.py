@@ -9,6 +9,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.utils import cached_file
 
 from .hire_config import (
@@ -30,6 +34,18 @@ RUNTIME_FILES = (
     "hire_head.py",
 )
 logger = logging.getLogger("hire")
+
+
+def share_conversions(twin: type, native: type, model_type: str) -> None:
+    """Give a twin class the weight conversions of its native class (merging experts, say).
+
+    Transformers skips them for classes that come from a checkpoint unless registered by name.
+    """
+    found = get_checkpoint_conversion_mapping(native.__name__)
+    if found is None:
+        found = get_checkpoint_conversion_mapping(model_type)
+    if found is not None:
+        register_checkpoint_conversion_mapping(twin.__name__, found, overwrite=True)
 
 
 class HireIoMixin:

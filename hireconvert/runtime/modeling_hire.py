@@ -26,7 +26,7 @@ from .hire_ffn import SparseFfn
 from .hire_head import COUNTER_NAMES as HEAD_COUNTER_NAMES
 from .hire_head import SparseHead
 from .hire_install import HireState, cached_tokens, decoder_layers, install_ffn, install_head
-from .hire_io import HireIoMixin
+from .hire_io import HireIoMixin, share_conversions
 
 SCOPES = ("decode", "all", "off")
 
@@ -38,6 +38,7 @@ class HireBaseMixin:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         check_hire_config(config)
+        share_conversions(type(self), self.hire_native, config.model_type)
         super().__init__(config, *args, **kwargs)
         hire = config.hire
         self.hire_state = HireState(hire)
@@ -113,6 +114,7 @@ class HireCausalMixin:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         check_hire_config(config)
+        share_conversions(type(self), self.hire_native, config.model_type)
         super().__init__(config, *args, **kwargs)
         prefix = self.base_model_prefix
         setattr(self, prefix, hire_class(type(getattr(self, prefix)))(config))
@@ -349,7 +351,11 @@ def __getattr__(name: str) -> type:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     causal = name.endswith("ForCausalLM") or name.endswith("LMHeadModel")
     mixin = HireCausalMixin if causal else HireBaseMixin
-    body = {"__module__": __name__, "__doc__": f"HiRE twin of {native.__name__}."}
+    body = {
+        "__module__": __name__,
+        "__doc__": f"HiRE twin of {native.__name__}.",
+        "hire_native": native,
+    }
     twin = type(name, (HireIoMixin, mixin, native), body)
     twin.forward = _causal_forward(native) if causal else _base_forward(native)
     globals()[name] = twin

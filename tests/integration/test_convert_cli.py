@@ -270,7 +270,6 @@ def test_mixture_of_experts_converts_the_head_only(
     assert config["hire"]["ffn"] is None and config["hire"]["head"]
 
 
-@pytest.mark.xfail(strict=True, reason="Transformers skips the expert merge for code of a folder")
 def test_mixture_of_experts_loads_from_its_own_code(
     run: Callable[..., Any], mixture: Path, tmp_path: Path
 ) -> None:
