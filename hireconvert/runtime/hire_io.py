@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.conversion_mapping import (
@@ -46,6 +47,25 @@ def share_conversions(twin: type, native: type, model_type: str) -> None:
         found = get_checkpoint_conversion_mapping(model_type)
     if found is not None:
         register_checkpoint_conversion_mapping(twin.__name__, found, overwrite=True)
+
+
+_UPLOAD_KEYS = (
+    "repo_id",
+    "private",
+    "revision",
+    "commit_message",
+    "commit_description",
+    "create_pr",
+)
+
+
+def _upload(folder: Path, token: Any, **options: Any) -> None:
+    """Upload a saved folder; `repo_id` is the folder's name when it is not given."""
+    api = HfApi(token=token)
+    private, repo_id = options.pop("private", None), options.pop("repo_id", folder.name)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    ignored = ["__pycache__/*", "*.pyc"]
+    api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=ignored, **options)
 
 
 class HireIoMixin:
@@ -116,11 +136,11 @@ class HireIoMixin:
     def save_pretrained(
         self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """Native saving plus predictors, runtime files and both auto_map entries."""
-        if push_to_hub:
-            raise ValueError(
-                "save_pretrained(push_to_hub=True) would upload half a model; use push_to_hub()"
-            )
+        """Native saving plus predictors, runtime files and both auto_map entries.
+
+        With `push_to_hub` the finished folder is uploaded; the native way would miss our files.
+        """
+        upload = {key: kwargs.pop(key) for key in _UPLOAD_KEYS if push_to_hub and key in kwargs}
         super().save_pretrained(save_directory, *args, **kwargs)
         folder = Path(save_directory)
         base, head = self._hire_parts()
@@ -141,6 +161,8 @@ class HireIoMixin:
         for name in RUNTIME_FILES:
             shutil.copyfile(Path(__file__).parent / name, folder / name)
         self._hire_patch_config(folder / "config.json")
+        if push_to_hub:
+            _upload(folder, kwargs.get("token"), **upload)
 
     def _hire_patch_config(self, path: Path) -> None:
         """Native architecture name and both auto_map entries, whichever of the two was saved."""
