@@ -72,7 +72,8 @@ def base_model(model: PreTrainedModel) -> PreTrainedModel:
 
 def layer_owner(model: PreTrainedModel, layout: Layout, index: int) -> nn.Module:
     """The module that holds the FFN parts of one decoder layer."""
-    layer = base_model(model).get_submodule(layout["layers"])[index]
+    layers: Any = base_model(model).get_submodule(layout["layers"])
+    layer: nn.Module = layers[index]
     return layer.get_submodule(layout["ffn"]) if layout["ffn"] else layer
 
 
@@ -160,7 +161,8 @@ def _caught_io(model: PreTrainedModel, layout: Layout) -> list[tuple[torch.Tenso
 
         hooks.append(first.register_forward_pre_hook(before, with_kwargs=True))
         hooks.append(last.register_forward_hook(after))
-    width = model.get_input_embeddings().weight.shape[1]
+    embedding: Any = model.get_input_embeddings()
+    width = int(embedding.weight.shape[1])
     generator = torch.Generator().manual_seed(0)
     embeds = torch.randn(1, _PROOF_ROWS, width, generator=generator).to(model.device, model.dtype)
     try:

@@ -4,7 +4,7 @@ Shape suffixes: N rows (tokens), D width, F neurons, M predictor outputs, C cand
 S scored units (neurons, or groups of neurons).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ COUNTER_NAMES = ("calls", "rows", "kept", "candidates", "dense_rows")
 class Part:
     """One matrix of an FFN inside a module: a Linear, a Conv1D or a slice of a fused Linear."""
 
-    module: nn.Module
+    module: Any  # a Linear or Conv1D, or (not known) whatever an adapter put there
     index: int
     pieces: int
 
@@ -72,7 +72,7 @@ class FfnParts:
     gate: Part | None
     up: Part
     down: Part
-    act: Callable[[torch.Tensor], torch.Tensor]
+    act: Any
 
     @classmethod
     def resolve(cls, owner: nn.Module, layout: Mapping[str, Any]) -> "FfnParts":
@@ -90,13 +90,13 @@ class FfnParts:
         return self.down.weight_out_in().t()
 
 
-def weight_stamp(modules: list[nn.Module]) -> tuple[Any, ...]:
+def weight_stamp(modules: list[Any]) -> tuple[Any, ...]:
     """A value that changes when a weight or bias is replaced, moved, converted or written to."""
     tensors = [t for module in modules for t in (module.weight, module.bias) if t is not None]
     return tuple((t.data_ptr(), t._version, t.dtype, t.device, t.shape) for t in tensors)
 
 
-def content_stamp(modules: list[nn.Module]) -> tuple[float, ...]:
+def content_stamp(modules: list[Any]) -> tuple[float, ...]:
     """A value that changes with the weights' content, which a write through `.data` leaves alone.
 
     Merging LoRA adapters writes like that. About a thousand elements of each tensor are summed.
@@ -126,6 +126,8 @@ class Prepared:
 class SparseFfn(nn.Module):
     """Selection and sparse arithmetic of one layer; sits beside the dense weights as `hire`."""
 
+    counts: torch.Tensor
+
     def __init__(
         self,
         spec: Mapping[str, Any],
@@ -138,7 +140,7 @@ class SparseFfn(nn.Module):
         # Plain containers keep modules out of the module tree: their names must not change.
         self._owner, self._layout, self._parts = (owner,), dict(layout), (parts,)
         self.predictor_tensors: dict[str, torch.Tensor] = {}
-        self.prepared: Prepared | None = None
+        self.prepared: Any = None  # Prepared, once the weights are there
         self.register_buffer(
             "counts", torch.zeros(len(COUNTER_NAMES), dtype=torch.int64), persistent=False
         )

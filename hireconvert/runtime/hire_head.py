@@ -85,12 +85,14 @@ def soft_cap(z: torch.Tensor, cap: float | None) -> torch.Tensor:
 class SparseHead(nn.Module):
     """Estimation, rescoring and certificate of one LM head; sits beside its weight as `hire`."""
 
+    counts: torch.Tensor
+
     def __init__(self, spec: Mapping[str, Any], cap: float | None) -> None:
         super().__init__()
         self.spec = dict(spec)
         self.cap = cap
         self.predictor_tensors: dict[str, torch.Tensor] = {}
-        self.prepared: PreparedHead | None = None
+        self.prepared: Any = None  # PreparedHead, once the weights are there
         # Rows not rescored in the last call, for the -inf convention after soft-capping.
         self.unselected: torch.Tensor | None = None
         self.register_buffer(
@@ -100,7 +102,7 @@ class SparseHead(nn.Module):
     # ----------------------------------------------------------------- derived tensors
 
     @torch.no_grad()
-    def prepare(self, head: nn.Module, thorough: bool = True) -> None:
+    def prepare(self, head: Any, thorough: bool = True) -> None:
         """Build the estimator and its bounds from the live weight, or rebuild after a change.
 
         A write through `.data` is seen only when `thorough`.
@@ -297,7 +299,7 @@ class SparseHead(nn.Module):
         """Count rows that the dense head serves although they were due here."""
         self._count(calls=1, rows=rows, dense_rows=rows)
 
-    def forward(self, x_ND: torch.Tensor, head: nn.Module, certify: bool) -> torch.Tensor:
+    def forward(self, x_ND: torch.Tensor, head: Any, certify: bool) -> torch.Tensor:
         """Full-size float32 logits [N, V]; a row with NaN or inf goes through the dense head."""
         if not torch.compiler.is_compiling() and self.prepared is None:
             self.prepare(head)
@@ -327,7 +329,7 @@ class SparseHead(nn.Module):
         return torch.stack(logits)
 
     @torch.no_grad()
-    def reference(self, x_ND: torch.Tensor, head: nn.Module) -> torch.Tensor:
+    def reference(self, x_ND: torch.Tensor, head: Any) -> torch.Tensor:
         """Reference logits float32 [N, V], before soft-capping; slow, for tests and evidence."""
         rows = []
         for x_D in x_ND:

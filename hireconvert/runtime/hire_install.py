@@ -13,6 +13,8 @@ from .hire_ffn import FfnParts, SparseFfn
 from .hire_head import SparseHead
 
 logger = logging.getLogger("hire")
+# Mixins stand in front of a native class that is known only at run time.
+Native: Any = object
 
 
 class HireState:
@@ -52,7 +54,7 @@ def cached_tokens(cache: Any) -> int | None:
     return int(cache.get_seq_length())
 
 
-class HireFfnMixin:
+class HireFfnMixin(Native):
     """Placed in front of a native FFN class by changing an instance's class; weights stay put."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -63,7 +65,7 @@ class HireFfnMixin:
         return rows.view_as(hidden_states)
 
 
-class HireInlineMixin:
+class HireInlineMixin(Native):
     """For layers without an FFN module: the first matrix runs the whole FFN, the last passes on."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -74,14 +76,14 @@ class HireInlineMixin:
         return rows.view(*hidden_states.shape[:-1], rows.shape[-1])
 
 
-class HirePassMixin:
+class HirePassMixin(Native):
     """The last matrix of an inline FFN: the first uses its weight, its input is the output."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states
 
 
-class HireHeadMixin:
+class HireHeadMixin(Native):
     """Placed in front of the output embedding's class."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -107,9 +109,14 @@ class HireHeadMixin:
 
 
 @functools.cache
-def mixed(mixin: type, native: type) -> type:
+def mixed(mixin: Any, native: Any) -> Any:
     """`native` with `mixin` in front; one class for each pair."""
     return type(f"Hire{native.__name__}", (mixin, native), {"__module__": __name__})
+
+
+def place(mixin: Any, module: Any) -> None:
+    """Put a mixin in front of a module's class."""
+    module.__class__ = mixed(mixin, module.__class__)
 
 
 def decoder_layers(base: nn.Module, path: str) -> nn.ModuleList:
@@ -161,11 +168,11 @@ def install_ffn(
     _check_parts(parts, spec)
     if layout["ffn"]:
         target = owner
-        owner.__class__ = mixed(HireFfnMixin, type(owner))
+        place(HireFfnMixin, owner)
     else:
         target = parts.up.module
-        target.__class__ = mixed(HireInlineMixin, type(target))
-        parts.down.module.__class__ = mixed(HirePassMixin, type(parts.down.module))
+        place(HireInlineMixin, target)
+        place(HirePassMixin, parts.down.module)
         setattr(layer, layout["act"], nn.Identity())
     target.hire = SparseFfn(spec, owner, layout, parts)
     object.__setattr__(target, "hire_state", state)
@@ -178,6 +185,6 @@ def install_head(
     """Put the sparse head beside the output embedding's weight. Raises ValueError."""
     if not isinstance(head, nn.Linear):
         raise ValueError(f"config.hire: the head is a {type(head).__name__}, expected a Linear")
-    head.__class__ = mixed(HireHeadMixin, type(head))
+    place(HireHeadMixin, head)
     head.hire = SparseHead(spec, cap)
     object.__setattr__(head, "hire_state", state)

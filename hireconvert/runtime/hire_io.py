@@ -14,7 +14,7 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from .hire_config import (
     PREDICTOR_FILE,
@@ -24,6 +24,7 @@ from .hire_config import (
     layer_tensor_shapes,
 )
 from .hire_head import SparseHead
+from .hire_install import Native
 
 RUNTIME_FILES = (
     "modeling_hire.py",
@@ -68,7 +69,7 @@ def _upload(folder: Path, token: Any, **options: Any) -> None:
     api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=ignored, **options)
 
 
-class HireIoMixin:
+class HireIoMixin(Native):
     """Loading and saving: predictors and runtime files travel with the weights."""
 
     @classmethod
@@ -109,7 +110,7 @@ class HireIoMixin:
             head.counts.zero_()
         logger.warning("hire: %s", describe(self.config.hire))
 
-    def _hire_assign(self, path: str, base: Any, head: SparseHead | None) -> None:
+    def _hire_assign(self, path: Any, base: Any, head: SparseHead | None) -> None:
         try:
             tensors = load_file(path)
         except SafetensorError as error:

@@ -133,17 +133,18 @@ class Predictor:
         self.bias_M = tensors["bias"].float()
         num_outputs = self.bias_M.shape[0]
         self.channel_major = self.num_inputs < width
-        self.copy: torch.Tensor | None = None
-        self.loudness_D: torch.Tensor | None = None
-        self.inverse_scale_D: torch.Tensor | None = None
+        # None where the kind of predictor has no such part.
+        self.copy: Any = None
+        self.loudness_D: Any = None
+        self.inverse_scale_D: Any = None
         if spec["kind"] in ("q", "qlr"):
             length = num_outputs if self.channel_major else width
             self.copy = decode_blocks(tensors, spec, length)
             self.inverse_scale_D = 1.0 / tensors["column_scale"].float()
             if self.channel_major:
                 self.loudness_D = self.copy.norm(dim=1)
-        self.factor_in_RD: torch.Tensor | None = None
-        self.factor_out_MR: torch.Tensor | None = None
+        self.factor_in_RD: Any = None
+        self.factor_out_MR: Any = None
         if spec["kind"] in ("lr", "qlr"):
             bits, rank = spec["factor_bits"], spec["rank"]
             self.factor_in_RD = decode_factor(tensors, "factor_in", bits, width)

@@ -25,13 +25,20 @@ from .hire_ffn import COUNTER_NAMES as FFN_COUNTER_NAMES
 from .hire_ffn import SparseFfn
 from .hire_head import COUNTER_NAMES as HEAD_COUNTER_NAMES
 from .hire_head import SparseHead
-from .hire_install import HireState, cached_tokens, decoder_layers, install_ffn, install_head
+from .hire_install import (
+    HireState,
+    Native,
+    cached_tokens,
+    decoder_layers,
+    install_ffn,
+    install_head,
+)
 from .hire_io import HireIoMixin, share_conversions
 
 SCOPES = ("decode", "all", "off")
 
 
-class HireBaseMixin:
+class HireBaseMixin(Native):
     """The base model: installs the sparse layers and decides, once per call, who selects."""
 
     hire_causal = False
@@ -107,7 +114,7 @@ class HireBaseMixin:
             layer.prepare(thorough)
 
 
-class HireCausalMixin:
+class HireCausalMixin(Native):
     """The language model: a HiRE base model below it, the sparse head beside its weight."""
 
     hire_causal = True
@@ -285,12 +292,12 @@ def uncertified_reason(settings: Mapping[str, Any], custom: bool, top: int) -> s
     return None
 
 
-def hire_class(native: type) -> type:
+def hire_class(native: Any) -> Any:
     """The HiRE twin of a native base model or causal LM class, named `Hire` + its name."""
     return getattr(sys.modules[__name__], f"Hire{native.__name__}")
 
 
-def _arguments(native: type) -> Callable[[tuple[Any, ...], Mapping[str, Any]], dict[str, Any]]:
+def _arguments(native: Any) -> Callable[[tuple[Any, ...], Mapping[str, Any]], dict[str, Any]]:
     """A function that names the positional arguments of the native forward."""
     names = list(inspect.signature(native.forward).parameters)[1:]
 
@@ -300,7 +307,7 @@ def _arguments(native: type) -> Callable[[tuple[Any, ...], Mapping[str, Any]], d
     return named
 
 
-def _causal_forward(native: type) -> Any:
+def _causal_forward(native: Any) -> Any:
     named = _arguments(native)
 
     @functools.wraps(native.forward)
@@ -330,7 +337,7 @@ def _causal_forward(native: type) -> Any:
     return forward
 
 
-def _base_forward(native: type) -> Any:
+def _base_forward(native: Any) -> Any:
     named = _arguments(native)
 
     @functools.wraps(native.forward)
@@ -356,7 +363,7 @@ def __getattr__(name: str) -> type:
         "__doc__": f"HiRE twin of {native.__name__}.",
         "hire_native": native,
     }
-    twin = type(name, (HireIoMixin, mixin, native), body)
+    twin: Any = type(name, (HireIoMixin, mixin, native), body)
     twin.forward = _causal_forward(native) if causal else _base_forward(native)
     globals()[name] = twin
     return twin
