@@ -93,7 +93,10 @@ class FfnParts:
 def weight_stamp(modules: list[Any]) -> tuple[Any, ...]:
     """A value that changes when a weight or bias is replaced, moved, converted or written to."""
     tensors = [t for module in modules for t in (module.weight, module.bias) if t is not None]
-    return tuple((t.data_ptr(), t._version, t.dtype, t.device, t.shape) for t in tensors)
+    # Weights made under inference_mode cannot be written to outside it and have no counter.
+    versions = [None if t.is_inference() else t._version for t in tensors]
+    places = [(t.data_ptr(), t.dtype, t.device, t.shape) for t in tensors]
+    return (*versions, *places)
 
 
 def content_stamp(modules: list[Any]) -> tuple[float, ...]:

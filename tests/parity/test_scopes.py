@@ -291,6 +291,15 @@ def test_a_wrapped_matrix_runs_dense_until_it_is_merged(caplog):
     assert torch.equal(merged, stepwise(fresh(model), ids))
 
 
+@torch.inference_mode()
+def test_models_made_under_inference_mode_decode():
+    model = hire_model(tiny_model("llama_bias"), ffn=FFN, head={})
+    model = copy.deepcopy(model)
+    stepwise(model, tokens(1, 5))
+    model.generate(tokens(1, 5), max_new_tokens=3, do_sample=False)
+    assert rows(model) > 4
+
+
 def test_missing_predictors_are_named():
     model = hire_model(tiny_model("llama"), ffn=FFN)
     for layer in base_of(model).hire_layers.values():
