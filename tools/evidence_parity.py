@@ -1,6 +1,6 @@
 """Decoding against scope `all` on a real model: perplexity of the same tokens, both ways.
 
-    python tools/evidence_parity.py MODEL_FOLDER OUT.md [--dtypes float32,bfloat16]
+    python tools/evidence_parity.py --model FOLDER --out OUT.md [--dtypes float32,bfloat16]
 
 Text is what every Python carries (pydoc_data.topics), so that anybody can repeat the table. Rows
 of the table appear as they are measured. Shape suffixes: N rows, D width, T tokens.
@@ -101,13 +101,15 @@ def both_ways(model: Any, windows_WT: torch.Tensor) -> tuple[torch.Tensor, torch
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", type=Path, required=True, help="folder, its dense view is used")
+    parser.add_argument("--out", type=Path, required=True, help="the table, in Markdown")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     calibration_1T, windows_WT = windows(arguments.model)
-    native = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    native = AutoModelForCausalLM.from_pretrained(
+        arguments.model, dtype=torch.float32, trust_remote_code=False
+    ).eval()
     model = converted(native, calibration_1T)
     lines = [
         f"Decoding token by token against one pass, {windows_WT.numel()} tokens, 1 thread.",
