@@ -25,9 +25,8 @@ def num_outputs(layer: Mapping[str, Any], *, gated: bool) -> int:
 
 def predictor_table(predictor: Mapping[str, Any], width: int, outputs: int) -> TensorTable:
     """{name: (safetensors dtype, shape)} of one predictor with D = width, M = outputs."""
-    codes = "U8" if predictor["factor_bits"] == 4 else "I8"
     dtypes = {"planes": "U8", "scale": "F16", "offset": "F16", "factor_in": "F16"}
-    dtypes |= {"factor_out": "F16", "factor_in_codes": codes, "factor_out_codes": codes}
+    dtypes |= {"factor_out": "F16", "factor_in_codes": "I8", "factor_out_codes": "I8"}
     shapes = expected_tensors(predictor, width, outputs)
     return {name: (dtypes.get(name, "F32"), shape) for name, shape in shapes.items()}
 

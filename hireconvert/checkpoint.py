@@ -15,6 +15,7 @@ import torch
 import transformers
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -269,8 +270,10 @@ def _native_config(raw: dict[str, Any], model_type: str) -> PreTrainedConfig:
     except KeyError:
         expected = ""
     named = raw.get("architectures") or [expected]
-    generates = not config.is_encoder_decoder and getattr(config, "is_decoder", True)
-    generates = generates and expected.endswith(("ForCausalLM", "LMHeadModel"))
+    # GPT-NeoX decodes whatever its `is_decoder` says; an encoder also has a masked-LM form.
+    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING
+    encodes = config.is_encoder_decoder or (masked and not getattr(config, "is_decoder", True))
+    generates = not encodes and expected.endswith(("ForCausalLM", "LMHeadModel"))
     if not generates or expected not in named:
         raise InputError(
             f"the model is not a causal language model that generates text: {CONFIG_FILE} says "

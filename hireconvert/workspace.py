@@ -169,16 +169,19 @@ class Workspace:
 
     @contextmanager
     def building(self, name: str, fingerprint: Fingerprint) -> Iterator[Path]:
-        """Give an empty folder to write `name` into; it becomes `name` only if no error leaves."""
+        """Give an empty folder to write `name` into; it becomes `name` unless an error leaves."""
         final = self.path(name)
         partial = final.with_name(final.name + ".partial")
         final.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        yield partial
-        write_json(partial / FINGERPRINT, fingerprint)
-        fsync_tree(partial)
-        rename_durably(partial, final)
+        try:
+            yield partial
+            write_json(partial / FINGERPRINT, fingerprint)
+            fsync_tree(partial)
+            rename_durably(partial, final)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
     def clear(self) -> None:
         """Remove every artifact, finished or not, but keep the lock."""

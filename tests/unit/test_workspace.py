@@ -44,6 +44,7 @@ def test_failed_artifact_is_not_done_and_its_rest_is_thrown_away(tmp_path: Path)
         (folder / "stale.txt").write_text("x")
         raise RuntimeError("boom")
     assert not space.is_done("tokens", PRINT)
+    assert names(tmp_path) == []
     build(space, "tokens")
     assert names(tmp_path / "tokens") == ["data.txt", "fingerprint.json"]
 

@@ -1,0 +1,202 @@
+"""Finished folders changed by somebody else: InputError or a model that decodes, nothing else."""
+
+import copy
+import json
+import random
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hireconvert.errors import InputError
+from hireconvert.loading import load
+from tests.cli import Cli
+from tests.tiny_files import save_tiny
+
+PREDICTORS = Path("hire") / "predictors.safetensors"
+RECIPES = {
+    "q": (),
+    "lr, groups": (
+        "ffn.group_size=4",
+        "ffn.common_path=0.25",
+        "ffn.predictor.kind=lr",
+        "ffn.predictor.rank=8",
+        "ffn.predictor.factor_bits=4",
+    ),
+    "qlr, some inputs, low-rank head": (
+        "ffn.predictor.kind=qlr",
+        "ffn.predictor.rank=4",
+        "ffn.predictor.input_keep=0.5",
+        "ffn.predictor.symmetric=false",
+        "head.kind=lr",
+        "head.rank=8",
+        "head.certified=false",
+    ),
+}
+VALUES: list[Any] = [
+    *(None, True, False, -1, 0, 1, 3, 7, 10**3, 2**31, 2**63, -(2**63), 1.5, float("nan"), 1e300),
+    *("", "x", "32", "../..", "__class__", "mlp", "up_proj:1/2", "self_attn", "weight", "layers"),
+    *([], [0], {}, {"layers": []}, [None, None], {"kind": "q"}),
+]
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def finished(
+    request: pytest.FixtureRequest, hireconvert: Cli, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    root = tmp_path_factory.mktemp("hostile")
+    save_tiny(root / "model")
+    sets = [part for change in RECIPES[request.param] for part in ("--set", change)]
+    flags = ("-r", "tiny-ci", "--set", "evaluate.num_tokens=0", *sets)
+    ended = hireconvert("convert", root / "model", root / "out", *flags)
+    assert ended.code == 0, ended.err
+    return root / "out"
+
+
+@pytest.fixture
+def folder(finished: Path, tmp_path: Path) -> Path:
+    assert outcome(finished) == "works"
+    return Path(shutil.copytree(finished, tmp_path / "out"))
+
+
+def outcome(folder: Path) -> str:
+    """ "refused" with a message, or "works" as far as a decoded token shows."""
+    try:
+        model: Any = load(folder)
+    except InputError as error:
+        assert len(str(error)) > 20
+        return "refused"
+    with torch.no_grad():
+        cache = model(torch.tensor([[3, 4, 5]]), use_cache=True).past_key_values
+        logits = model(torch.tensor([[6]]), past_key_values=cache, use_cache=True).logits
+    assert logits.shape[:2] == (1, 1)
+    return "works"
+
+
+# --------------------------------------------------------------------------- config.hire
+
+
+def places(tree: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of every value in a tree of objects and lists."""
+    keys: Any = ()
+    if isinstance(tree, dict):
+        keys = tree
+    elif isinstance(tree, list):
+        keys = range(len(tree))
+    for key in keys:
+        yield (*above, key)
+        yield from places(tree[key], (*above, key))
+
+
+def mutate_config(config: dict[str, Any], chance: random.Random) -> str:
+    """Change one value of `hire` or `auto_map`; the description says which."""
+    section = chance.choice(["hire"] * 9 + ["auto_map"])
+    path = chance.choice(list(places(config[section])))
+    node = config[section]
+    for key in path[:-1]:
+        node = node[key]
+    kind = chance.choice(["set", "set", "set", "set", "remove", "nudge"])
+    value = node[path[-1]]
+    if kind == "remove":
+        del node[path[-1]]
+    elif kind == "nudge" and isinstance(value, int) and not isinstance(value, bool):
+        node[path[-1]] = value + chance.choice([-2, -1, 1, 2])
+    else:
+        node[path[-1]] = copy.deepcopy(chance.choice(VALUES))
+    return f"{section} {path}: {kind} {value!r} -> {config[section]!r}"
+
+
+def test_changed_config(folder: Path) -> None:
+    path, chance = folder / "config.json", random.Random(0)
+    original, seen = json.loads(path.read_text()), Counter[str]()
+    for _ in range(150):
+        config = copy.deepcopy(original)
+        what = mutate_config(config, chance)
+        path.write_text(json.dumps(config))
+        try:
+            seen[outcome(folder)] += 1
+        except Exception as error:
+            raise AssertionError(what[:300]) from error
+    assert seen["refused"] > 75 and seen["works"] > 5, seen
+
+
+# --------------------------------------------------------------------------- the predictor file
+
+Tensors = dict[str, torch.Tensor]
+
+
+def other_type(tensors: Tensors, name: str, chance: random.Random) -> None:
+    types = [torch.float64, torch.float16, torch.int8, torch.uint8, torch.bool, torch.int64]
+    tensors[name] = tensors[name].to(chance.choice(types))
+
+
+def other_shape(tensors: Tensors, name: str, chance: random.Random) -> None:
+    tensor = tensors[name]
+    shapes: list[Callable[[], torch.Tensor]] = [
+        lambda: tensor[:-1],
+        lambda: tensor[None],
+        lambda: tensor.flatten(),
+        lambda: torch.cat([tensor, tensor]),
+        lambda: tensor[:0],
+        lambda: tensor.transpose(0, -1),
+    ]
+    tensors[name] = chance.choice(shapes)().contiguous()
+
+
+def other_values(tensors: Tensors, name: str, chance: random.Random) -> None:
+    tensor = tensors[name]
+    values = [float("nan"), float("inf"), -1.0, 0.0, 1e30]
+    if tensor.is_floating_point():
+        flat = tensor.flatten()
+        flat[chance.randrange(len(flat))] = chance.choice(values)
+    else:
+        tensors[name] = torch.full_like(tensor, chance.choice([0, 127]))
+
+
+def other_name(tensors: Tensors, name: str, chance: random.Random) -> None:
+    tensor = tensors.pop(name)
+    names = ["", "x", name.upper(), name.replace("0", "7"), name + ".x", "layers.-1.bias"]
+    if chance.random() < 0.7:
+        tensors[chance.choice(names)] = tensor
+
+
+def test_changed_tensors(folder: Path) -> None:
+    chance, original = random.Random(1), load_file(folder / PREDICTORS)
+    seen = Counter[str]()
+    for _ in range(80):
+        tensors = {name: tensor.clone() for name, tensor in original.items()}
+        name = chance.choice(sorted(tensors))
+        change = chance.choice([other_type, other_shape, other_values, other_name])
+        change(tensors, name, chance)
+        save_file(tensors, folder / PREDICTORS)
+        try:
+            seen[outcome(folder)] += 1
+        except Exception as error:
+            raise AssertionError((name, change.__name__, tensors.get(name))) from error
+    assert seen["refused"] > 40, seen
+
+
+def test_changed_bytes(folder: Path) -> None:
+    """In the header, which says what the bytes mean, and by cutting the file."""
+    path, chance = folder / PREDICTORS, random.Random(2)
+    original = path.read_bytes()
+    header = 8 + int.from_bytes(original[:8], "little")
+    seen = Counter[str]()
+    for _ in range(80):
+        content = bytearray(original)
+        position = chance.choice([chance.randrange(8), chance.randrange(8, header)])
+        content[position] = chance.randrange(256)
+        if chance.random() < 0.2:
+            content = content[: chance.randrange(len(content))]
+        path.write_bytes(content)
+        try:
+            seen[outcome(folder)] += 1
+        except Exception as error:
+            found = (position, bytes(content[max(0, position - 40) : position + 40]))
+            raise AssertionError(found) from error
+    assert seen["refused"] > 40, seen
