@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -49,11 +50,12 @@ class Cli:
         )
 
     def close(self) -> None:
-        """End the driver."""
+        """End the driver and remove its files."""
         assert self._driver.stdin and self._driver.stdout
         self._driver.stdin.close()
         self._driver.stdout.close()
         self._driver.wait()
+        shutil.rmtree(self._files)
 
     def _ask(self, **request: Any) -> dict[str, Any]:
         assert self._driver.stdin and self._driver.stdout

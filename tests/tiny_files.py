@@ -10,23 +10,23 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+SIZES: dict[str, Any] = {
+    "vocab_size": len(ALPHABET) + 3,  # the last row is padding
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
 
 
 def tiny_config(**changes: Any) -> LlamaConfig:
-    """A Llama of two layers; the last row of the vocabulary is padding."""
-    sizes = {
-        "vocab_size": len(ALPHABET) + 3,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": True,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    }
-    return LlamaConfig(**(sizes | changes))
+    """A Llama of two layers."""
+    return LlamaConfig(**(SIZES | changes))
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -72,6 +72,7 @@ def write_gguf(path: Path, *, keys: dict[str, Any] | None = None, drop: str = ""
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
+    writer.add_string("tokenizer.chat_template", "{{ messages[0]['content'] }}")
     for key, value in (keys or {}).items():
         add = {str: writer.add_string, float: writer.add_float32, bool: writer.add_bool}
         add.get(type(value), writer.add_uint32)(key, value)

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,43 +12,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import hireconvert
 from hireconvert import cli, stages, workspace
 from hireconvert.export import write_checksums
 from hireconvert.runtime import RUNTIME_FILES
-
-ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
-SIZES = {
-    "vocab_size": len(ALPHABET) + 2,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": True,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-
-
-def save_tokenizer(folder: Path) -> None:
-    vocab = {token: i for i, token in enumerate(["<bos>", "<eos>", *ALPHABET])}
-    core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<bos>", eos_token="<eos>")
-    tokenizer.save_pretrained(folder)
+from tests.tiny_files import SIZES, save_tiny, tiny_tokenizer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,14 +31,7 @@ def one_thread() -> Any:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES))
-    for parameter in model.parameters():  # far from the tiny default, so that the FFN matters
-        parameter.data.mul_(6 if parameter.dim() > 1 else 1)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    save_tokenizer(folder)
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture
@@ -257,7 +219,7 @@ def mixture(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     sizes = SIZES | {"num_local_experts": 2, "num_experts_per_tok": 1}
     MixtralForCausalLM(MixtralConfig(**sizes)).save_pretrained(tmp_path / "moe")
-    save_tokenizer(tmp_path / "moe")
+    tiny_tokenizer().save_pretrained(tmp_path / "moe")
     return tmp_path / "moe"
 
 
@@ -503,75 +465,6 @@ def test_resume_refuses_what_differs(
         patch.setattr(stages, "distill_layer", lambda *a, **k: (calls.append(1), real(*a, **k))[1])
         assert run("convert", source, out, "-r", "tiny-ci", "--resume")[0] == 0
     assert len(calls) == 1  # the first layer was kept
-
-
-DEATHS = ("writing a record", "making files durable", "before a rename", "after a rename")
-
-
-def convert_until_killed(source: Path, out: Path, death: str) -> int:
-    """Fork a conversion that kills itself (SIGKILL) the first time it gets to `death`.
-
-    Returns the wait status.
-    """
-    child = os.fork()
-    if child:
-        return os.waitpid(child, 0)[1]
-    rename, fsync, write_text = Path.rename, os.fsync, Path.write_text
-
-    def die(moment: str) -> None:
-        if moment == death:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def deadly_rename(self: Path, target: Path) -> Path:
-        die("before a rename")
-        result = rename(self, target)
-        die("after a rename")
-        return result
-
-    def deadly_fsync(handle: int) -> None:
-        die("making files durable")
-        fsync(handle)
-
-    def deadly_write(self: Path, text: str, **options: Any) -> int:
-        if self.suffix == ".json":
-            write_text(self, text[: len(text) // 2], **options)
-            die("writing a record")
-        return write_text(self, text, **options)
-
-    Path.rename, os.fsync = deadly_rename, deadly_fsync  # type: ignore[method-assign]
-    Path.write_text = deadly_write  # type: ignore[method-assign, assignment]
-    sys.argv = ["hireconvert", "convert", str(source), str(out), "-r", "tiny-ci", "--resume"]
-    code = 1
-    try:
-        cli.main()
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else 0
-    finally:
-        os._exit(code)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_killed_in_every_stage_and_resumed_bit_for_bit(
-    source: Path, converted: Path, tmp_path: Path
-) -> None:
-    out, work = tmp_path / "out", tmp_path / "out.work"
-    kills, cut_short = 0, set()
-    for attempt in range(60):
-        # One life in four gets an artifact done, so each artifact is met by every kind of death.
-        status = convert_until_killed(source, out, DEATHS[attempt % 4])
-        if os.WIFEXITED(status):
-            assert os.WEXITSTATUS(status) == 0
-            break
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        kills += 1
-        cut_short |= {path.name for path in work.rglob("*.partial")}
-        assert not out.exists() or (out / "SHA256SUMS").is_file()  # never half-written
-    assert kills >= 24
-    stages_cut = {"tokens", "activations", "layer_000", "layer_001", "export", "evaluation"}
-    assert cut_short == {f"{name}.partial" for name in stages_cut}
-    assert files_of(out) == files_of(converted)
-    assert not work.exists()
 
 
 # --------------------------------------------------------------------------- hostile folders

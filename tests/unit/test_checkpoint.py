@@ -7,60 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import gguf as gguf_package
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    BertConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import BertConfig, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from hireconvert import gguf, hub
 from hireconvert.checkpoint import find, open_checkpoint, read_source_headers
 from hireconvert.errors import HireError, InputError, UsageError
+from tests.tiny_files import save_tiny, tiny_llama, tiny_tokenizer, write_gguf
 
-ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-def tiny_config(**changes: Any) -> LlamaConfig:
-    sizes = {
-        "vocab_size": len(ALPHABET) + 3,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": True,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    }
-    return LlamaConfig(**(sizes | changes))
-
-
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    vocab = {token: i for i, token in enumerate(["<bos>", "<eos>", *ALPHABET])}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny") / "saved"
-    torch.manual_seed(0)
-    LlamaForCausalLM(tiny_config()).to(torch.bfloat16).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "saved")
 
 
 @pytest.fixture
@@ -344,49 +307,6 @@ def test_hub_ids_carry_their_revision() -> None:
 # GGUF
 
 
-def write_gguf(path: Path, *, keys: dict[str, Any] | None = None, drop: str = "") -> Path:
-    """A tiny Llama in float32; `keys` adds metadata, `drop` leaves out one tensor."""
-    config = tiny_config()
-    torch.manual_seed(0)
-    weights = LlamaForCausalLM(config).state_dict()
-    writer = gguf_package.GGUFWriter(path, "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["<bos>", "<eos>", *ALPHABET, "ab"])
-    writer.add_token_types([3, 3] + [1] * len(ALPHABET) + [1])
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    writer.add_string("tokenizer.chat_template", "{{ messages[0]['content'] }}")
-    for key, value in (keys or {}).items():
-        add = {str: writer.add_string, float: writer.add_float32, bool: writer.add_bool}
-        add.get(type(value), writer.add_uint32)(key, value)
-    names = gguf_package.get_tensor_name_map(gguf_package.MODEL_ARCH.LLAMA, 2)
-    for name, tensor in weights.items():
-        stem, suffix = name.rsplit(".", 1)
-        native = names.get_name(stem)
-        if name == "lm_head.weight" or native == drop:
-            continue
-        if "attn_q" in native or "attn_k" in native:  # llama.cpp interleaves the rotated halves
-            heads = tensor.unflatten(0, (-1, 2, config.head_dim // 2))
-            tensor = heads.transpose(1, 2).flatten(0, 2).contiguous()
-        writer.add_tensor(f"{native}.{suffix}", tensor.numpy().astype(np.float32))
-    if keys and "rope_freqs" in keys:
-        writer.add_tensor("rope_freqs.weight", np.ones(4, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 def test_gguf_becomes_a_safetensors_folder_and_is_reused(tmp_path: Path) -> None:
     path = write_gguf(
         tmp_path / "tiny.gguf",
@@ -411,8 +331,7 @@ def test_gguf_becomes_a_safetensors_folder_and_is_reused(tmp_path: Path) -> None
     assert any("rounded to bfloat16" in warning for warning in opened.warnings)
 
     loaded = opened.load_model()
-    torch.manual_seed(0)
-    original = LlamaForCausalLM(tiny_config()).to(torch.bfloat16).state_dict()
+    original = tiny_llama().state_dict()
     assert loaded.state_dict().keys() == original.keys()
     assert all(torch.equal(tensor, original[name]) for name, tensor in loaded.state_dict().items())
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
