@@ -60,8 +60,11 @@ def permuted(weights: FfnWeights, order: torch.Tensor | None) -> FfnWeights:
 def kept_mask(unit_NS: torch.Tensor, score_NF: torch.Tensor, spec: dict[str, Any]) -> torch.Tensor:
     """What the runtime keeps (its own code where groups or common neurons are involved)."""
     if spec["group_size"] > 1 or spec["num_common"]:
-        return SparseFfn.kept_mask(types.SimpleNamespace(spec=spec), unit_NS, score_NF)
+        layer = types.SimpleNamespace(spec=spec)
+        return SparseFfn.kept_mask(layer, SparseFfn.candidate_mask(layer, unit_NS), score_NF)
     candidate_NF = top_mask(unit_NS, spec["num_candidates"])
+    if spec["keep"] == "candidates":
+        return candidate_NF
     return top_mask(score_NF.where(candidate_NF, -1.0), spec["num_kept"])
 
 
