@@ -166,7 +166,13 @@ for _tag, (_pattern, _first) in _SCALARS.items():
     for _class in (_Loader, _Dumper):
         _letters = ["" if letter == "\0" else letter for letter in _first]
         _class.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), _letters)
-_Loader.add_constructor(_INT, lambda loader, node: int(loader.construct_scalar(node)))
+
+
+def _decimal(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    return int(loader.construct_scalar(node))
+
+
+_Loader.add_constructor(_INT, _decimal)
 
 
 def _parse(text: str, where: str) -> Any:
