@@ -25,7 +25,7 @@ from hireconvert.accounting import (
     token_bytes,
 )
 from hireconvert.checkpoint import read_source_headers
-from hireconvert.errors import InputError
+from hireconvert.errors import InputError, UsageError
 from hireconvert.families import LAYOUTS, Layout, ffn_parts, is_mixture_of_experts, num_layers
 from hireconvert.recipe import FfnRecipe, Recipe, per_layer
 from hireconvert.scoring import head_spec, layer_counts, predictor_spec
@@ -99,7 +99,9 @@ def planned_hire(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
     layers = None
     if recipe.ffn is not None and converts_ffn(skeleton, recipe):
         layers = _planned_layers(skeleton, recipe.ffn)
-    _, (vocabulary, _) = head_entry(skeleton.tensors, skeleton.config.vocab_size)
+    _, (vocabulary, width) = head_entry(skeleton.tensors, skeleton.config.vocab_size)
+    if recipe.head is not None and recipe.head.kind == "lr" and recipe.head.rank > width:
+        raise UsageError(f"head.rank: {recipe.head.rank} is more than the head's width, {width}.")
     return {
         "layout": skeleton.layout if layers else None,
         "ffn": {"layers": layers} if layers else None,

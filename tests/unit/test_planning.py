@@ -173,6 +173,12 @@ def test_recipe_lists_must_fit_the_layers() -> None:
         plan(skeleton("llama"), three)
 
 
+def test_rank_of_the_head_must_fit_its_width() -> None:
+    recipe = Recipe(name="x", head=HeadRecipe(kind="lr", rank=33))
+    with pytest.raises(UsageError, match=r"head\.rank: 33 is more than the head's width, 32"):
+        planned_hire(skeleton("llama"), recipe)
+
+
 def test_released_runtimes_are_known() -> None:
     log = (Path(__file__).parents[2] / "CHANGELOG.md").read_text(encoding="utf-8")
     headings = re.findall(r"^## (\d+\.\d+\.\d+)(.*)$", log, flags=re.MULTILINE)
