@@ -141,8 +141,9 @@ def _bytes(bytes_per_token: Result) -> RenderableType:
     table = _table("bytes per token", "dense", "converted", "share")
     rows = {"FFN": bytes_per_token["ffn"], "head": bytes_per_token["head"], "all": bytes_per_token}
     for name, row in rows.items():
-        share = f"{row['converted'] / row['dense']:.1%}" if row["dense"] else "-"
-        table.add_row(name, size(row["dense"]), size(row["converted"]), share)
+        if row["dense"]:  # a part left as it is counts in the last row alone
+            share = f"{row['converted'] / row['dense']:.1%}"
+            table.add_row(name, size(row["dense"]), size(row["converted"]), share)
     bound = f"speed-up bound from bytes: {bytes_per_token['speedup_bound']:.2f}x"
     return Group(table, Text(bound))
 
