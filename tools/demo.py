@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from hireconvert.loading import load
 from hireconvert.timing import DecodeTime, Timed, time_decode
@@ -52,6 +53,7 @@ def hireconvert(*arguments: str) -> str:
 def decode_times(folder: Path) -> dict[str, DecodeTime]:
     """Milliseconds per token in float32: stock dense, the same checkpoint dense, and decoding."""
     print("$ timing dense and converted in turns", file=sys.stderr, flush=True)
+    logging.disable_progress_bar()
     native = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, trust_remote_code=False
     )
