@@ -143,7 +143,7 @@ class DistillRecipe(_Section):
 
     loss: Literal["bce", "regression", "listwise"] = Field(
         default="regression",
-        description="what is fitted: membership of the true top-k, the gate and up values, "
+        description="what is fitted: membership of the true top-k, the logarithms of the scores, "
         "or the order of the scores",
     )
     steps: Count = Field(default=500, description="optimizer steps per layer")

@@ -51,9 +51,10 @@ def steps(data: Path, out: Path) -> list[Step]:
         done = out / f"bar_{name}.done"
         found.append(Step(f"bar-{name}", (measure,), done, _tables(bar)))
     settings, table = out / "settings_smollm2.json", out / "table_smollm2.jsonl"
-    write = _python(RESEARCH / "settings_smollm2.py", settings)
+    write = _python(RESEARCH / "settings_smollm2.py", settings, "essential")
     run = ("--model", out / "smollm2", "--acts", out / "smollm2.pt", "--data", data)
     options = ("--out", table, "--settings", settings, "--windows", 3, "--keep", 0.5)
+    options = (*options, "--fit-stride", 3)
     measure = _python(RESEARCH / "perplexity.py", *run, *options)
     done = out / "table_smollm2.done"
     found.append(Step("predictors-smollm2", (write, measure), done, _tables(table)))
