@@ -63,6 +63,25 @@ def exact_rows(
     return (z_C if bias_C is None else z_C + bias_C.double()).float()
 
 
+def _full_precision(device: torch.device) -> bool:
+    """Whether matrix products of float32 really run in float32, which the bounds assume.
+
+    `torch.set_float32_matmul_precision` and `allow_tf32` can make them TF32 or bfloat16.
+    """
+    backend: Any = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn
+    setting = getattr(getattr(backend, "matmul", backend), "fp32_precision", None)
+    if setting is None:
+        return torch.get_float32_matmul_precision() == "highest"
+    return setting in ("none", "ieee")
+
+
+def _float32_linear(x_ND: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+    """Products float32 [N, V]; row by row where matrix products would be rounded further."""
+    if torch.compiler.is_compiling() or not _full_precision(x_ND.device):
+        return torch.stack([(weight_VD * x_D).sum(-1) for x_D in x_ND])
+    return F.linear(x_ND, weight_VD)
+
+
 def _int8_linear(x_ND: torch.Tensor, codes_VD: torch.Tensor) -> torch.Tensor:
     """Products float32 [N, V] with int8 rows, whose bytes alone are read from memory.
 
@@ -70,11 +89,11 @@ def _int8_linear(x_ND: torch.Tensor, codes_VD: torch.Tensor) -> torch.Tensor:
     times as long for one row and fifty times for 64. A compiled graph fuses product and sum.
     """
     if torch.compiler.is_compiling():
-        return torch.stack([(codes_VD * x_D).sum(-1) for x_D in x_ND])
+        return _float32_linear(x_ND, codes_VD)
     if x_ND.device.type != "cpu":
-        return F.linear(x_ND, codes_VD.float())
+        return _float32_linear(x_ND, codes_VD.float())
     pieces = codes_VD.split(max(1, _CACHE_ELEMENTS // codes_VD.shape[1]))
-    return torch.cat([F.linear(x_ND, piece.float()) for piece in pieces], dim=1)
+    return torch.cat([_float32_linear(x_ND, piece.float()) for piece in pieces], dim=1)
 
 
 def soft_cap(z: torch.Tensor, cap: float | None) -> torch.Tensor:
@@ -205,9 +224,10 @@ class SparseHead(nn.Module):
         if prepared.codes_VD is not None:
             z_NV = _int8_linear(x_ND, prepared.codes_VD) * prepared.scale_V
         elif prepared.copy_VD is not None:
-            z_NV = F.linear(x_ND, prepared.copy_VD.float())
+            z_NV = _float32_linear(x_ND, prepared.copy_VD.float())
         else:
-            z_NV = F.linear(F.linear(x_ND, prepared.basis_RD), prepared.factor_VR)
+            inner_NR = _float32_linear(x_ND, prepared.basis_RD)
+            z_NV = _float32_linear(inner_NR, prepared.factor_VR)
         return z_NV if prepared.bias_V is None else z_NV + prepared.bias_V.float()
 
     def _upper(self, x_D: torch.Tensor, z_V: torch.Tensor) -> torch.Tensor:

@@ -134,6 +134,24 @@ def test_bounds_hold_for_every_row_of_the_copy(head_kind):
             assert (head._upper(x_D, z_V) >= exact_V).all()
 
 
+@pytest.mark.parametrize("head_kind", HEADS)
+def test_products_rounded_to_bfloat16_are_not_used(head_kind, monkeypatch):
+    head, _ = sparse_head(draw("plain", torch.Generator().manual_seed(3)), **HEADS[head_kind])
+    x = torch.randn(4, WIDE, generator=torch.Generator().manual_seed(4))
+    expected = head._estimate(x)
+    # What CPUs with bfloat16 units do to float32 products under this setting.
+    monkeypatch.setattr(
+        "hireconvert.runtime.hire_head.F.linear",
+        lambda a, b: (a.bfloat16() @ b.bfloat16().t()).float(),
+    )
+    assert not torch.allclose(head._estimate(x), expected, rtol=0, atol=1e-3)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.allclose(head._estimate(x), expected, rtol=0, atol=1e-3)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_a_bound_too_small_is_caught_by_these_tests():
     generator = torch.Generator().manual_seed(9)
     head, linear = sparse_head(draw("plain", generator), bits=4)
