@@ -210,9 +210,10 @@ def describe(hire: Mapping[str, Any]) -> str:
     layers = [spec for spec in (hire["ffn"] or {"layers": []})["layers"] if spec is not None]
     pieces = []
     if layers:
-        kept = sum(spec["num_kept"] for spec in layers) / sum(
-            spec["num_neurons"] for spec in layers
-        )
+        counts = [
+            spec["num_kept" if spec["keep"] == "top_k" else "num_candidates"] for spec in layers
+        ]
+        kept = sum(counts) / sum(spec["num_neurons"] for spec in layers)
         kinds = sorted({spec["predictor"]["kind"] for spec in layers})
         pieces.append(
             f"{len(layers)} sparse FFN layers keep {kept:.2f} of their neurons "

@@ -13,6 +13,7 @@ from hireconvert.runtime import modeling_hire
 from hireconvert.runtime.hire_config import (
     check_hire_config,
     check_predictor_tensors,
+    describe,
     layer_tensor_shapes,
 )
 from hireconvert.runtime.hire_predict import Predictor
@@ -264,3 +265,10 @@ def test_a_huge_block_costs_no_memory(models):
     head.hire.prepare(head)
     assert json.dumps(config.hire)  # still plain data
     assert head.hire.prepared.copy_VD.shape == head.weight.shape
+
+
+@pytest.mark.parametrize(("keep", "share"), [("top_k", "0.50"), ("candidates", "0.62")])
+def test_the_line_at_load_counts_what_is_kept(keep: str, share: str) -> None:
+    layer = {"num_neurons": 96, "num_kept": 48, "num_candidates": 60, "keep": keep}
+    hire = {"ffn": {"layers": [{**layer, "predictor": {"kind": "q"}}, None]}, "head": None}
+    assert f"1 sparse FFN layers keep {share} of their neurons" in describe(hire)
