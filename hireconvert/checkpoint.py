@@ -39,7 +39,7 @@ from hireconvert.headers import (
     stored_dtype,
     weight_files,
 )
-from hireconvert.workspace import Workspace, write_json
+from hireconvert.workspace import Workspace, file_sha256, write_json
 
 __all__ = ["DenseCheckpoint", "SourceHeaders", "TensorHeader", "open_checkpoint"]
 
@@ -335,7 +335,7 @@ def _open_folder(
 
 def _open_gguf(path: Path, work: Path) -> DenseCheckpoint:
     file = gguf.read_gguf(path)
-    made_from = {"gguf_sha256": _sha256(path), "transformers": transformers.__version__}
+    made_from = {"gguf_sha256": file_sha256(path), "transformers": transformers.__version__}
     workspace = Workspace(work)
     if not workspace.is_done(SOURCE, made_from):
         config = gguf.gguf_config(file)
@@ -391,13 +391,5 @@ def _fingerprint(folder: Path, headers: dict[str, TensorHeader]) -> str:
     total = hashlib.sha256()
     for name in sorted(wanted | {path.name for path in folder.glob("*.py")}):
         if (folder / name).is_file():
-            total.update(f"{name}\0{_sha256(folder / name)}\n".encode())
+            total.update(f"{name}\0{file_sha256(folder / name)}\n".encode())
     return total.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

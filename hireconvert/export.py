@@ -19,12 +19,12 @@ from transformers import AutoConfig, PreTrainedModel
 from hireconvert.accounting import head_width, hire_tensors
 from hireconvert.errors import InputError
 from hireconvert.headers import INDEX_FILE, read_headers
-from hireconvert.loading import CHECKSUMS, PREDICTORS, REPORT, RUNTIME_FOLDER, file_sha256
+from hireconvert.loading import CHECKSUMS, PREDICTORS, REPORT, RUNTIME_FOLDER
 from hireconvert.recipe import Recipe, dump_recipe
 from hireconvert.runtime import RUNTIME_FILES
 from hireconvert.runtime.hire_config import FORMAT_VERSION, check_hire_config
 from hireconvert.runtime.modeling_hire import hire_class
-from hireconvert.workspace import flatten, write_json
+from hireconvert.workspace import file_sha256, flatten, write_json
 
 # What travels from the source folder besides weights and config. A list of what is taken, so
 # that code, pickles and private files of the source never do.

@@ -23,10 +23,10 @@ from hireconvert.loading import (
     REPORT,
     check_shipped_runtime,
     check_tensors,
-    file_sha256,
     native_config,
     read_config,
 )
+from hireconvert.workspace import file_sha256
 
 DECODED = 8  # tokens that `verify` decodes
 

@@ -1,6 +1,5 @@
 """Load a finished folder with the installed runtime: no code of the folder runs."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,21 +13,13 @@ from hireconvert.headers import read_file_header, read_headers
 from hireconvert.runtime import RUNTIME_FILES, modeling_hire
 from hireconvert.runtime.hire_config import check_hire_config
 from hireconvert.version import __version__
+from hireconvert.workspace import file_sha256
 
 PREDICTORS = Path("hire") / "predictors.safetensors"
 CHECKSUMS = "SHA256SUMS"
 REPORT = "hire_report.json"
 RUNTIME_FOLDER = Path(modeling_hire.__file__).parent
 KNOWN_HASHES = RUNTIME_FOLDER / "known_hashes.json"
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of one file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def runtime_versions() -> dict[tuple[str, str], set[str]]:

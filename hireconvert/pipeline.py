@@ -21,7 +21,7 @@ from hireconvert.checkpoint import open_checkpoint
 from hireconvert.data import TokenData
 from hireconvert.errors import InputError, UsageError
 from hireconvert.export import public_recipe, write_documents
-from hireconvert.loading import REPORT, RUNTIME_FOLDER, file_sha256
+from hireconvert.loading import REPORT, RUNTIME_FOLDER
 from hireconvert.recipe import Recipe
 from hireconvert.runtime import RUNTIME_FILES
 from hireconvert.runtime.hire_config import FORMAT_VERSION
@@ -39,6 +39,7 @@ from hireconvert.version import __version__
 from hireconvert.workspace import (
     Workspace,
     differences,
+    file_sha256,
     open_workspace,
     publish,
     require_disk,

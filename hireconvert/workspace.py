@@ -9,6 +9,7 @@ OUT.work/                     beside OUT, on the same file system, so that renam
 """
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -77,6 +78,15 @@ def fsync_tree(folder: Path) -> None:
         if not path.is_symlink():
             fsync_path(path)
     fsync_path(folder)
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of one file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def rename_durably(source: Path, target: Path) -> None:

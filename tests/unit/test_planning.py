@@ -11,11 +11,12 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
 from hireconvert.accounting import dense_bytes, head_bytes, head_entry, hire_tensors, table_bytes
 from hireconvert.errors import InputError, UsageError
-from hireconvert.loading import KNOWN_HASHES, RUNTIME_FOLDER, file_sha256, runtime_versions
+from hireconvert.loading import KNOWN_HASHES, RUNTIME_FOLDER, runtime_versions
 from hireconvert.planning import Skeleton, make_skeleton, plan, planned_hire
 from hireconvert.runtime import RUNTIME_FILES
 from hireconvert.schema import FfnRecipe, HeadRecipe, PredictorRecipe, Recipe
 from hireconvert.version import __version__
+from hireconvert.workspace import file_sha256
 
 SIZES: dict[str, dict[str, Any]] = {
     "llama": {
