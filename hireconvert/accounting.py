@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from hireconvert.errors import InputError
 from hireconvert.runtime.hire_config import expected_tensors, head_tensor_shapes
-from hireconvert.runtime.hire_predict import layer_bytes
+from hireconvert.runtime.hire_predict import layer_bytes, num_active
 
 ITEM_BYTES = {"U8": 1, "I8": 1, "F8_E4M3": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8, "I64": 8}
 TensorTable: TypeAlias = dict[str, tuple[str, tuple[int, ...]]]
@@ -118,7 +118,7 @@ def layer_rows(hire: Mapping[str, Any], width: int, weight_bytes: int) -> list[d
             {
                 "layer": index,
                 "neurons": layer["num_neurons"],
-                "kept": layer["num_kept"],
+                "kept": num_active(layer),
                 "candidates": layer["num_candidates"],
                 "group_size": layer["group_size"],
                 "kind": predictor["kind"],

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .hire_ffn import SparseFfn
+from .hire_predict import num_active
 
 FORMAT_VERSION = 1
 PREDICTOR_FILE = "hire/predictors.safetensors"
@@ -210,10 +211,8 @@ def describe(hire: Mapping[str, Any]) -> str:
     layers = [spec for spec in (hire["ffn"] or {"layers": []})["layers"] if spec is not None]
     pieces = []
     if layers:
-        counts = [
-            spec["num_kept" if spec["keep"] == "top_k" else "num_candidates"] for spec in layers
-        ]
-        kept = sum(counts) / sum(spec["num_neurons"] for spec in layers)
+        active = sum(num_active(spec) for spec in layers)
+        kept = active / sum(spec["num_neurons"] for spec in layers)
         kinds = sorted({spec["predictor"]["kind"] for spec in layers})
         pieces.append(
             f"{len(layers)} sparse FFN layers keep {kept:.2f} of their neurons "

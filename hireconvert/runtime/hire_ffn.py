@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from .hire_predict import Predictor, members_mask, select_neurons, unit_scores
+from .hire_predict import Predictor, members_mask, num_active, select_neurons, unit_scores
 
 COUNTER_NAMES = ("calls", "rows", "kept", "candidates", "dense_rows")
 
@@ -217,7 +217,7 @@ class SparseFfn(nn.Module):
         """Add one call to the counters; rows that ran dense count as such and not as kept."""
         spec = self.spec
         sparse_rows = num_rows - dense_rows
-        kept = spec["num_kept"] if spec["keep"] == "top_k" else spec["num_candidates"]
+        kept = num_active(spec)
         one = torch.ones_like(dense_rows)
         self.counts.add_(
             torch.stack(

@@ -190,6 +190,11 @@ def predictor_bytes(spec: Mapping[str, Any], width: int, num_outputs: int) -> in
     return total
 
 
+def num_active(spec: Mapping[str, Any]) -> int:
+    """Neurons of a layer whose output counts: the kept ones, or every candidate."""
+    return int(spec["num_kept" if spec["keep"] == "top_k" else "num_candidates"])
+
+
 def layer_bytes(
     spec: Mapping[str, Any], width: int, num_matrices: int, weight_bytes: int
 ) -> dict[str, int]:
@@ -204,6 +209,6 @@ def layer_bytes(
     return {
         "predictor": predictor_bytes(spec["predictor"], width, outputs),
         "candidates": spec["num_candidates"] * (num_matrices - 1) * row,
-        "kept": (spec["num_kept"] if spec["keep"] == "top_k" else spec["num_candidates"]) * row,
+        "kept": num_active(spec) * row,
         "dense": spec["num_neurons"] * num_matrices * row,
     }

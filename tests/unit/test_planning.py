@@ -174,6 +174,12 @@ def test_recipe_lists_must_fit_the_layers() -> None:
         plan(skeleton("llama"), three)
 
 
+def test_kept_are_all_candidates_where_every_candidate_is_used() -> None:
+    ffn = FfnRecipe(keep_fraction=0.5, over_select=1.25, keep="candidates")
+    rows = plan(skeleton("llama"), Recipe(name="test", ffn=ffn))["layers"]
+    assert [(row["kept"], row["candidates"]) for row in rows] == [(40, 40)] * 2
+
+
 def test_rank_of_the_head_must_fit_its_width() -> None:
     recipe = Recipe(name="x", head=HeadRecipe(kind="lr", rank=33))
     with pytest.raises(UsageError, match=r"head\.rank: 33 is more than the head's width, 32"):
