@@ -9,7 +9,6 @@ A copy is row-major (`planes` [b, M, D/8], blocks along the inputs) or channel-m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -65,16 +64,6 @@ def pack_planes(codes_AL: torch.Tensor, bits: int) -> torch.Tensor:
         for p in range(bits)
     ]
     return torch.stack(planes)
-
-
-def unpack_planes(planes: torch.Tensor, length: int) -> torch.Tensor:
-    """uint8 codes [A, length] from planes [bits, A, ceil(length/8)]."""
-    bits, rows, width = planes.shape
-    codes_AL = torch.zeros(rows, width * 8, dtype=torch.uint8)
-    for p in range(bits):
-        bits_A8 = (planes[p].unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
-        codes_AL |= bits_A8.view(rows, width * 8) << p
-    return codes_AL[:, :length].contiguous()
 
 
 def fit_grid(
@@ -162,16 +151,6 @@ def encode_matrix(codes_MD: torch.Tensor, grid: Grid) -> dict[str, torch.Tensor]
     return tensors
 
 
-def decode_matrix(
-    tensors: Mapping[str, torch.Tensor], form: GridFormat, shape_MD: tuple[int, int]
-) -> torch.Tensor:
-    """float32 [M, D], the matrix that `encode_matrix` wrote."""
-    length = shape_MD[0] if form.channel_major else shape_MD[1]
-    codes = unpack_planes(tensors["planes"], length)
-    grid = Grid(form, tensors["scale"], None if form.symmetric else tensors["offset"])
-    return decode_codes(codes.T if form.channel_major else codes, grid)
-
-
 def decode_codes(codes_MD: torch.Tensor, grid: Grid) -> torch.Tensor:
     """float32 [M, D], the value of every code."""
     scale_MD, offset_MD = expand_grid(grid, codes_MD.shape)
@@ -211,29 +190,11 @@ def encode_factor(matrix_AB: torch.Tensor, bits: int, name: str) -> dict[str, to
     return {f"{name}_codes": codes_AB.contiguous(), f"{name}_scale": scale_A1[:, 0].contiguous()}
 
 
-def decode_factor(
-    tensors: Mapping[str, torch.Tensor], bits: int, name: str, *, width: int
-) -> torch.Tensor:
-    """float32 [A, width], the factor that `encode_factor` wrote."""
-    if bits == 16:
-        return tensors[name].float()
-    codes = tensors[f"{name}_codes"]
-    if bits == 4:
-        codes = _unpack_nibbles(codes, width)
-    return codes.float() * tensors[f"{name}_scale"].float().unsqueeze(1)
-
-
 def _pack_nibbles(codes_AB: torch.Tensor) -> torch.Tensor:
     rows, width = codes_AB.shape
     stored = torch.full((rows, width + width % 2), 8, dtype=torch.uint8)
     stored[:, :width] = (codes_AB + 8).to(torch.uint8)
     return (stored[:, 0::2] | (stored[:, 1::2] << 4)).view(torch.int8)
-
-
-def _unpack_nibbles(packed: torch.Tensor, width: int) -> torch.Tensor:
-    stored = packed.view(torch.uint8)
-    pairs = torch.stack([stored & 15, stored >> 4], dim=-1).flatten(1)[:, :width]
-    return pairs.to(torch.int16) - 8
 
 
 def _factor_scale(matrix_AB: torch.Tensor, top: int) -> torch.Tensor:

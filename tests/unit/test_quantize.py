@@ -5,17 +5,15 @@ from hireconvert.errors import InputError
 from hireconvert.quantize import (
     GridFormat,
     decode_codes,
-    decode_factor,
-    decode_matrix,
     encode_factor,
     encode_matrix,
     feedback_codes,
     fit_grid,
     pack_planes,
     round_codes,
-    unpack_planes,
 )
 from hireconvert.runtime.hire_predict import Predictor
+from tests.decoding import decode_factor, decode_matrix, unpack_planes
 
 M, D = 22, 37
 
