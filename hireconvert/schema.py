@@ -282,6 +282,69 @@ class DecodeRecipe(_Section):
     )
 
 
+class FinetuneLossRecipe(_Section):
+    """Weights of the parts of the training loss; a part of weight 0 is not computed."""
+
+    kl: Annotated[float, In(0)] = Field(
+        default=1.0, description="KL(dense original || student) of the logits, weight"
+    )
+    features: Annotated[float, In(0)] = Field(
+        default=0.0, description="normalised squared error of each decoder layer's output, weight"
+    )
+    lm: Annotated[float, In(0)] = Field(
+        default=0.0, description="cross-entropy of the text's own next tokens, weight"
+    )
+
+    def _problems(self) -> Iterator[Problem]:
+        if self.kl == self.features == self.lm == 0:
+            yield "kl", "every weight is 0; at least one part of the loss must count"
+
+
+class FinetuneRecipe(_Section):
+    """A short training run in which the student selects as it will when decoding."""
+
+    source: Text | None = Field(
+        default=None, description="text to train on, in the form of data.source; null takes that"
+    )
+    num_tokens: Count = Field(default=262144, description="tokens to train on")
+    window: Annotated[int, In(2)] = Field(default=512, description="tokens per packed window")
+    step_windows: Count = Field(default=2, description="windows per optimizer step")
+    learning_rate: Positive = Field(default=2.0e-4, description="peak learning rate")
+    warmup: Annotated[float, In(0, 1)] = Field(
+        default=0.03, description="share of the steps over which the learning rate rises"
+    )
+    weight_decay: Annotated[float, In(0)] = Field(default=0.0, description="AdamW weight decay")
+    clip: Positive = Field(default=1.0, description="largest norm of the gradient")
+    loss: FinetuneLossRecipe = Field(default=FinetuneLossRecipe(), description="what is minimised")
+    mask: Literal["oracle", "predicted", "oracle_then_predicted"] = Field(
+        default="oracle",
+        description="who selects: exact scores, predictors, or exact scores for the first half",
+    )
+    anneal: Annotated[float, In(0, 1)] = Field(
+        default=0.3,
+        description="share of the steps over which the kept share falls to the recipe's",
+    )
+    anneal_from: Share = Field(
+        default=0.7, description="kept share of the first step, unless the recipe's is larger"
+    )
+    dense_prefix: Annotated[float, In(0, 1, open_high=True)] = Field(
+        default=0.0, description="largest share of a window that runs dense first, as prompts do"
+    )
+    parameters: Literal["ffn", "ffn_and_norms", "all_but_embeddings"] = Field(
+        default="ffn_and_norms", description="which weights are trained"
+    )
+    lora_rank: Count | None = Field(
+        default=None,
+        description="train low-rank updates of this rank and merge them; null: weights",
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of the forward and backward passes; weights stay float32"
+    )
+    checkpoint_steps: Count = Field(
+        default=50, description="optimizer steps between checkpoints that --resume continues from"
+    )
+
+
 class EvaluateRecipe(_Section):
     """The evaluation after conversion."""
 
@@ -309,6 +372,9 @@ class Recipe(_Section):
     head: HeadRecipe | None = Field(
         default=None, description="the output head; null leaves it dense"
     )
+    finetune: FinetuneRecipe | None = Field(
+        default=None, description="training of the selecting model; null leaves the weights alone"
+    )
     decode: DecodeRecipe = Field(default=DecodeRecipe(), description="when selection runs")
     evaluate: EvaluateRecipe = Field(default=EvaluateRecipe(), description="evaluation")
     output: OutputRecipe = Field(default=OutputRecipe(), description="files written")
@@ -316,3 +382,5 @@ class Recipe(_Section):
     def _problems(self) -> Iterator[Problem]:
         if self.ffn is None and self.head is None:
             yield "", "nothing to convert: give ffn, head or both"
+        if self.ffn is None and self.finetune is not None:
+            yield "finetune", "trains the selecting FFN; give ffn, or finetune: null"
