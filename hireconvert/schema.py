@@ -78,7 +78,9 @@ def _each(key: str, value: T | list[T]) -> list[tuple[str, T]]:
     return [(key, value)]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Base of every section of a strict YAML file: frozen, no unknown keys, no coerced types."""
+
     model_config = ConfigDict(
         strict=True, frozen=True, extra="forbid", validate_default=True, protected_namespaces=()
     )
@@ -88,14 +90,14 @@ class _Section(BaseModel):
         yield from ()
 
     @model_validator(mode="after")
-    def _check_together(self) -> "_Section":
+    def _check_together(self) -> "Section":
         if problems := list(self._problems()):
             text = "; ".join(message for _, message in problems)
             raise PydanticCustomError("together", "{text}", {"text": text, "problems": problems})
         return self
 
 
-class DataRecipe(_Section):
+class DataRecipe(Section):
     """The text that statistics are taken on."""
 
     source: Text = Field(
@@ -138,7 +140,7 @@ class DataRecipe(_Section):
             yield "chat_column", "text sampled from the model (source: self) has no columns"
 
 
-class DistillRecipe(_Section):
+class DistillRecipe(Section):
     """Training of predictor factors on calibration activations, layer by layer."""
 
     loss: Literal["bce", "regression", "listwise"] = Field(
@@ -153,7 +155,7 @@ class DistillRecipe(_Section):
     )
 
 
-class PredictorRecipe(_Section):
+class PredictorRecipe(Section):
     """How the scores of the FFN neurons are predicted."""
 
     kind: Literal["lr", "q", "qlr", "auto"] = Field(
@@ -201,7 +203,7 @@ class PredictorRecipe(_Section):
             yield "distill", "kind q has no factors to train; use lr, qlr or auto, or null"
 
 
-class FfnRecipe(_Section):
+class FfnRecipe(Section):
     """The FFN: which share of the neurons a token keeps, and how they are found."""
 
     keep_fraction: Annotated[
@@ -239,7 +241,7 @@ class FfnRecipe(_Section):
                 yield f"{key}.group_scores", "needs ffn.group_size above 1"
 
 
-class HeadRecipe(_Section):
+class HeadRecipe(Section):
     """The output head: how the rows worth computing exactly are found."""
 
     kind: Literal["q", "lr"] = Field(default="q", description="low-bit copy, or low-rank factors")
@@ -270,7 +272,7 @@ class HeadRecipe(_Section):
             yield "certified", f"kind q needs bits 8 and block 0 (one scale per row), not {found}"
 
 
-class DecodeRecipe(_Section):
+class DecodeRecipe(Section):
     """When the selecting path runs."""
 
     max_decode_queries: Count = Field(
@@ -282,7 +284,7 @@ class DecodeRecipe(_Section):
     )
 
 
-class FinetuneLossRecipe(_Section):
+class FinetuneLossRecipe(Section):
     """Weights of the parts of the training loss; a part of weight 0 is not computed."""
 
     kl: Annotated[float, In(0)] = Field(
@@ -300,7 +302,7 @@ class FinetuneLossRecipe(_Section):
             yield "kl", "every weight is 0; at least one part of the loss must count"
 
 
-class FinetuneRecipe(_Section):
+class FinetuneRecipe(Section):
     """A short training run in which the student selects as it will when decoding."""
 
     source: Text | None = Field(
@@ -345,13 +347,13 @@ class FinetuneRecipe(_Section):
     )
 
 
-class EvaluateRecipe(_Section):
+class EvaluateRecipe(Section):
     """The evaluation after conversion."""
 
     num_tokens: CountOrZero = Field(default=4096, description="tokens to evaluate on; 0 skips it")
 
 
-class OutputRecipe(_Section):
+class OutputRecipe(Section):
     """The files written."""
 
     max_shard_gb: Positive = Field(
@@ -359,7 +361,7 @@ class OutputRecipe(_Section):
     )
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """Everything that decides what a conversion makes of a model."""
 
     name: Text = Field(description="short name, kept in the checkpoint")
