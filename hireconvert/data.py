@@ -1,12 +1,12 @@
-"""Text to seeded, packed token windows, for calibration and for evaluation.
+"""Text to seeded, packed token windows, for calibration, training and evaluation.
 
-Shapes: W windows, T tokens a window, N rows sampled at once, V vocabulary.
+Shapes: W windows, T tokens a window.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,30 +18,32 @@ from safetensors.torch import load_file, save_file
 
 from hireconvert.documents import SEPARATOR, hub_documents, read_documents, split_documents
 from hireconvert.errors import InputError
+from hireconvert.sampling import Progress, adds_bos
 from hireconvert.schema import DataRecipe
 
 __all__ = [
     "EvalWindows",
     "TokenData",
-    "adds_bos",
     "build_tokens",
     "evaluation_windows",
     "load_tokens",
     "read_documents",
-    "sample_from_model",
     "save_tokens",
+    "training_tokens",
 ]
 
-Progress = Callable[[int, int], None]  # tokens done, tokens in all
 Sampler = Callable[[int, int], torch.Tensor]  # tokens wanted, seed -> int64 rows of sampled tokens
 
 _POOL_CHARACTERS = 400_000_000  # local text beyond this is not read; it would have to fit in memory
-_TOP_K = 50  # the tail of a small model's distribution is noise no real text looks like
 
 
 @dataclass(frozen=True)
 class TokenData:
-    """Packed windows to fit on and, from other documents where possible, to measure on."""
+    """Packed windows to fit on and, from other documents where possible, to measure on.
+
+    `held_from` names the documents of the held-out side by SHA-256, each with the number of its
+    first held-out token: 0 but where one document had to serve both sides.
+    """
 
     fit_WT: torch.Tensor  # int64, BOS first where the tokenizer adds one
     held_WT: torch.Tensor
@@ -49,6 +51,7 @@ class TokenData:
     text_sha256: str  # of the documents used, in their order
     source: str  # `self`, `hub:name@revision`, or a file name without its folder
     starts_with_bos: bool
+    held_from: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,7 @@ class EvalWindows:
 class _Piece:
     ids: list[int]
     digest: bytes
-
-
-def adds_bos(tokenizer: Any) -> bool:
-    """Return whether the tokenizer puts a BOS token before plain text."""
-    bos = tokenizer.bos_token_id
-    ids = tokenizer("a").input_ids
-    return bos is not None and len(ids) > 0 and ids[0] == bos
+    start: int = 0  # tokens of the document that come before
 
 
 def build_tokens(
@@ -92,16 +89,10 @@ def build_tokens(
         -(-count // recipe.window) for count in (recipe.num_tokens, recipe.num_held_tokens)
     )
     total = (num_fit + num_held) * new_T
-    if recipe.source == "self":
-        assert sample is not None, "source self needs a sampler"
-        rows = sample(total, seed).tolist()
+    rows = _sampled_rows(recipe, sample, total, seed)
 
     def pieces(cap: int | None) -> Iterator[_Piece]:
-        found: Iterator[_Piece]
-        if recipe.source == "self":
-            found = (_Piece(row, _digest(np.asarray(row, "<i8").tobytes())) for row in rows)
-        else:
-            found = _pieces(_shuffled_documents(recipe, tokenizer, seed), tokenizer, cap)
+        found = _stream(recipe, tokenizer, seed, rows, cap)
         return _reported(found, total, progress)
 
     # A window's worth of each document, so that many have a say; all of them if that is too little.
@@ -118,6 +109,55 @@ def build_tokens(
         held_WT=_pack(held, num_held, new_T, bos),
         num_documents=len({piece.digest for piece in fit + held}),
         text_sha256=digest,
+        source=_public_name(recipe),
+        starts_with_bos=with_bos,
+        held_from={
+            piece.digest.hex(): min(p.start for p in held if p.digest == piece.digest)
+            for piece in held
+        },
+    )
+
+
+def training_tokens(
+    recipe: DataRecipe,
+    tokenizer: Any,
+    held_from: Mapping[str, int],
+    *,
+    seed: int,
+    sample: Sampler | None = None,
+    progress: Progress | None = None,
+) -> TokenData:
+    """Return ceil(num_tokens / window) windows to train on, in training order, and none held out.
+
+    What `TokenData.held_from` of the calibration names is left out, wherever it turns up. Of each
+    document comes a window's worth, from anywhere in it; all of them if that is too little. A model
+    samples (source `self`) under another seed than for calibration. Raises InputError, HubError.
+    """
+    with_bos = adds_bos(tokenizer)
+    new_T = recipe.window - with_bos
+    num_windows = -(-recipe.num_tokens // recipe.window)
+    total = num_windows * new_T
+    rows = _sampled_rows(recipe, sample, total, seed + 1)
+    taken: list[_Piece] = []
+    for cap in (new_T, None):
+        found = _stream(recipe, tokenizer, seed, rows, None)
+        allowed = _without_held(found, held_from)
+        spans = allowed if cap is None else _spans(allowed, tokenizer, cap, seed)
+        taken = _take(_reported(spans, total, progress), total)
+        if _size(taken) >= total:
+            break
+    else:
+        found_text = f"{_size(taken)} tokens in {len(taken)} documents without the held-out ones"
+        wanted = f"the minimum is {total} (finetune.num_tokens)"
+        raise InputError(f"{_public_name(recipe)}: too little text: {found_text}; {wanted}")
+    bos = [tokenizer.bos_token_id] if with_bos else []
+    ids_WT = _pack(taken, num_windows, new_T, bos)
+    order_W = torch.randperm(num_windows, generator=torch.Generator().manual_seed(seed))
+    return TokenData(
+        fit_WT=ids_WT[order_W],
+        held_WT=ids_WT[:0],
+        num_documents=len({piece.digest for piece in taken}),
+        text_sha256=hashlib.sha256(b"".join(piece.digest for piece in taken)).hexdigest(),
         source=_public_name(recipe),
         starts_with_bos=with_bos,
     )
@@ -145,33 +185,6 @@ def evaluation_windows(
     digest = _digest(joined.encode())
     ids_WT = _pack([_Piece(ids, digest)], num_windows, window, bos)
     return EvalWindows(ids_WT, num_windows * (ids_WT.shape[1] - 1), digest.hex())
-
-
-def sample_from_model(
-    model: Any,
-    tokenizer: Any,
-    num_tokens: int,
-    *,
-    seed: int,
-    window: int = 1024,
-    batch: int = 32,
-    progress: Progress | None = None,
-) -> torch.Tensor:
-    """Return at least `num_tokens` tokens the model writes itself, int64 [rows, tokens <= window].
-
-    Ancestral sampling, temperature 1, from BOS or else a random word, `batch` rows at a time; the
-    same for the same seed, thread count and machine. BOS and other special tokens are left out: a
-    document's end becomes a blank line. Rows are short so that many share one read of the weights.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    length = min(window, -(-num_tokens // batch))
-    total = -(-num_tokens // length)
-    rows = []
-    for start in range(0, total, batch):
-        count = min(batch, total - start)
-        report = _offset(progress, start * length, total * length, count)
-        rows.append(_sample_rows(model, tokenizer, (count, length), generator, report))
-    return torch.cat(rows)
 
 
 def save_tokens(tokens: TokenData, folder: Path) -> None:
@@ -209,6 +222,41 @@ def _shuffled_documents(recipe: DataRecipe, tokenizer: Any, seed: int) -> Iterab
             break
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
     return (documents[index] for index in order.tolist())
+
+
+def _sampled_rows(
+    recipe: DataRecipe, sample: Sampler | None, num_tokens: int, seed: int
+) -> list[list[int]] | None:
+    if recipe.source != "self":
+        return None
+    assert sample is not None, "source self needs a sampler"
+    return sample(num_tokens, seed).tolist()
+
+
+def _stream(
+    recipe: DataRecipe, tokenizer: Any, seed: int, rows: list[list[int]] | None, cap: int | None
+) -> Iterator[_Piece]:
+    if rows is None:
+        return _pieces(_shuffled_documents(recipe, tokenizer, seed), tokenizer, cap)
+    return (_Piece(row, _digest(np.asarray(row, "<i8").tobytes())) for row in rows)
+
+
+def _without_held(pieces: Iterator[_Piece], held_from: Mapping[str, int]) -> Iterator[_Piece]:
+    for piece in pieces:
+        if ids := piece.ids[: held_from.get(piece.digest.hex())]:
+            yield _Piece(ids, piece.digest)
+
+
+def _spans(pieces: Iterator[_Piece], tokenizer: Any, cap: int, seed: int) -> Iterator[_Piece]:
+    """Cut each document to `cap` tokens from a random place: beginnings are of a kind."""
+    generator = torch.Generator().manual_seed(seed)
+    blank_line = tokenizer(SEPARATOR, add_special_tokens=False).input_ids
+    for piece in pieces:
+        if len(piece.ids) > cap:
+            places = len(piece.ids) - cap + 1
+            start = int(torch.randint(places, (), generator=generator))
+            piece = _Piece(piece.ids[start : start + cap] + blank_line, piece.digest, start)
+        yield piece
 
 
 def _pieces(documents: Iterable[str], tokenizer: Any, cap: int | None) -> Iterator[_Piece]:
@@ -274,7 +322,7 @@ def _tail(pieces: list[_Piece], num_tokens: int) -> list[_Piece]:
     taken: list[_Piece] = []
     for piece in reversed(pieces):
         ids = piece.ids[-num_tokens:]
-        taken.insert(0, _Piece(ids, piece.digest))
+        taken.insert(0, _Piece(ids, piece.digest, len(piece.ids) - len(ids)))
         num_tokens -= len(ids)
         if num_tokens <= 0:
             break
@@ -296,74 +344,3 @@ def _public_name(recipe: DataRecipe) -> str:
     if recipe.source.startswith("hub:"):
         return recipe.source + (f"@{recipe.revision}" if recipe.revision else "")
     return recipe.source if recipe.source == "self" else Path(recipe.source).name
-
-
-# --------------------------------------------------------------------------------------- sampling
-
-
-@torch.inference_mode()
-def _sample_rows(
-    model: Any,
-    tokenizer: Any,
-    shape: tuple[int, int],
-    generator: torch.Generator,
-    report: Callable[[int], None],
-) -> torch.Tensor:
-    count, length = shape
-    device = model.device
-    special = _special_ids(model, tokenizer)
-    separator = tokenizer(SEPARATOR, add_special_tokens=False).input_ids[0]
-    with_bos = adds_bos(tokenizer)
-    if with_bos:
-        ids_N = torch.full((count,), tokenizer.bos_token_id)
-    else:
-        ids_N = _first_words(tokenizer, special, count, generator)
-    written = [] if with_bos else [ids_N]
-    ended_N = torch.full((count,), with_bos)  # a document starts here: it cannot end at once
-    cache = None
-    while len(written) < length:
-        out = model(input_ids=ids_N[:, None].to(device), past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        logits_NV = out.logits[:, -1].float().cpu()
-        logits_NV[:, special] = logits_NV[:, special].masked_fill(ended_N[:, None], -torch.inf)
-        top_NK, top_ids_NK = logits_NV.topk(min(_TOP_K, logits_NV.shape[1]))
-        drawn_N1 = torch.multinomial(top_NK.softmax(-1), 1, generator=generator)
-        ids_N = top_ids_NK.gather(1, drawn_N1)[:, 0]
-        ended_N = torch.isin(ids_N, special)
-        ids_N = ids_N.masked_fill(ended_N, separator)
-        written.append(ids_N)
-        report(len(written))
-    return torch.stack(written, dim=1)
-
-
-def _special_ids(model: Any, tokenizer: Any) -> torch.Tensor:
-    end = model.generation_config.eos_token_id
-    ends = end if isinstance(end, list) else [] if end is None else [end]
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    ids = {*tokenizer.all_special_ids, *ends}
-    # Rows beyond the tokenizer are padding, which a model may give any logit.
-    ids.update(range(len(tokenizer), vocabulary))
-    return torch.tensor(sorted(number for number in ids if number < vocabulary), dtype=torch.int64)
-
-
-def _first_words(
-    tokenizer: Any, special: torch.Tensor, count: int, generator: torch.Generator
-) -> torch.Tensor:
-    """Return random tokens to start documents with, whole words as far as some are drawn."""
-    allowed = torch.ones(len(tokenizer), dtype=torch.bool)
-    allowed[special[special < len(tokenizer)]] = False
-    ids = allowed.nonzero()[:, 0]
-    drawn = ids[torch.randint(len(ids), (64 * count,), generator=generator)].tolist()
-    words = [one for one in drawn if _is_word(tokenizer.decode([one]))]
-    return torch.tensor((words + drawn)[:count])
-
-
-def _is_word(text: str) -> bool:
-    word = text.strip()
-    return word.isascii() and word.isalpha() and (word[0].isupper() or text.startswith(" "))
-
-
-def _offset(progress: Progress | None, done: int, total: int, count: int) -> Callable[[int], None]:
-    if progress is None:
-        return lambda steps: None
-    return lambda steps: progress(done + steps * count, total)

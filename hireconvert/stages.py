@@ -23,7 +23,6 @@ from hireconvert.data import (
     TokenData,
     build_tokens,
     load_tokens,
-    sample_from_model,
     save_tokens,
 )
 from hireconvert.distill import distill_layer
@@ -41,6 +40,7 @@ from hireconvert.families import (
 from hireconvert.loading import load
 from hireconvert.planning import Skeleton
 from hireconvert.recipe import Recipe, per_layer
+from hireconvert.sampling import sample_from_model
 from hireconvert.workspace import Workspace, write_json
 
 RESULT, TENSORS, PERMUTATION = "result.json", "predictor.safetensors", "permutation.safetensors"

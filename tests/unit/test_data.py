@@ -11,16 +11,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from hireconvert import documents
 from hireconvert.data import (
     TokenData,
-    adds_bos,
     build_tokens,
     evaluation_windows,
     load_tokens,
     read_documents,
-    sample_from_model,
     save_tokens,
+    training_tokens,
 )
 from hireconvert.errors import HubError, InputError
 from hireconvert.recipe import DataRecipe
+from hireconvert.sampling import adds_bos, sample_from_model
 
 BOS, EOS = 0, 1
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -139,6 +139,73 @@ def test_self_asks_the_sampler_and_reports_progress(tokenizer):
     new = {*tokens.fit_WT[:, 1:].flatten().tolist()}, {*tokens.held_WT[:, 1:].flatten().tolist()}
     assert len(new[0]) == 60 and len(new[1]) == 30 and not new[0] & new[1]
     assert seen[-1] == (90, 90) and seen == sorted(seen)
+
+
+def test_training_text_leaves_out_held_documents_and_takes_spans(tmp_path, tokenizer):
+    """Letters tell documents apart; digits tell where in its document a span begins."""
+    bodies = {one: "".join(f"{one}{n}" for n in range(10)) for one in "abcdefghijkl"}
+    path = write(tmp_path / "x.txt", "\n\n\n".join(bodies.values()))
+    calibration = build_tokens(recipe(path), tokenizer, seed=0)
+    held = set(text_of(tokenizer, calibration.held_WT)) & set(bodies)
+    assert held and set(calibration.held_from.values()) == {0}
+    wanted = recipe(path, fit=5 * 16, held=16)
+    tokens = training_tokens(wanted, tokenizer, calibration.held_from, seed=0)
+    text = text_of(tokenizer, tokens.fit_WT)
+    assert tokens.fit_WT.shape == (5, 16) and tokens.held_WT.shape == (0, 16)
+    assert (tokens.fit_WT[:, 0] == BOS).all()
+    assert not set(text) & held and tokens.num_documents == len(set(text) & set(bodies)) == 5
+    assert len({part[:2] for part in text.split("\n\n")}) > 1  # not the beginnings alone
+    again = training_tokens(wanted, tokenizer, calibration.held_from, seed=0)
+    other = training_tokens(wanted, tokenizer, calibration.held_from, seed=1)
+    assert torch.equal(again.fit_WT, tokens.fit_WT) and again.text_sha256 == tokens.text_sha256
+    assert not torch.equal(other.fit_WT, tokens.fit_WT)
+
+
+def test_training_text_takes_whole_documents_when_spans_are_too_little(tmp_path, tokenizer):
+    path = write(tmp_path / "x.txt", "\n\n\n".join(letter * 60 for letter in "abcdef"))
+    calibration = build_tokens(recipe(path), tokenizer, seed=0)
+    held = set(text_of(tokenizer, calibration.held_WT)) - {"\n"}
+    wanted = recipe(path, fit=12 * 16, held=16)
+    tokens = training_tokens(wanted, tokenizer, calibration.held_from, seed=0)
+    text = text_of(tokenizer, tokens.fit_WT)
+    assert len(text) == 12 * 15 and not set(text) & held
+    too_much = recipe(path, fit=400, held=16)
+    message = r"x\.txt: too little text: \d+ tokens in \d documents without .* minimum is 375"
+    with pytest.raises(InputError, match=message):
+        training_tokens(too_much, tokenizer, calibration.held_from, seed=0)
+
+
+def test_training_text_of_a_cut_document_ends_where_the_held_out_part_begins(tmp_path, tokenizer):
+    words = "".join(f"{number:04d}" for number in range(60))
+    path = write(tmp_path / "x.txt", words)
+    calibration = build_tokens(recipe(path), tokenizer, seed=0)
+    held = text_of(tokenizer, calibration.held_WT)
+    (start,) = calibration.held_from.values()
+    assert (words + "\n\n")[start:] == held
+    wanted = recipe(path, fit=14 * 16, held=16)
+    tokens = training_tokens(wanted, tokenizer, calibration.held_from, seed=0)
+    windows = {text_of(tokenizer, window_T[None]) for window_T in tokens.fit_WT}
+    assert windows == {words[place : place + 15] for place in range(0, 14 * 15, 15)}
+    with pytest.raises(InputError, match=rf"{start} tokens in 1 documents"):
+        training_tokens(
+            recipe(path, fit=15 * 16, held=16), tokenizer, calibration.held_from, seed=0
+        )
+
+
+def test_training_text_of_the_model_itself_is_sampled_anew(tokenizer):
+    asked = []
+
+    def sample(num_tokens, seed):
+        asked.append((num_tokens, seed))
+        return torch.arange(2, 202).view(10, 20)
+
+    calibration = build_tokens(recipe("self"), tokenizer, seed=5, sample=sample)
+    tokens = training_tokens(
+        recipe("self"), tokenizer, calibration.held_from, seed=5, sample=sample
+    )
+    assert asked == [(90, 5), (60, 6)] and tokens.source == "self"
+    new = {*tokens.fit_WT[:, 1:].flatten().tolist()}
+    assert not new & {*calibration.held_WT[:, 1:].flatten().tolist()}
 
 
 # -------------------------------------------------------------------------------------- documents
