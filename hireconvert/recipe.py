@@ -111,11 +111,9 @@ def _override(tree: dict[str, Any], override: str) -> None:
         raise UsageError(
             f"--set {override!r}: expected KEY=VALUE, for example ffn.keep_fraction=0.5"
         )
-    if key.strip() in (
-        "data",
-        "data.source",
-    ):  # a path is taken as typed, whatever YAML makes of it
-        parts, value = ["data", "source"], text.strip()
+    if key.strip() in ("data", "data.source", "finetune.source"):
+        # A path is taken as typed, whatever YAML makes of it.
+        parts, value = [parts[0], "source"], text.strip()
     else:
         value = parse(text, f"--set {override!r}", "recipe")
     node: Any = tree

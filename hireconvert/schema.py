@@ -97,6 +97,11 @@ class Section(BaseModel):
         return self
 
 
+def _source_problems(source: str) -> Iterator[Problem]:
+    if source.startswith("hub:") and not re.fullmatch(r"hub:[\w.-]+(/[\w.-]+)?", source):
+        yield "source", f"{source!r} is not of the form hub:org/name"
+
+
 class DataRecipe(Section):
     """The text that statistics are taken on."""
 
@@ -129,9 +134,8 @@ class DataRecipe(Section):
         for key in ("num_tokens", "num_held_tokens"):
             if (count := getattr(self, key)) < self.window:
                 yield key, f"{count} is less than one window of {self.window} tokens (data.window)"
+        yield from _source_problems(self.source)
         if self.source.startswith("hub:"):
-            if not re.fullmatch(r"hub:[\w.-]+(/[\w.-]+)?", self.source):
-                yield "source", f"{self.source!r} is not of the form hub:org/name"
             return
         for key in ("config", "revision"):
             if getattr(self, key) is not None:
@@ -306,7 +310,9 @@ class FinetuneRecipe(Section):
     """A short training run in which the student selects as it will when decoding."""
 
     source: Text | None = Field(
-        default=None, description="text to train on, in the form of data.source; null takes that"
+        default=None,
+        description="text to train on, in the form of data.source and read with its columns and "
+        "split; null takes that",
     )
     num_tokens: Count = Field(default=262144, description="tokens to train on")
     window: Annotated[int, In(2)] = Field(default=512, description="tokens per packed window")
@@ -345,6 +351,12 @@ class FinetuneRecipe(Section):
     checkpoint_steps: Count = Field(
         default=50, description="optimizer steps between checkpoints that --resume continues from"
     )
+
+    def _problems(self) -> Iterator[Problem]:
+        if self.num_tokens < self.window:
+            found = f"{self.num_tokens} is less than one window of {self.window} tokens"
+            yield "num_tokens", f"{found} (finetune.window)"
+        yield from _source_problems(self.source or "self")
 
 
 class EvaluateRecipe(Section):

@@ -176,6 +176,16 @@ WRONG = [
     ("data.chat_column=chat", "data.chat_column: text sampled from the model"),
     ("data.revision=main", "data.revision: only a hub: source has one"),
     ("data=hub:a/b/c", "data.source: 'hub:a/b/c' is not of the form hub:org/name"),
+    # the finetune
+    ("finetune.num_tokens=256", "finetune.num_tokens: 256 is less than one window of 512 tokens"),
+    ("finetune.source=hub:a b", "finetune.source: 'hub:a b' is not of the form hub:org/name"),
+    ("finetune.steps=3", "finetune.steps: unknown key, did you mean"),
+    ("finetune.mask=true", "finetune.mask: true is not one of 'oracle', 'predicted'"),
+    ("finetune.anneal_from=0", "finetune.anneal_from: 0 is not in (0, 1]"),
+    ("finetune.dense_prefix=1", "finetune.dense_prefix: 1 is not in [0, 1)"),
+    ("finetune.learning_rate=0", "finetune.learning_rate: 0 is not a finite number above 0"),
+    ("finetune.lora_rank=0", "finetune.lora_rank: 0 is not a finite number of at least 1"),
+    ("finetune.loss={kl: 0}", "finetune.loss.kl: every weight is 0"),
 ]
 
 
@@ -197,6 +207,11 @@ def test_all_problems_are_listed_at_once():
 def test_nothing_to_convert(recipe_file):
     assert "give ffn, head or both" in fails(recipe_file("name: idle\n"))
     assert "give ffn, head or both" in fails("lossless", "head=null")
+
+
+def test_nothing_to_finetune():
+    assert "finetune: trains the selecting FFN" in fails("lossless", "finetune={}")
+    assert load_recipe("lossless").finetune is None
 
 
 def test_missing_key(recipe_file):
@@ -280,6 +295,8 @@ def test_override_of_a_list_element():
 def test_data_is_shorthand_and_taken_as_typed(key):
     for path in ("texts/[a]: b #1.txt", "007.txt", "hub:org/name", "1e-3"):
         assert load_recipe("demo", [f"{key}={path}"]).data.source == path
+        finetune = load_recipe("demo", [f"finetune.source={path}"]).finetune
+        assert finetune is not None and finetune.source == path
     assert load_recipe("demo", ["data=x.txt"]).data.num_tokens == 8192
 
 
