@@ -45,6 +45,7 @@ class EvalReport:
     """Everything measured; views are `dense`, `all` and `all_prefix` (positions >= dense_prefix).
 
     `selection` and the last two views are None without a sparse FFN, `head` without a sparse head.
+    `baseline_nll_N` is what the views' own `nll_N` pair with.
     """
 
     num_windows: int
@@ -57,6 +58,7 @@ class EvalReport:
     all_prefix: ViewReport | None
     selection: SelectionReport | None
     head: HeadReport | None
+    baseline_nll_N: torch.Tensor = field(repr=False, compare=False)
 
     @property
     def worst(self) -> ViewReport:
@@ -67,6 +69,7 @@ class EvalReport:
     def to_dict(self) -> dict[str, Any]:
         """Numbers alone, ready for JSON."""
         tree = asdict(self)
+        del tree["baseline_nll_N"]
         for name in ("dense", "all", "all_prefix"):
             if tree[name] is not None:
                 del tree[name]["nll_N"]
@@ -76,7 +79,9 @@ class EvalReport:
 # --------------------------------------------------------------------------- running a view
 
 
-def _hidden_states(model: Any, ids_WT: torch.Tensor, tick: Callable[[], None]) -> torch.Tensor:
+def hidden_states(
+    model: Any, ids_WT: torch.Tensor, tick: Callable[[], None] = lambda: None
+) -> torch.Tensor:
     """What the head receives at every position that predicts a token of the window, [N, D]."""
     rows = []
     for ids_T in ids_WT:
@@ -149,14 +154,14 @@ def _run_views(
     views = _Views()
     with hire_scope(model, "off"):
         prove_logits(model, ids_WT)
-        views.hidden["dense"] = _hidden_states(model, ids_WT, tick)
+        views.hidden["dense"] = hidden_states(model, ids_WT, tick)
         views.nonfinite["dense"] = 0
     if not hire_layers(model):
         return views
     for name, prefix in {"all": 0, "all_prefix": dense_prefix}.items():
         model.hire_stats(reset=True)
         with hire_scope(model, "all", dense_prefix=prefix), layer_inputs(model) as inputs:
-            views.hidden[name] = _hidden_states(model, ids_WT, tick)
+            views.hidden[name] = hidden_states(model, ids_WT, tick)
         views.nonfinite[name] = _require_sparse(model, ids_WT.shape, prefix)
         if name == "all":
             views.selection = selection_report(model, inputs)
@@ -169,6 +174,7 @@ def evaluate_model(
     baseline: PreTrainedModel | None,
     windows: EvalWindows,
     *,
+    baseline_hidden_ND: torch.Tensor | None = None,
     progress: Progress = lambda done, total: None,
     dense_prefix: int = 64,
     num_head_positions: int = 128,
@@ -176,14 +182,16 @@ def evaluate_model(
     """Every figure of a HiRE model, paired against `baseline` (None: its own dense view).
 
     Each row of `windows.ids_WT` is scored from its second token on; `dense_prefix` is cut to half
-    a window. `progress` is called with steps done and steps in all. The model's scope is
+    a window. `baseline_hidden_ND` is what `hidden_states` gives for the baseline, where that is
+    known already. `progress` is called with steps done and steps in all. The model's scope is
     restored. Raises InputError when the logits are made in an unknown way, RuntimeError when the
     sparse path did not run (our bug).
     """
     ids_WT = windows.ids_WT
     dense_prefix = min(dense_prefix, ids_WT.shape[1] // 2)
     target_N = ids_WT[:, 1:].flatten()
-    passes = (3 if hire_layers(model) else 1) + (baseline is not None)
+    unseen = baseline is not None and baseline_hidden_ND is None
+    passes = (3 if hire_layers(model) else 1) + unseen
     total = passes * len(ids_WT) + len(_chunks(len(target_N), model))
     done = 0
 
@@ -195,10 +203,13 @@ def evaluate_model(
     views = _run_views(model, ids_WT, dense_prefix, tick)
     reference = (model, views.hidden["dense"])
     if baseline is not None:
-        reference = (baseline, _hidden_states(baseline, ids_WT, tick))
+        if baseline_hidden_ND is None:
+            baseline_hidden_ND = hidden_states(baseline, ids_WT, tick)
+        reference = (baseline, baseline_hidden_ND)
     with hire_scope(model, "off"):
         own, sums = _compare(reference, model, views.hidden, target_N, tick)
     reports = {name: sums[name].report(views.nonfinite[name]) for name in sums}
+    reference_report = own.report(0)
     head = None
     if model.config.hire["head"] is not None:
         head = head_report(model, views.hidden["dense"], num_head_positions)
@@ -207,12 +218,13 @@ def evaluate_model(
         num_scored=windows.num_scored,
         text_sha256=windows.sha256,
         dense_prefix=dense_prefix,
-        baseline_perplexity=own.report(0).perplexity,
+        baseline_perplexity=reference_report.perplexity,
         dense=reports["dense"],
         all=reports.get("all"),
         all_prefix=reports.get("all_prefix"),
         selection=views.selection,
         head=head,
+        baseline_nll_N=reference_report.nll_N,
     )
 
 

@@ -13,13 +13,19 @@ import torch
 from torch import nn
 
 from hireconvert.errors import InputError
-from hireconvert.families import base_model, hidden_activations, read_ffn_weights
+from hireconvert.families import base_model, hidden_activations, num_layers, read_ffn_weights
 from hireconvert.runtime.hire_ffn import SparseFfn
-from hireconvert.runtime.hire_predict import recall_at, top_k_indices, unit_scores
+from hireconvert.runtime.hire_predict import (
+    members_mask,
+    recall_at,
+    top_k_indices,
+    unit_scores,
+)
 
 _HEAD_ROWS_AT_ONCE = 16384
 _REFERENCE_POSITIONS_AT_ONCE = 64
 _RECALL_ROWS_PER_WINDOW = 64
+CURVE = (1.0, 1.1, 1.2, 1.35, 1.5, 2.0)  # over_select at which recall is measured
 # The model's logits and those of `head_logits` come from the same operations.
 _PROOF_TOKENS, _PROOF_TOLERANCE = 16, 1e-3
 
@@ -41,11 +47,30 @@ class ViewReport:
 
 
 @dataclass(frozen=True)
+class LayerSelection:
+    """What one sparse layer chose."""
+
+    layer: int
+    recall: float
+    kept: float
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Recall of the true top k among `over_select` times as many candidates, over the layers."""
+
+    over_select: float
+    recall_mean: float
+    recall_worst: float
+
+
+@dataclass(frozen=True)
 class SelectionReport:
     """What the sparse FFN layers chose, averaged over layers and in the worst of them.
 
     Recall is the share of the true top k among the kept; a row's true top k follows from exact
-    scores of the inputs that the layer really had in scope `all`.
+    scores of the inputs that the layer really had in scope `all`. `kept_overall` is the share kept
+    over all decoder layers and rows, those that ran dense counted in full.
     """
 
     recall_mean: float
@@ -54,7 +79,10 @@ class SelectionReport:
     kept_mean: float
     kept_worst: float
     kept_worst_layer: int
+    kept_overall: float
     num_rows: int
+    layers: tuple[LayerSelection, ...]
+    recall_curve: tuple[CurvePoint, ...]
 
 
 @dataclass(frozen=True)
@@ -185,8 +213,16 @@ def layer_inputs(model: Any) -> Iterator[dict[int, list[torch.Tensor]]]:
             hook.remove()
 
 
-def _layer_recall(model: Any, index: int, x_ND: torch.Tensor) -> float:
-    """Share of the true top k, in selectable units, that the layer keeps for these inputs."""
+@dataclass(frozen=True)
+class _Recall:
+    """One layer's recall: of what it keeps, and of the best estimates at each of CURVE."""
+
+    kept: float
+    curve: tuple[float, ...]
+
+
+def _layer_recall(model: Any, index: int, x_ND: torch.Tensor) -> _Recall:
+    """Share of the true top k, in selectable units, that the layer finds for these inputs."""
     layer = hire_layers(model)[index]
     spec, weights = layer.spec, read_ffn_weights(model, model.config.hire["layout"], index)
     group, common = spec["group_size"], spec["num_common"]
@@ -195,18 +231,26 @@ def _layer_recall(model: Any, index: int, x_ND: torch.Tensor) -> float:
     kept_NF = layer.kept_mask(layer.candidate_mask(estimate_NS), score_NF)
     kept_NS = kept_NF[:, common:].unflatten(-1, (-1, group))[..., 0]
     exact_NS = unit_scores(score_NF[:, common:], group)
-    recall_N = recall_at(exact_NS, kept_NS, (spec["num_kept"] - common) // group)
-    return float(recall_N.double().mean())
+    num, num_units = (spec["num_kept"] - common) // group, exact_NS.shape[1]
+    found = [kept_NS]
+    for ratio in CURVE:
+        best_NC = top_k_indices(estimate_NS, min(num_units, math.ceil(ratio * num)))
+        found.append(members_mask(best_NC, num_units))
+    kept, *curve = (float(recall_at(exact_NS, each, num).double().mean()) for each in found)
+    return _Recall(kept, tuple(curve))
 
 
 def selection_report(model: Any, inputs: dict[int, list[torch.Tensor]]) -> SelectionReport:
     """Recall from caught inputs, kept fraction from the counters of the view that just ran."""
-    recall = {index: _layer_recall(model, index, torch.cat(rows)) for index, rows in inputs.items()}
-    kept = {}
+    found = {index: _layer_recall(model, index, torch.cat(rows)) for index, rows in inputs.items()}
+    recall = {index: each.kept for index, each in found.items()}
+    kept, read = {}, [1.0] * (num_layers(model) - len(recall))
     for index, counts in model.hire_stats()["layers"].items():
         neurons = hire_layers(model)[index].spec["num_neurons"]
         kept[index] = counts["kept"] / (counts["rows"] - counts["dense_rows"]) / neurons
+        read.append((counts["kept"] / neurons + counts["dense_rows"]) / counts["rows"])
     low, high = min(recall, key=recall.__getitem__), max(kept, key=kept.__getitem__)
+    points = zip(CURVE, zip(*(each.curve for each in found.values()), strict=True), strict=True)
     return SelectionReport(
         recall_mean=sum(recall.values()) / len(recall),
         recall_worst=recall[low],
@@ -214,7 +258,10 @@ def selection_report(model: Any, inputs: dict[int, list[torch.Tensor]]) -> Selec
         kept_mean=sum(kept.values()) / len(kept),
         kept_worst=kept[high],
         kept_worst_layer=high,
+        kept_overall=sum(read) / len(read),
         num_rows=len(torch.cat(next(iter(inputs.values())))),
+        layers=tuple(LayerSelection(index, recall[index], kept[index]) for index in recall),
+        recall_curve=tuple(CurvePoint(x, sum(y) / len(y), min(y)) for x, y in points),
     )
 
 

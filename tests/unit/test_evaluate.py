@@ -165,6 +165,52 @@ def test_recall_and_kept_fraction() -> None:
     assert shuffled.recall_mean == pytest.approx(60 / 96, abs=0.1)
 
 
+def test_layers_and_the_recall_curve_agree_with_the_means() -> None:
+    model = hire_model(dense_model(), layer_spec(), None)
+    shuffle_predictor(model)
+    found = evaluate_model(model, None, windows()).selection
+    assert found is not None and [each.layer for each in found.layers] == [0, 1]
+    assert found.recall_mean == pytest.approx(sum(each.recall for each in found.layers) / 2)
+    assert {each.kept for each in found.layers} == {0.5}
+    curve = {point.over_select: point for point in found.recall_curve}
+    # At twice as many candidates as are kept every neuron is one.
+    assert curve[2.0].recall_mean == curve[2.0].recall_worst == 1.0
+    means = [point.recall_mean for point in found.recall_curve]
+    assert means == sorted(means) and means[0] == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_layer_that_was_left_dense_counts_in_full() -> None:
+    model = hire_model(dense_model(), layer_spec(), None)
+    whole = evaluate_model(model, None, windows()).selection
+    dense = dense_model()
+    half = hire_model(dense, layer_spec(), None)
+    half.config.hire["ffn"]["layers"][0] = None
+    half = type(half)(half.config).eval()
+    half.load_state_dict(dense.state_dict())
+    half.tie_weights()
+    half.model.hire_layers[1].predictor_tensors = model.model.hire_layers[1].predictor_tensors
+    part = evaluate_model(half, None, windows()).selection
+    assert whole is not None and part is not None
+    assert (whole.kept_overall, part.kept_overall) == (0.5, 0.75)
+    assert part.kept_mean == 0.5
+
+
+def test_known_hidden_states_of_a_baseline_change_no_figure() -> None:
+    model, other = hire_model(dense_model(), layer_spec(), None), dense_model(seed=5)
+    with torch.no_grad():
+        hidden_ND = evaluate.hidden_states(other, windows().ids_WT)
+    seen: list[tuple[int, int]] = []
+    known = evaluate_model(
+        model,
+        other,
+        windows(),
+        baseline_hidden_ND=hidden_ND,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert known == evaluate_model(model, other, windows())
+    assert seen[-1][0] == seen[-1][1]
+
+
 def test_recall_counts_groups_and_not_their_members() -> None:
     spec = layer_spec(group_size=4, num_common=8, num_kept=48, num_candidates=60)
     report = evaluate_model(hire_model(dense_model(), spec, None), None, windows())
@@ -268,7 +314,7 @@ def test_report_is_json_and_scope_and_progress_are_kept() -> None:
     assert seen[-1][0] == seen[-1][1] == len(seen)
     tree = json.loads(json.dumps(report.to_dict()))
     assert tree["all"]["perplexity"] == report.all.perplexity if report.all else False
-    assert "nll_N" not in tree["dense"]
+    assert "nll_N" not in tree["dense"] and "baseline_nll_N" not in tree
     assert report.dense_prefix == LENGTH // 2
 
 
