@@ -1,0 +1,83 @@
+"""Limits of the process that runs generated programs."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from hireconvert.errors import InputError
+from hireconvert.sandbox import Limits, run_python
+
+SHORT = Limits(seconds=1.0, memory=256 * 2**20, file_size=2**16)
+
+
+def test_a_program_runs_to_its_end() -> None:
+    outcome = run_python("print(2 + 2)", SHORT)
+    assert outcome.status == "finished" and outcome.stdout == "4\n" and not outcome.stderr
+
+
+@pytest.mark.parametrize("source", ["while True: pass", "import time; time.sleep(60)"])
+def test_endless_programs_are_stopped(source: str) -> None:
+    started = time.monotonic()
+    assert run_python(source, SHORT).status == "timeout"
+    assert time.monotonic() - started < 10
+
+
+def test_memory_is_limited() -> None:
+    assert run_python("x = [0] * 10**9", SHORT).status == "memory"
+
+
+@pytest.mark.parametrize(
+    ("source", "error"),
+    [
+        ("assert 1 == 2", "AssertionError"),
+        ("x = (", "SyntaxError"),
+        ("def f(): return f()\nf()", "RecursionError"),
+        ("open('x', 'wb').write(b'0' * 10**6)", "File too large"),
+        ("import socket", "socket halted"),
+        ("import subprocess", "subprocess halted"),
+        ("import os; os.system('true')", "AttributeError"),
+        ("import os; os.fork()", "AttributeError"),
+        ("input()", "EOFError"),
+    ],
+)
+def test_errors_and_what_is_withheld_end_a_program(source: str, error: str) -> None:
+    outcome = run_python(source, SHORT)
+    assert outcome.status == "raised" and error in outcome.stderr
+
+
+@pytest.mark.parametrize("source", ["import os; os._exit(0)", "raise SystemExit(0)"])
+def test_leaving_early_is_not_finishing(source: str) -> None:
+    assert run_python(source + "\nassert False", SHORT).status == "exited"
+
+
+def test_a_program_that_kills_itself() -> None:
+    assert run_python("import signal; signal.raise_signal(9)", SHORT).status == "killed"
+
+
+def test_floods_of_output_are_cut() -> None:
+    outcome = run_python("while True: print('x' * 1000)", SHORT)
+    assert outcome.status != "finished" and len(outcome.stdout) <= 65_536
+
+
+def test_a_program_sees_an_empty_folder_and_no_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SECRET_OF_THE_PARENT", "1")
+    outcome = run_python("import os; print(os.getcwd(), os.listdir('.'), *os.environ)", SHORT)
+    folder, rest = outcome.stdout.split(" ", 1)
+    assert folder != str(Path.cwd()) and not Path(folder).exists()  # and it is gone afterwards
+    assert rest.startswith("[]") and "SECRET" not in rest
+
+
+def test_the_parent_is_untouched() -> None:
+    before = Path.cwd(), dict(os.environ)
+    run_python("import os; os.chdir('/'); os.environ['X'] = '1'", SHORT)
+    assert (Path.cwd(), dict(os.environ)) == before
+
+
+def test_other_systems_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hireconvert.sandbox.os.name", "nt")
+    with pytest.raises(InputError, match="Linux or macOS"):
+        run_python("1")
