@@ -3,98 +3,28 @@
 `recipe.py` reads and writes its YAML form and exports these names.
 """
 
-import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    Tag,
-    model_validator,
-)
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from pydantic import Discriminator, Field, Tag
+
+from hireconvert.schema_budget import BudgetRecipe
+from hireconvert.sections import Count, CountOrZero, Positive, Share, Text
+from hireconvert.sections import In as In
+from hireconvert.sections import Problem as Problem
+from hireconvert.sections import Section as Section
 
 T = TypeVar("T")
-Problem: TypeAlias = tuple[str, str]  # key relative to the section, what is wrong with it
-
-
-@dataclass(frozen=True)
-class In:
-    """A numeric interval for `Annotated`; neither NaN nor infinity lies in one."""
-
-    low: float
-    high: float = math.inf
-    open_low: bool = False
-    open_high: bool = False
-
-    def _check(self, value: float) -> float:
-        above = value > self.low if self.open_low else value >= self.low
-        below = value < self.high if self.open_high or self.high == math.inf else value <= self.high
-        if above and below:
-            return value
-        if self.high == math.inf:
-            wanted = f"a finite number {'above' if self.open_low else 'of at least'} {self.low:g}"
-            raise PydanticCustomError("interval", f"{value:g} is not {wanted}")
-        left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
-        wanted = f"{left}{self.low:g}, {self.high:g}{right}"
-        raise PydanticCustomError("interval", f"{value:g} is not in {wanted}")
-
-    def __get_pydantic_core_schema__(
-        self, source: Any, handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
-        return core_schema.no_info_after_validator_function(self._check, handler(source))
-
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
-        limits: dict[str, Any] = {
-            "exclusiveMinimum" if self.open_low else "minimum": self.low,
-        }
-        if self.high != math.inf:
-            limits["exclusiveMaximum" if self.open_high else "maximum"] = self.high
-        return {**handler(schema), **limits}
-
 
 ONE, LIST = "<one>", "<list>"  # tags of a per-layer union, cut out of the key paths of errors
 _BY_SHAPE = Discriminator(lambda value: LIST if isinstance(value, list) else ONE)
-
-Count: TypeAlias = Annotated[int, In(1)]
-CountOrZero: TypeAlias = Annotated[int, In(0)]
-Share: TypeAlias = Annotated[float, In(0, 1, open_low=True)]
-Positive: TypeAlias = Annotated[float, In(0, open_low=True)]
-Text: TypeAlias = Annotated[str, Field(min_length=1)]
 
 
 def _each(key: str, value: T | list[T]) -> list[tuple[str, T]]:
     if isinstance(value, list):
         return [(f"{key}.{index}", one) for index, one in enumerate(value)]
     return [(key, value)]
-
-
-class Section(BaseModel):
-    """Base of every section of a strict YAML file: frozen, no unknown keys, no coerced types."""
-
-    model_config = ConfigDict(
-        strict=True, frozen=True, extra="forbid", validate_default=True, protected_namespaces=()
-    )
-
-    def _problems(self) -> Iterator[Problem]:
-        """Yield what is wrong between fields that are each right on their own."""
-        yield from ()
-
-    @model_validator(mode="after")
-    def _check_together(self) -> "Section":
-        if problems := list(self._problems()):
-            text = "; ".join(message for _, message in problems)
-            raise PydanticCustomError("together", "{text}", {"text": text, "problems": problems})
-        return self
 
 
 def _source_problems(source: str) -> Iterator[Problem]:
@@ -216,6 +146,9 @@ class FfnRecipe(Section):
     ] = Field(
         description="share of the neurons kept per token, in (0, 1]; one number or one a layer"
     )
+    budget: BudgetRecipe | None = Field(
+        default=None, description="how shares differ between layers; null: as keep_fraction says"
+    )
     over_select: Annotated[float, In(1)] = Field(
         default=1.25, description="candidates per kept neuron, at least 1"
     )
@@ -240,9 +173,21 @@ class FfnRecipe(Section):
         for key, keep in _each("keep_fraction", self.keep_fraction):
             if self.common_path >= keep:
                 yield "common_path", f"{self.common_path:g} is not below {key} ({keep:g})"
+        if self.budget is not None:
+            yield from self._budget_problems(self.budget)
         for key, predictor in _each("predictor", self.predictor):
             if predictor.group_scores and self.group_size == 1:
                 yield f"{key}.group_scores", "needs ffn.group_size above 1"
+
+    def _budget_problems(self, budget: BudgetRecipe) -> Iterator[Problem]:
+        listed = isinstance(self.keep_fraction, list)
+        if budget.mode == "uniform" and listed:
+            yield "budget.mode", "uniform, but keep_fraction is a list; give one number"
+        if budget.mode == "list" and not listed:
+            yield "budget.mode", "list, but keep_fraction is one number; give one a layer"
+        if budget.mode == "search" and (self.group_size > 1 or self.common_path > 0):
+            found = f"group_size {self.group_size} and common_path {self.common_path:g}"
+            yield "budget.mode", f"search measures single neurons; needs 1 and 0, not {found}"
 
 
 class HeadRecipe(Section):

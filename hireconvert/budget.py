@@ -1,0 +1,298 @@
+"""Stage: how many neurons each layer keeps, found by measuring the whole model, masks applied.
+
+Errors of layers do not add up, so no layer is judged alone: a list of shares is scored by the mean
+KL of the selecting model to the dense one on windows of calibration text. A search trades steps
+between layers, so the total never changes; a quality target then shifts the whole list.
+
+Every score is written to a file at once. The searches are functions of the scores and a seed, so a
+killed one repeats its way through the file in no time and goes on.
+
+Shape suffixes: W windows, T tokens of a window.
+"""
+
+import json
+import math
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hireconvert.allocation import Allocation, Keeps, Levels, Trades
+from hireconvert.masked import Active, MaskedModel, Score, Trace
+from hireconvert.schema_budget import BudgetRecipe, BudgetTargetRecipe
+
+Note = Callable[[str], None]
+
+SURVIVORS = 2  # offspring measured on all windows
+TRACES_KEPT = SURVIVORS + 2  # the parent's, its challengers', one being made
+NOTES = 10  # lines of progress in a search
+
+
+class Memo:
+    """Scores by selection, kept in a file line by line so that a killed search continues."""
+
+    def __init__(self, path: Path | None, fingerprint: Mapping[str, Any]) -> None:
+        self._path, self._scores = path, dict[str, Score]()
+        head = json.dumps(fingerprint, sort_keys=True)
+        if path is None:
+            return
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        lines = text.split("\n")[:-1]  # what follows the last line end was cut off by a kill
+        if lines[:1] != [head]:  # none yet, or of another conversion
+            path.write_text(head + "\n", encoding="utf-8")
+            return
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        for line in lines[1:]:
+            key, kl, nll = json.loads(line)
+            self._scores[key] = Score(tuple(kl), tuple(nll))
+
+    def get(self, key: str) -> Score | None:
+        """A score measured before."""
+        return self._scores.get(key)
+
+    def put(self, key: str, score: Score) -> None:
+        """Keep a score."""
+        self._scores[key] = score
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([key, score.kl_W, score.nll_W]) + "\n")
+
+
+class Trials:
+    """Scores of lists of shares on one set of windows, by memory where they are known."""
+
+    def __init__(self, name: str, masked: MaskedModel, allocation: Allocation, memo: Memo) -> None:
+        self.name, self.masked, self.allocation, self.memo = name, masked, allocation, memo
+        self._asked: dict[str, int] = {}
+        self._traces: OrderedDict[Active, Trace] = OrderedDict()
+
+    @property
+    def num_windows_scored(self) -> int:
+        """What the search cost: windows, each once for every list scored on it."""
+        return sum(self._asked.values())
+
+    def score(
+        self, keeps: Keeps, *, num_windows: int | None = None, near: Keeps | None = None
+    ) -> Score:
+        """The score of a list on the first windows; `near` is a similar list, for speed alone."""
+        active = self.allocation.active(keeps)
+        count = num_windows or len(self.masked.ids_WT)
+        key = f"{self.name} {count} {','.join(map(str, active))}"
+        self._asked[key] = count
+        known = self.memo.get(key)
+        if known is not None:
+            return known
+        trace = None if near is None else self._trace(self.allocation.active(near))
+        score, made = self.masked.measure(active, num_windows=count, near=trace)
+        if count == len(self.masked.ids_WT) and near is not None:
+            self._keep(made)
+        self.memo.put(key, score)
+        return score
+
+    def _trace(self, active: Active) -> Trace:
+        if active not in self._traces:
+            self._keep(self.masked.measure(active)[1])
+        self._traces.move_to_end(active)
+        return self._traces[active]
+
+    def _keep(self, trace: Trace) -> None:
+        self._traces[trace.active] = trace
+        while len(self._traces) > TRACES_KEPT:
+            self._traces.popitem(last=False)
+
+
+@dataclass
+class Pace:
+    """Progress of one search: steps for a bar, and now and then a line with the time left."""
+
+    total: int
+    note: Note
+    advance: Callable[[int, int], None]
+    done: int = 0
+    _start: float = field(default_factory=time.perf_counter)
+
+    def step(self, what: str) -> None:
+        """One of `total` steps is done."""
+        self.done += 1
+        self.advance(self.done, self.total)
+        if self.done % max(1, self.total // NOTES) == 0 and self.done < self.total:
+            left_s = (time.perf_counter() - self._start) / self.done * (self.total - self.done)
+            self.note(
+                f"budget search: {self.done} of {self.total}, {what}, {left_s / 60:.0f} min left"
+            )
+
+
+# --------------------------------------------------------------------------- searches
+
+
+def evolve(trials: Trials, trades: Trades, recipe: BudgetRecipe, seed: int, pace: Pace) -> Levels:
+    """The best list found by trading steps at random, never worse than the base.
+
+    A generation's offspring are scored on a few windows, the best of them on all; the best of
+    these takes the parent's place if it is better (EvoPress).
+    """
+    parent, probe = trades.none, _probe_windows(trials, recipe)
+    score = trials.score(trades.keeps(parent), near=trades.keeps(parent))
+    for generation in range(recipe.generations):
+        seeded = random.Random(f"{seed} {generation}")
+        drawn = dict.fromkeys(trades.mutant(parent, seeded) for _ in range(recipe.offspring))
+        near = trades.keeps(parent)
+        ranked = sorted(
+            (trials.score(trades.keeps(child), num_windows=probe, near=near).kl, child)
+            for child in drawn
+            if child != parent
+        )
+        for _, child in ranked[:SURVIVORS]:
+            found = trials.score(trades.keeps(child), near=near)
+            if found.kl < score.kl:
+                parent, score = child, found
+        pace.step(f"KL {score.kl:.5f}")
+    return parent
+
+
+def descend(trials: Trials, trades: Trades, recipe: BudgetRecipe, pace: Pace) -> Levels:
+    """The best list found by sweeps of measurement, never worse than the base.
+
+    A sweep scores every layer one step up and one step down where the list now stands, then tries
+    the best 1, 2, 4, ... trades together; it ends where none helps.
+    """
+    parent, probe = trades.none, _probe_windows(trials, recipe)
+    score = trials.score(trades.keeps(parent), near=trades.keeps(parent))
+    for _ in range(recipe.sweeps):
+        pairs = _ranked_pairs(trials, trades, parent, probe)
+        best, num = parent, 1
+        while num <= len(pairs):
+            ups, downs = zip(*pairs[:num], strict=True)
+            child = trades.moved(parent, list(ups), list(downs))
+            found = trials.score(trades.keeps(child), near=trades.keeps(parent))
+            if found.kl < score.kl:
+                best, score = child, found
+            num *= 2
+        pace.step(f"KL {score.kl:.5f}")
+        if best == parent:
+            break
+        parent = best
+    return parent
+
+
+def _ranked_pairs(
+    trials: Trials, trades: Trades, levels: Levels, probe: int
+) -> list[tuple[int, int]]:
+    """(layer to give a step, layer to take one from), each layer once, most promising first."""
+    near, layers = trades.keeps(levels), range(len(levels))
+
+    def changed(ups: list[int], downs: list[int]) -> float:
+        child = trades.keeps(trades.moved(levels, ups, downs))
+        return trials.score(child, num_windows=probe, near=near).kl
+
+    gains = sorted((changed([i], []), i) for i in layers if trades.can(levels, i, 1))
+    losses = sorted((changed([], [i]), i) for i in layers if trades.can(levels, i, -1))
+    pairs: list[tuple[int, int]] = []
+    used: set[int] = set()
+    for _, up in gains:
+        for _, down in losses:
+            if up != down and not {up, down} & used and trades.alike(up, down):
+                pairs.append((up, down))
+                used |= {up, down}
+                break
+    return pairs
+
+
+def _probe_windows(trials: Trials, recipe: BudgetRecipe) -> int:
+    num_windows, length = trials.masked.ids_WT.shape
+    return min(num_windows, max(1, recipe.probe_tokens // length))
+
+
+# --------------------------------------------------------------------------- the whole
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes per token: of a list, and of the model as it was."""
+
+    of: Callable[[Keeps], int]
+    dense: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """The shares to use, one a layer, and what was measured on the way."""
+
+    keep_fraction: list[float]
+    report: dict[str, Any]
+
+
+def search_budget(
+    search: Trials, held: Trials, recipe: BudgetRecipe, *, bytes_: Bytes, seed: int, pace: Pace
+) -> Found:
+    """The list of the target, searched on the windows of `search` and judged on those of `held`.
+
+    Without a target the total is that of the recipe's shares. `reached` in the report is False
+    where no list that reads fewer bytes than the dense model kept within a quality target; the
+    list is then the best of those.
+    """
+    allocation, target = search.allocation, recipe.target
+    start, reached = allocation.start, True
+    if target is not None:
+        start, reached = _on_target(held, start, target, bytes_)
+    trades = Trades(allocation, start, recipe.step)
+    if recipe.method == "evolution":
+        levels = evolve(search, trades, recipe, seed, pace)
+    else:
+        levels = descend(search, trades, recipe, pace)
+    found = trades.keeps(levels)
+    if target is not None and target.bytes_per_token is None and reached:
+        lower, holds = _on_target(held, found, target, bytes_)
+        found = lower if holds and bytes_.of(lower) <= bytes_.of(start) else start
+    report = {
+        "method": recipe.method,
+        "target": None if target is None else target.model_dump(mode="json"),
+        "reached": reached,
+        "mean_keep": sum(found) / len(found),
+        "bytes_per_token": bytes_.of(found),
+        "start": _judged(start, search, held),
+        "found": _judged(found, search, held),
+        "windows_scored": search.num_windows_scored + held.num_windows_scored,
+    }
+    return Found(list(found), report)
+
+
+def _judged(keeps: Keeps, search: Trials, held: Trials) -> dict[str, Any]:
+    """What a list costs on both texts."""
+    return {
+        "keep_fraction": list(keeps),
+        "kl_searched": search.score(keeps).kl,
+        "kl_held": held.score(keeps).kl,
+        "perplexity_increase_held": perplexity_increase(held, keeps),
+    }
+
+
+def perplexity_increase(trials: Trials, keeps: Keeps) -> float:
+    """Perplexity with selection over that of the dense model, less one."""
+    dense_W = trials.masked.dense_nll_W
+    return math.exp(trials.score(keeps).nll - sum(dense_W) / len(dense_W)) - 1
+
+
+def _on_target(
+    held: Trials, keeps: Keeps, target: BudgetTargetRecipe, bytes_: Bytes
+) -> tuple[Keeps, bool]:
+    """The list shifted until it just meets the target, and whether it does."""
+    allocation = held.allocation
+    limit = target.bytes_per_token or bytes_.dense - 1
+    most = allocation.largest_shift(keeps, bytes_.of, limit)
+    if most is None:  # every list reads more than that: the one that reads least
+        return allocation.shifted(keeps, allocation.shift_range(keeps)[0]), False
+    if target.bytes_per_token is not None:
+        return allocation.shifted(keeps, most), True
+
+    def within(shifted: Keeps) -> bool:
+        if target.kl is not None:
+            return held.score(shifted).kl <= target.kl
+        assert target.perplexity_increase is not None
+        return perplexity_increase(held, shifted) <= target.perplexity_increase
+
+    least = allocation.smallest_shift(keeps, within, below=most)
+    return allocation.shifted(keeps, most if least is None else least), least is not None

@@ -1,0 +1,323 @@
+"""The dense model with selection laid over it, scored against itself: KL and likelihood of windows.
+
+No converted model is built: a hook zeroes the hidden values that would not be kept, so a whole
+model with any number of neurons in each layer costs one forward pass.
+
+Shape suffixes: W windows, T tokens of a window, N rows (scored positions), D width, F neurons,
+V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hireconvert.families import Layout, base_model, ffn_parts, layer_owner, num_layers
+from hireconvert.measures import head_logits, prove_logits
+from hireconvert.quantize import GridFormat, decode_codes, fit_grid, round_codes
+from hireconvert.scoring import kth_score
+
+LOGITS_AT_ONCE = 2**23  # elements; a few float32 tensors of this size live together
+PROBABILITIES_KEPT = 2**27  # elements of dense probabilities kept in memory; beyond, computed anew
+Active = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a selection costs on windows of text: one mean over positions for each window.
+
+    `kl_W` is KL(dense || selecting) in nats, `nll_W` the negative log-likelihood of the next token.
+    """
+
+    kl_W: tuple[float, ...]
+    nll_W: tuple[float, ...]
+
+    @property
+    def kl(self) -> float:
+        """The mean over windows."""
+        return sum(self.kl_W) / len(self.kl_W)
+
+    @property
+    def nll(self) -> float:
+        """The mean over windows."""
+        return sum(self.nll_W) / len(self.nll_W)
+
+
+@dataclass
+class Trace:
+    """What every decoder layer returned in one pass, for passes that differ only in later layers."""
+
+    active: Active
+    outputs: list[list[Any]] = field(default_factory=list)  # one list a window
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """The dense model on one window: hidden states, entropies, and probabilities where they fit."""
+
+    hidden_ND: torch.Tensor
+    entropy_N: torch.Tensor
+    nll: float
+    probs: list[torch.Tensor]  # one a chunk of positions; empty when they are computed anew
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Low-bit copies that predict the candidates, as plain rounding makes them."""
+
+    bits: int
+    block: int
+    over_select: float
+    keep: str  # "top_k" of the candidates by exact score, or all "candidates"
+
+
+class MaskedModel:
+    """A dense model whose FFNs keep, for every token, the `active` best neurons of each layer.
+
+    Use as a context: hooks are removed when it ends. Best is by exact score, or (`estimate`) by
+    rounded copies of the weights. A layer with `active` equal to its neurons runs dense. Windows
+    run one at a time, so a window's figures do not depend on which others are measured.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        layout: Layout,
+        ids_WT: torch.Tensor,
+        *,
+        score: str = "norm",
+        estimate: Estimate | None = None,
+    ) -> None:
+        self.model, self.layout, self.ids_WT = model, layout, ids_WT
+        self.estimate = estimate
+        self.layers: Any = base_model(model).get_submodule(layout["layers"])
+        parts = [ffn_parts(model, layout, index) for index in range(num_layers(model))]
+        self.neurons: Active = tuple(part.down_FD().shape[0] for part in parts)
+        self._parts, self._plain = parts, score == "plain"
+        self._norms = [part.down_FD().detach().float().norm(dim=1) for part in parts]
+        self._active: Active = self.neurons
+        self._inputs: dict[int, torch.Tensor] = {}
+        self._copies = [] if estimate is None else [_copies(part, estimate) for part in parts]
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._dense: list[_Dense] = []
+        self._resumes = False
+
+    @torch.no_grad()
+    def __enter__(self) -> "MaskedModel":
+        for index, part in enumerate(self._parts):
+            hook = part.down.module.register_forward_pre_hook(self._masking(index))
+            self._hooks.append(hook)
+            if self.estimate is not None:
+                inline = not self.layout["ffn"]
+                first = part.up.module if inline else layer_owner(self.model, self.layout, index)
+                hook = first.register_forward_pre_hook(self._catching(index), with_kwargs=True)
+                self._hooks.append(hook)
+        prove_logits(self.model, self.ids_WT)
+        kept = self.ids_WT.numel() * self._vocabulary <= PROBABILITIES_KEPT
+        self._dense = [self._dense_window(ids_T, kept) for ids_T in self.ids_WT]
+        self._resumes = self._resuming_is_exact()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    @property
+    def dense_nll_W(self) -> tuple[float, ...]:
+        """Negative log-likelihood of the dense model, one mean a window."""
+        return tuple(window.nll for window in self._dense)
+
+    @torch.no_grad()
+    def measure(
+        self, active: Active, *, num_windows: int | None = None, near: Trace | None = None
+    ) -> tuple[Score, Trace]:
+        """The score of a selection on the first windows, and its trace.
+
+        With `near`, the trace of a similar selection on at least these windows, layers before the
+        first that differs are not run again.
+        """
+        windows = self.ids_WT[:num_windows]
+        first = 0
+        if near is not None and self._resumes:
+            differs = [a != b for a, b in zip(active, near.active, strict=True)]
+            first = differs.index(True) if any(differs) else len(active)
+        trace, kl, nll = Trace(active), [], []
+        for number, ids_T in enumerate(windows):
+            start = near.outputs[number][:first] if near is not None and first else []
+            hidden_ND, outputs = self._run(ids_T, active, start)
+            trace.outputs.append(outputs)
+            window_kl, window_nll = self._compare(number, ids_T, hidden_ND)
+            kl.append(window_kl)
+            nll.append(window_nll)
+        return Score(tuple(kl), tuple(nll)), trace
+
+    # ----------------------------------------------------------------------- running
+
+    def _run(
+        self, ids_T: torch.Tensor, active: Active, start: Sequence[Any]
+    ) -> tuple[torch.Tensor, list[Any]]:
+        """Hidden states [N, D] that predict a token of the window, and what each layer returned.
+
+        `start` holds what the first layers return; they are not run.
+        """
+        outputs, hooks = list(start), []
+
+        def catch(_layer: nn.Module, _args: Any, output: Any) -> None:
+            outputs.append(output)
+
+        for index, layer in enumerate(self.layers):
+            if index >= len(start):
+                hooks.append(layer.register_forward_hook(catch))
+            else:  # nothing reads what a layer before the last of `start` returns
+                layer.forward = _returning(start[-1])
+        self._active = active
+        try:
+            ids_1T = ids_T[None].to(self.model.device)
+            hidden = base_model(self.model)(input_ids=ids_1T, use_cache=False).last_hidden_state
+        finally:
+            self._active = self.neurons
+            for hook in hooks:
+                hook.remove()
+            for layer in self.layers[: len(start)]:
+                del layer.forward
+        return hidden[0, :-1], outputs
+
+    def _resuming_is_exact(self) -> bool:
+        """Whether a pass that starts in the middle gives the very states of a whole one."""
+        ids_T = self.ids_WT[0]
+        whole_ND, outputs = self._run(ids_T, self.neurons, [])
+        if len(outputs) != len(self.layers):
+            return False
+        part_ND, _ = self._run(ids_T, self.neurons, outputs[: (len(outputs) + 1) // 2])
+        return torch.equal(whole_ND, part_ND)
+
+    # ----------------------------------------------------------------------- selection
+
+    def _masking(self, index: int) -> Callable[..., Any]:
+        def mask(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor] | None:
+            active = self._active[index]
+            if active >= self.neurons[index]:
+                return None
+            h = args[0]
+            h_NF = h.reshape(-1, h.shape[-1])
+            if self.estimate is None:
+                keep_NF = _best(self._score(index, h_NF), active)
+            else:
+                keep_NF = self._predicted(index, h_NF, active)
+            return (torch.where(keep_NF, h_NF, torch.zeros_like(h_NF)).view_as(h),)
+
+        return mask
+
+    def _catching(self, index: int) -> Callable[..., None]:
+        def catch(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = (args or tuple(kwargs.values()))[0]
+            self._inputs[index] = x.reshape(-1, x.shape[-1])
+
+        return catch
+
+    def _score(self, index: int, h_NF: torch.Tensor) -> torch.Tensor:
+        magnitude_NF = h_NF.abs().float().nan_to_num()
+        return magnitude_NF if self._plain else magnitude_NF * self._norms[index]
+
+    def _predicted(self, index: int, h_NF: torch.Tensor, num_kept: int) -> torch.Tensor:
+        """bool [N, F]: the neurons kept when rounded copies name the candidates."""
+        estimate, (gate, up), part = self.estimate, self._copies[index], self._parts[index]
+        assert estimate is not None
+        x_ND = self._inputs.pop(index)
+        up_NF = F.linear(x_ND, up, part.up.bias())
+        if gate is None or part.gate is None:
+            estimated_NF = part.act(up_NF)
+        else:
+            estimated_NF = part.act(F.linear(x_ND, gate, part.gate.bias())) * up_NF
+        wanted = min(round(num_kept * estimate.over_select), self.neurons[index])
+        candidate_NF = _best(self._score(index, estimated_NF), wanted)
+        if estimate.keep == "candidates":
+            return candidate_NF
+        exact_NF = self._score(index, h_NF).masked_fill(~candidate_NF, -1.0)
+        return _best(exact_NF, num_kept)
+
+    # ----------------------------------------------------------------------- figures
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    def _chunks(self, num_rows: int) -> list[slice]:
+        size = max(1, LOGITS_AT_ONCE // self._vocabulary)
+        return [slice(start, start + size) for start in range(0, num_rows, size)]
+
+    def _dense_window(self, ids_T: torch.Tensor, kept: bool) -> _Dense:
+        hidden_ND, _ = self._run(ids_T, self.neurons, [])
+        target_N, entropy, probs, nll = ids_T[1:].to(hidden_ND.device), [], [], 0.0
+        for chunk in self._chunks(len(hidden_ND)):
+            z_NV = head_logits(self.model, hidden_ND[chunk])
+            dense_NV = z_NV.softmax(-1)
+            cross_N, nll_N = _cross(dense_NV, z_NV, target_N[chunk])
+            entropy.append(cross_N)
+            nll += float(nll_N.double().sum())
+            if kept:
+                probs.append(dense_NV)
+        return _Dense(hidden_ND, torch.cat(entropy), nll / len(hidden_ND), probs)
+
+    def _compare(
+        self, number: int, ids_T: torch.Tensor, hidden_ND: torch.Tensor
+    ) -> tuple[float, float]:
+        """Mean KL and mean negative log-likelihood of one window."""
+        dense, kl, nll = self._dense[number], 0.0, 0.0
+        target_N = ids_T[1:].to(hidden_ND.device)
+        for place, chunk in enumerate(self._chunks(len(hidden_ND))):
+            if dense.probs:
+                dense_NV = dense.probs[place]
+            else:
+                dense_NV = head_logits(self.model, dense.hidden_ND[chunk]).softmax(-1)
+            z_NV = head_logits(self.model, hidden_ND[chunk])
+            cross_N, nll_N = _cross(dense_NV, z_NV, target_N[chunk])
+            # Rounding can make the difference slightly negative, which a divergence never is.
+            kl += float((cross_N - dense.entropy_N[chunk]).clamp(min=0).double().sum())
+            nll += float(nll_N.double().sum())
+        return kl / len(hidden_ND), nll / len(hidden_ND)
+
+
+def evenly(ids_WT: torch.Tensor, num_tokens: int, length: int) -> torch.Tensor:
+    """The beginnings of windows, [W, length or less]: about `num_tokens` tokens of many texts."""
+    length = min(length, ids_WT.shape[1])
+    wanted = max(1, num_tokens // length)
+    if wanted > len(ids_WT):  # few windows: longer pieces of them
+        wanted = len(ids_WT)
+        length = min(ids_WT.shape[1], num_tokens // wanted)
+    return ids_WT[:wanted, :length]
+
+
+def _returning(output: Any) -> Callable[..., Any]:
+    return lambda *_args, **_kwargs: output
+
+
+def _best(score_NF: torch.Tensor, num: int) -> torch.Tensor:
+    """bool [N, F]: the `num` largest scores; neurons that tie with the last stay too."""
+    kth_N1 = kth_score(score_NF.cpu(), num).to(score_NF.device)
+    return score_NF >= kth_N1
+
+
+def _cross(
+    dense_NV: torch.Tensor, z_NV: torch.Tensor, target_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of logits against dense probabilities, and against the next tokens, [N]."""
+    lse_N = z_NV.logsumexp(-1)
+    expected_N = torch.linalg.vecdot(dense_NV, z_NV)
+    return lse_N - expected_N, lse_N - z_NV.gather(1, target_N[:, None])[:, 0]
+
+
+def _copies(part: Any, estimate: Estimate) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Gate and up as a symmetric low-bit grid holds them."""
+    form = GridFormat(estimate.bits, estimate.block, symmetric=True)
+
+    def copy(matrix: Any) -> torch.Tensor:
+        weight_FD = matrix.weight_out_in().detach().float()
+        grid = fit_grid(weight_FD, form)
+        return decode_codes(round_codes(weight_FD, grid), grid)
+
+    return None if part.gate is None else copy(part.gate), copy(part.up)
