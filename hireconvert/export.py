@@ -24,6 +24,7 @@ from hireconvert.recipe import Recipe, dump_recipe
 from hireconvert.runtime import RUNTIME_FILES
 from hireconvert.runtime.hire_config import FORMAT_VERSION, check_hire_config
 from hireconvert.runtime.modeling_hire import hire_class
+from hireconvert.schema import DataRecipe, FinetuneRecipe
 from hireconvert.workspace import file_sha256, flatten, write_json
 
 # What travels from the source folder besides weights and config. A list of what is taken, so
@@ -83,16 +84,21 @@ def write_model(conversion: Conversion, folder: Path, *, max_shard_gb: float) ->
         conversion.rewritten.save_pretrained(folder, max_shard_size=f"{max_shard_gb}GB")
     else:
         _copy_weights(conversion.source, folder)
-    for pattern in CARRIED:
-        for path in sorted(conversion.source.glob(pattern)):
-            shutil.copyfile(path, folder / path.name)
-    templates = conversion.source / "additional_chat_templates"
-    if templates.is_dir():
-        shutil.copytree(templates, folder / templates.name)
+    copy_companions(conversion.source, folder)
     _write_config(conversion, folder)
     _write_predictors(conversion, folder)
     for name in RUNTIME_FILES:
         shutil.copyfile(RUNTIME_FOLDER / name, folder / name)
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy the files of a dense folder that travel with weights and config."""
+    for pattern in CARRIED:
+        for path in sorted(source.glob(pattern)):
+            shutil.copyfile(path, folder / path.name)
+    templates = source / "additional_chat_templates"
+    if templates.is_dir():
+        shutil.copytree(templates, folder / templates.name)
 
 
 def _copy_weights(source: Path, folder: Path) -> None:
@@ -158,12 +164,16 @@ def write_documents(
 
 
 def public_recipe(recipe: Recipe) -> Recipe:
-    """The recipe with a local data path cut to its file name: paths tell of private machines."""
-    source = recipe.data.source
-    if source == "self" or source.startswith("hub:"):
-        return recipe
-    data = recipe.data.model_copy(update={"source": Path(source).name})
-    return recipe.model_copy(update={"data": data})
+    """The recipe with local text paths cut to file names: paths tell of private machines."""
+
+    def public(section: DataRecipe | FinetuneRecipe | None) -> Any:
+        source = None if section is None else section.source
+        if section is None or source is None or source == "self" or source.startswith("hub:"):
+            return section
+        return section.model_copy(update={"source": Path(source).name})
+
+    changes = {"data": public(recipe.data), "finetune": public(recipe.finetune)}
+    return recipe.model_copy(update=changes)
 
 
 def write_checksums(folder: Path) -> None:
@@ -192,7 +202,7 @@ def render_card(report: Mapping[str, Any], license_name: str | None) -> str:
         metadata["license"] = license_name
     if base:
         metadata["base_model"] = base
-        metadata["base_model_relation"] = "quantized"
+        metadata["base_model_relation"] = "finetune" if report["finetune"] else "quantized"
     metadata["tags"] = ["hireconvert", "activation-sparsity", "custom_code"]
     title = f"{base or report['model']['architecture']} with HiRE ({report['recipe']})"
     lines = [
@@ -232,6 +242,8 @@ def _card_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         recall = report["recall"]
         yield "recall of the true top k, mean", f"{recall['mean']:.4f}"
         yield f"recall, worst layer ({recall['worst_layer']})", f"{recall['worst']:.4f}"
+    if report["finetune"]:
+        yield "tokens the weights were trained on", f"{report['finetune']['text']['num_tokens']:,}"
     for key, value in flatten(report["evaluation"] or {}).items():
         if isinstance(value, int | float | str) and not isinstance(value, bool):
             yield key, f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -25,6 +25,7 @@ from hireconvert.loading import REPORT, RUNTIME_FOLDER
 from hireconvert.recipe import Recipe
 from hireconvert.runtime import RUNTIME_FILES
 from hireconvert.runtime.hire_config import FORMAT_VERSION
+from hireconvert.stage_finetune import STAGE, STATE, TEXT, finetune_weights, training_text
 from hireconvert.stages import (
     Fitted,
     Reporter,
@@ -67,7 +68,7 @@ def convert(
     Raises a HireError for whatever the user can mend; the work folder stays for --resume.
     """
     out = _checked_out(job)
-    _check_data_source(job.recipe)
+    _check_text_sources(job.recipe)
     with open_workspace(out, resume=resume, overwrite=overwrite) as space:
         with reporter.stage("reading the model"):
             checkpoint = open_checkpoint(
@@ -109,20 +110,24 @@ def _checked_out(job: Job) -> Path:
     return out
 
 
-def _check_data_source(recipe: Recipe) -> None:
-    source = recipe.data.source
-    local = source != "self" and not source.startswith("hub:")
-    used = recipe.ffn is not None or (recipe.head is not None and recipe.head.kind == "lr")
-    if used and local and not Path(source).expanduser().exists():
-        raise InputError(
-            f"data.source {source!r} does not exist; expected a file, a folder, hub:org/name or "
-            "self (--set data.source=...)."
-        )
+def _check_text_sources(recipe: Recipe) -> None:
+    sources = {}
+    if recipe.ffn is not None or (recipe.head is not None and recipe.head.kind == "lr"):
+        sources["data.source"] = recipe.data.source
+    if recipe.finetune is not None and recipe.finetune.source is not None:
+        sources["finetune.source"] = recipe.finetune.source
+    for key, source in sources.items():
+        local = source != "self" and not source.startswith("hub:")
+        if local and not Path(source).expanduser().exists():
+            raise InputError(
+                f"{key} {source!r} does not exist; expected a file, a folder, hub:org/name or "
+                f"self (--set {key}=...)."
+            )
 
 
 def _finished_bytes(space: Workspace) -> int:
     """Bytes of the artifacts that a resumed conversion need not write again."""
-    folders = ("tokens", "activations", "predictors", "export")
+    folders = ("tokens", TEXT, STATE, STAGE, "activations", "predictors", "export")
     files = (file for name in folders for file in space.path(name).rglob("*") if file.is_file())
     return sum(file.stat().st_size for file in files)
 
@@ -170,12 +175,15 @@ def _fingerprints(run: Run) -> dict[str, dict[str, Any]]:
         },
         "seed": recipe["seed"],
     }
-    tokens = activations = predictors = base
+    tokens = tuned = activations = predictors = base
     if planning.needs_text(run.hire):
         data = {**recipe["data"], "sha256": _source_digest(run.recipe.data.source)}
         tokens = {**base, "recipe": {"data": data}}
-        activations = {**tokens, "with_head": run.low_rank_head}
-        sections = {"data": data, "ffn": recipe["ffn"]}
+        tuned, tuning = tokens, _tuning(run, recipe)
+        if tuning:
+            tuned = {**base, "recipe": {"data": data, "ffn": recipe["ffn"], **tuning}}
+        activations = {**tuned, "with_head": run.low_rank_head}
+        sections = {"data": data, "ffn": recipe["ffn"], **tuning}
         predictors = {**activations, "recipe": sections}
     made_from = {**predictors.get("recipe", {}), "name": recipe["name"]}
     made_from |= {key: recipe[key] for key in ("description", "head", "decode", "output")}
@@ -184,11 +192,20 @@ def _fingerprints(run: Run) -> dict[str, dict[str, Any]]:
     evaluation = {**export, "recipe": {**export["recipe"], "evaluate": recipe["evaluate"]}}
     return {
         "tokens": tokens,
+        "finetune": tuned,
         "activations": activations,
         "predictors": predictors,
         "export": export,
         "evaluation": evaluation,
     }
+
+
+def _tuning(run: Run, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's section and the digest of its text, as one part; empty where none applies."""
+    if run.recipe.finetune is None or run.hire["ffn"] is None:
+        return {}
+    digest = _source_digest(training_text(run.recipe).source)
+    return {"finetune": {**recipe["finetune"], "sha256": digest}}
 
 
 def _source_digest(source: str) -> str | None:
@@ -203,14 +220,16 @@ def _source_digest(source: str) -> str | None:
 
 def _run_stages(run: Run, plan: Mapping[str, Any]) -> dict[str, Any]:
     prints = _fingerprints(run)
-    tokens = results = head = None
+    tokens = training = results = head = None
     if planning.needs_text(run.hire):
         tokens = make_tokens(run, prints["tokens"])
+        training = finetune_weights(run, prints["finetune"], tokens)
         results = fit_predictors(run, prints, tokens)
         head = fit_head(run, prints, tokens)
     folder = export_model(run, prints["export"], results or [], head)
     evaluation = evaluate_export(run, prints["evaluation"], folder, tokens)
     report = _report(run, prints["evaluation"], tokens, results or [], head)
+    report["finetune"] = training
     report["evaluation"] = evaluation
     report["notes"] = [*run.checkpoint.warnings, *plan["notes"]]
     report["timings"] = dict(run.timings)

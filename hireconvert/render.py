@@ -1,6 +1,7 @@
 """Results as tables for people, and progress on stderr; cli.py prints what these return."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,13 +51,39 @@ class PlainReporter:
         self._console.print(message, soft_wrap=True, markup=False)
 
     @contextmanager
-    def stage(self, title: str, total: int | None = None) -> Iterator[Callable[[], None]]:
-        """Announce a stage; the value given is called once for each of `total` steps."""
+    def stage(self, title: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+        """Announce a stage; the value given is called once for each of `total` steps.
+
+        Steps that come with a detail, such as a loss, are printed now and then.
+        """
         self.note(title)
-        yield lambda: None
+        yield _Lines(self.note, title, total or 1)
 
     def close(self) -> None:
         """Nothing to close."""
+
+
+class _Lines:
+    """Counts the steps of a stage and prints a line for each twentieth of those with a detail."""
+
+    def __init__(self, note: Callable[[str], None], title: str, total: int) -> None:
+        self._note, self._title, self._total = note, title, total
+        self._done = self._first = 0  # steps in all, steps before the first that took time
+        self._start: float | None = None
+
+    def __call__(self, detail: str = "") -> None:
+        self._done += 1
+        if not detail:
+            return
+        now = time.monotonic()
+        if self._start is None:
+            self._start, self._first = now, self._done
+        due = self._done * 20 // self._total > (self._done - 1) * 20 // self._total
+        if due and self._done > self._first:
+            pace_s = (now - self._start) / (self._done - self._first)
+            left_min = pace_s * (self._total - self._done) / 60
+            count = f"step {self._done} of {self._total}"
+            self._note(f"{self._title}: {count}, {detail}, {left_min:.1f} minutes left")
 
 
 class BarReporter(PlainReporter):
@@ -71,15 +98,20 @@ class BarReporter(PlainReporter):
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[detail]}"),
             console=console,
         )
         self._progress.start()
 
     @contextmanager
-    def stage(self, title: str, total: int | None = None) -> Iterator[Callable[[], None]]:
+    def stage(self, title: str, total: int | None = None) -> Iterator[Callable[..., None]]:
         """Show a bar of `total` steps, or a pulsing one when the number is not known."""
-        task = self._progress.add_task(title, total=total)
-        yield lambda: self._progress.advance(task)
+        task = self._progress.add_task(title, total=total, detail="")
+
+        def advance(detail: str = "") -> None:
+            self._progress.update(task, advance=1, detail=detail)
+
+        yield advance
         self._progress.update(task, total=total or 1, completed=total or 1)
 
     def close(self) -> None:

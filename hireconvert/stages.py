@@ -1,13 +1,14 @@
 """The stages of a conversion: each reads artifacts, runs one module and leaves an artifact.
 
-source -> tokens -> activations -> predictors (one artifact a layer) -> export -> evaluation
+source -> tokens -> [finetune, in stage_finetune.py] -> activations -> predictors (one artifact a
+layer) -> export -> evaluation
 """
 
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,10 +54,15 @@ class Reporter(Protocol):
     def note(self, message: str) -> None:
         """One line for the user."""
 
-    def stage(
-        self, title: str, total: int | None = None
-    ) -> AbstractContextManager[Callable[[], None]]:
+    def stage(self, title: str, total: int | None = None) -> AbstractContextManager["Advance"]:
         """A stage of `total` steps; the value is called once a step."""
+
+
+class Advance(Protocol):
+    """Counts one step of a stage."""
+
+    def __call__(self, detail: str = "") -> None:
+        """Count it and show the detail, if any: a figure that changes while the stage runs."""
 
 
 @dataclass
@@ -70,11 +76,29 @@ class Run:
     hire: Mapping[str, Any]
     reporter: Reporter
     timings: dict[str, float] = field(default_factory=dict)
+    trained: Path | None = None  # a dense folder that took the place of the source's weights
+
+    @property
+    def weights(self) -> DenseCheckpoint:
+        """What is converted: the source, or the weights trained from it."""
+        if self.trained is None:
+            return self.checkpoint
+        return replace(self.checkpoint, folder=self.trained)
+
+    def use_weights(self, folder: Path) -> None:
+        """Go on with the weights in `folder`."""
+        self.trained = folder
+        self.release()
+
+    def release(self) -> None:
+        """Free the model's memory; it is loaded anew when asked for."""
+        for name in ("model", "layout"):
+            self.__dict__.pop(name, None)
 
     @cached_property
     def model(self) -> PreTrainedModel:
         """The dense model in float32: what statistics are taken on."""
-        return self.checkpoint.load_model(dtype=torch.float32)
+        return self.weights.load_model(dtype=torch.float32)
 
     @cached_property
     def layout(self) -> Layout:
@@ -89,7 +113,7 @@ class Run:
     @contextmanager
     def stage(
         self, name: str, fingerprint: Mapping[str, Any], title: str, total: int | None = None
-    ) -> Iterator[tuple[Path, Callable[[], None]]]:
+    ) -> Iterator[tuple[Path, Advance]]:
         """The folder of an artifact being built and the callable that counts a step."""
         start = time.perf_counter()
         with (
@@ -118,15 +142,16 @@ def make_tokens(run: Run, fingerprint: Mapping[str, Any]) -> TokenData:
     return load_tokens(run.space.path("tokens"))
 
 
-def steps(advance: Callable[[], None], total: int) -> Callable[[int, int], None]:
-    """A callback for (done, of all) reports that makes at most `total` steps; never back."""
+def steps(advance: Advance, total: int) -> Callable[..., None]:
+    """A callback for (done, of all, detail) reports: at most `total` steps, never back."""
     shown = 0
 
-    def progress(done: int, of: int) -> None:
+    def progress(done: int, of: int, detail: str = "") -> None:
         nonlocal shown
-        while shown < done * total // max(of, 1):
+        reached = done * total // max(of, 1)
+        while shown < reached:
             shown += 1
-            advance()
+            advance(detail if shown == reached else "")
 
     return progress
 
@@ -246,7 +271,7 @@ def export_model(
             )
             model: Any = run.skeleton.model
             conversion = Conversion(
-                source=run.checkpoint.folder,
+                source=run.weights.folder,
                 model_class=type(model),
                 base_class=type(base_model(model)),
                 hire=hire,
@@ -262,9 +287,9 @@ def export_model(
 def _rewritten(run: Run, results: list[Fitted]) -> PreTrainedModel | None:
     """The model in its stored dtype with neurons reordered; None when files can be copied."""
     permuted = [index for index, result in enumerate(results) if result.permutation_F is not None]
-    if not permuted and not needs_resharding(run.checkpoint.folder, run.recipe.output.max_shard_gb):
+    if not permuted and not needs_resharding(run.weights.folder, run.recipe.output.max_shard_gb):
         return None
-    model = run.checkpoint.load_model()
+    model = run.weights.load_model()
     for index in permuted:
         permutation_F, layout = results[index].permutation_F, results[index].layout
         assert permutation_F is not None and layout is not None
@@ -275,7 +300,10 @@ def _rewritten(run: Run, results: list[Fitted]) -> PreTrainedModel | None:
 def evaluate_export(
     run: Run, fingerprint: Mapping[str, Any], folder: Path, tokens: TokenData | None
 ) -> dict[str, Any] | None:
-    """Figures on held-out windows, in float32; None without any, or when the recipe skips it."""
+    """Figures on held-out windows, in float32; None without any, or when the recipe skips it.
+
+    They are against the dense view, or against the source where the weights were trained.
+    """
     wanted = run.recipe.evaluate.num_tokens
     if tokens is None or wanted == 0:
         return None
@@ -285,8 +313,12 @@ def evaluate_export(
             ids_WT = tokens.held_WT[: max(1, wanted // tokens.held_WT.shape[1])]
             scored = ids_WT.shape[0] * (ids_WT.shape[1] - 1)
             windows = EvalWindows(ids_WT, scored, tokens.text_sha256)
+            run.release()
+            baseline = None
+            if run.trained is not None:
+                baseline = run.checkpoint.load_model(dtype=torch.float32)
             model = load(folder, dtype=torch.float32)
-            report = evaluate_model(model, None, windows, progress=steps(advance, total))
+            report = evaluate_model(model, baseline, windows, progress=steps(advance, total))
             write_json(artifact / RESULT, {**report.to_dict(), "dtype": "float32"})
     result: dict[str, Any] = json.loads(
         (run.space.path("evaluation") / RESULT).read_text(encoding="utf-8")

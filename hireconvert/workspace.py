@@ -102,6 +102,17 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write one file so that it appears whole or not at all; an older one is replaced."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        fsync_path(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 @contextmanager
 def full_disk_is_input_error(where: Path) -> Iterator[None]:
     """Turn a write that finds no room, in space, quota or file size, into an InputError."""
@@ -193,20 +204,25 @@ class Workspace:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
+    def discard(self, name: str) -> None:
+        """Remove `name`, finished or not, if it is there."""
+        path = self.path(name)
+        doomed = path.with_name(path.name + ".partial")
+        shutil.rmtree(doomed, ignore_errors=True)
+        if path.exists():
+            # Under its final name a folder is whole or absent, also while it is removed.
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+
     def clear(self) -> None:
         """Remove every artifact, finished or not, but keep the lock."""
         for path in sorted(self.root.iterdir()):
             if path.name in (LOCK, DISCARDS):
                 continue
             if path.is_dir() and not path.is_symlink():
-                # Under its final name a folder is whole or absent, also while it is removed.
-                doomed = path.with_name(path.name.removesuffix(".partial") + ".partial")
-                if doomed != path:
-                    shutil.rmtree(doomed, ignore_errors=True)
-                    path.rename(doomed)
-                shutil.rmtree(doomed)
+                self.discard(path.name.removesuffix(".partial"))
             else:
-                path.unlink()
+                path.unlink(missing_ok=True)  # it went with the artifact of its name
 
     def remove(self) -> None:
         """Remove the whole work folder, lock last."""

@@ -179,7 +179,7 @@ WRONG = [
     # the finetune
     ("finetune.num_tokens=256", "finetune.num_tokens: 256 is less than one window of 512 tokens"),
     ("finetune.source=hub:a b", "finetune.source: 'hub:a b' is not of the form hub:org/name"),
-    ("finetune.steps=3", "finetune.steps: unknown key, did you mean"),
+    ("finetune.windw=3", "finetune.windw: unknown key, did you mean window?"),
     ("finetune.mask=true", "finetune.mask: true is not one of 'oracle', 'predicted'"),
     ("finetune.anneal_from=0", "finetune.anneal_from: 0 is not in (0, 1]"),
     ("finetune.dense_prefix=1", "finetune.dense_prefix: 1 is not in [0, 1)"),
