@@ -1,0 +1,174 @@
+"""A model in training that selects: hooks that zero what a layer would not keep when decoding.
+
+The hook sits before the down projection, whose input is act(gate x) * up x in every layout, so no
+family needs code of its own. The first neurons are the common ones and groups are contiguous, as
+the export stores them.
+
+Shape suffixes: N rows (tokens), D width, F neurons, S selectable units, T tokens of a window.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hireconvert.families import Layout, base_model, ffn_parts, num_layers
+from hireconvert.runtime.hire_ffn import FfnParts
+from hireconvert.runtime.hire_predict import Predictor, num_active, unit_scores
+from hireconvert.scoring import kth_score, round_half_up
+
+
+@dataclass
+class Selection:
+    """What every layer of the student keeps in this step.
+
+    `progress` in [0, 1] leads from the share `start` to what each layer will keep in the end. The
+    first `dense_prefix` tokens of a window of `window` run dense, as prompts do.
+    """
+
+    start: float
+    window: int
+    progress: float = 1.0
+    dense_prefix: int = 0
+
+    def count(self, target: int, num_neurons: int) -> int:
+        """Neurons active now in a layer that will keep `target` of them."""
+        start = max(target, round_half_up(self.start * num_neurons))
+        return round_half_up(start + (target - start) * self.progress)
+
+
+class LayerStudent:
+    """The selection of one layer; by exact scores, or by `predictor` once there is one."""
+
+    def __init__(self, parts: FfnParts, counts: Mapping[str, Any], selection: Selection) -> None:
+        self.parts, self.counts, self.selection = parts, dict(counts), selection
+        self.predictor: Predictor | None = None
+        self.norm_F = torch.empty(0)
+        self.input_ND: torch.Tensor | None = None  # what the FFN got last, while wanted
+        self.wants_input = False
+        self.rows = 0
+        self.kept_sum = 0.0
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take the norms of the output vectors as they are now."""
+        norm_F = self.parts.down_FD().norm(dim=1)
+        self.norm_F = norm_F if self.counts["score"] == "norm" else torch.ones_like(norm_F)
+
+    def see_input(self, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        """Pre-hook of the up projection."""
+        if self.predictor is not None or self.wants_input:
+            self.input_ND = args[0].detach().flatten(0, -2).float()
+
+    def mask_hidden(
+        self, _module: nn.Module, args: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...]:
+        """Pre-hook of the down projection."""
+        h = args[0]
+        with torch.no_grad():
+            h_NF = h.detach().flatten(0, -2).float()
+            mask_NF = self._mask(h_NF.abs() * self.norm_F)
+            self.rows += len(mask_NF)
+            self.kept_sum += float(mask_NF.sum())
+        return (h * mask_NF.view(h.shape), *args[1:])
+
+    def _mask(self, score_NF: torch.Tensor) -> torch.Tensor:
+        counts, selection = self.counts, self.selection
+        kept = selection.count(num_active(counts), counts["num_neurons"])
+        unit_NS = self._units(score_NF)
+        if self.predictor is not None:
+            candidates = selection.count(counts["num_candidates"], counts["num_neurons"])
+            chosen_NS = self._best(self._estimated(), candidates)
+            unit_NS = unit_NS.where(chosen_NS, -1.0)
+        mask_NS = self._best(unit_NS, kept)
+        common, group = counts["num_common"], counts["group_size"]
+        mask_NF = mask_NS.repeat_interleave(group, dim=1) if group > 1 else mask_NS
+        if common:
+            mask_NF = torch.cat([mask_NF.new_ones(len(mask_NF), common), mask_NF], dim=1)
+        if selection.dense_prefix:
+            position_N = torch.arange(len(mask_NF), device=mask_NF.device) % selection.window
+            mask_NF = mask_NF | (position_N < selection.dense_prefix)[:, None]
+        return mask_NF
+
+    def _units(self, score_NF: torch.Tensor) -> torch.Tensor:
+        return unit_scores(score_NF[:, self.counts["num_common"] :], self.counts["group_size"])
+
+    def _estimated(self) -> torch.Tensor:
+        assert self.predictor is not None and self.input_ND is not None
+        z_NM = self.predictor.estimate(self.input_ND)
+        if self.counts["predictor"]["groups"]:
+            return z_NM[:, self.counts["num_common"] // self.counts["group_size"] :]
+        if self.parts.gate is None:
+            return self._units(self.parts.act(z_NM).abs() * self.norm_F)
+        gate_NF, up_NF = z_NM.chunk(2, dim=-1)
+        return self._units((self.parts.act(gate_NF) * up_NF).abs() * self.norm_F)
+
+    def _best(self, unit_NS: torch.Tensor, count: int) -> torch.Tensor:
+        number = (count - self.counts["num_common"]) // self.counts["group_size"]
+        if number >= unit_NS.shape[1]:
+            return torch.ones_like(unit_NS, dtype=torch.bool)
+        if unit_NS.device.type == "cpu":  # ties keep both: they do not matter to training
+            return unit_NS >= kth_score(unit_NS, number)
+        return unit_NS >= unit_NS.topk(number, dim=1, sorted=False).values.amin(1, keepdim=True)
+
+
+@dataclass
+class Student:
+    """The layers of a model in training and the outputs of its decoder layers."""
+
+    layers: list[LayerStudent]
+    selection: Selection
+    outputs: list[torch.Tensor] = field(default_factory=list)
+
+    def kept_share(self) -> float:
+        """Mean share of neurons kept since the last call, over layers and rows."""
+        shares = []
+        for layer in self.layers:
+            shares.append(layer.kept_sum / (layer.rows * layer.counts["num_neurons"]))
+            layer.kept_sum, layer.rows = 0.0, 0
+        return sum(shares) / len(shares)
+
+
+@contextmanager
+def selecting(
+    model: PreTrainedModel, layout: Layout, specs: list[dict[str, Any]], selection: Selection
+) -> Iterator[Student]:
+    """The model selects inside the block, in every layer, at every row past the dense prefix."""
+    hooks, layers = [], []
+    for index, counts in enumerate(specs):
+        parts = ffn_parts(model, layout, index)
+        layer = LayerStudent(parts, counts, selection)
+        layer.refresh()
+        hooks.append(parts.up.module.register_forward_pre_hook(layer.see_input))
+        hooks.append(parts.down.module.register_forward_pre_hook(layer.mask_hidden))
+        layers.append(layer)
+    student = Student(layers, selection)
+    try:
+        with layer_outputs(model, layout, student.outputs):
+            yield student
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def layer_outputs(
+    model: PreTrainedModel, layout: Layout, outputs: list[torch.Tensor]
+) -> Iterator[None]:
+    """Every decoder layer's output is appended to `outputs`, [N, D]; the caller empties it."""
+
+    def keep(_module: nn.Module, _args: Any, out: Any) -> None:
+        hidden = out[0] if isinstance(out, tuple) else out
+        outputs.append(hidden.flatten(0, -2))
+
+    blocks: Any = base_model(model).get_submodule(layout["layers"])
+    hooks = [blocks[index].register_forward_hook(keep) for index in range(num_layers(model))]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
