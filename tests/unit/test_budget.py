@@ -1,0 +1,330 @@
+"""Budgets: masked scoring against a plain reference, searches, targets, resuming from the memo."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hireconvert.allocation import Allocation, Trades
+from hireconvert.budget import (
+    Bytes,
+    Found,
+    Memo,
+    Pace,
+    Trials,
+    perplexity_increase,
+    search_budget,
+)
+from hireconvert.errors import UsageError
+from hireconvert.families import base_model, ffn_parts, find_layout, num_layers, read_ffn_weights
+from hireconvert.masked import Estimate, MaskedModel, evenly
+from hireconvert.recipe import FfnRecipe
+from hireconvert.schema_budget import BudgetRecipe, BudgetTargetRecipe
+from tests.tiny import NEURONS, tiny_model, tokens
+
+FAMILIES = ("llama", "gemma3_text", "phi3", "opt", "gpt2")
+FAST = BudgetRecipe(generations=6, offspring=4, sweeps=3, probe_tokens=16, step=0.1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def reference_logits(model: Any, ids_T: torch.Tensor, active: tuple[int, ...]) -> torch.Tensor:
+    """Logits with a top-k mask in every FFN, by torch.topk and a hook of its own."""
+    layout, hooks = find_layout(model), []
+    for index in range(num_layers(model)):
+        norm_F = read_ffn_weights(model, layout, index).down_FD.norm(dim=1)
+
+        def mask(_m: Any, args: Any, norm_F: Any = norm_F, num: int = active[index]) -> Any:
+            h = args[0]
+            best = (h.abs() * norm_F).topk(num, dim=-1).indices
+            return (torch.zeros_like(h).scatter(-1, best, h.gather(-1, best)),)
+
+        down = ffn_parts(model, layout, index).down.module
+        hooks.append(down.register_forward_pre_hook(mask))
+    try:
+        with torch.no_grad():
+            return model(ids_T[None], use_cache=False).logits[0].float()
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# --------------------------------------------------------------------------- masked scoring
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_score_is_that_of_the_masked_model(family: str) -> None:
+    model, ids_WT = tiny_model(family), tokens(2, 24)
+    active = tuple([NEURONS // 3, NEURONS // 2, NEURONS][: num_layers(model)])
+    with MaskedModel(model, find_layout(model), ids_WT) as masked:
+        score, _ = masked.measure(active)
+        dense_W = masked.dense_nll_W
+    for number, ids_T in enumerate(ids_WT):
+        with torch.no_grad():
+            dense = model(ids_T[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        sparse = reference_logits(model, ids_T, active)[:-1].log_softmax(-1)
+        kl = (dense.exp() * (dense - sparse)).sum(-1).mean()
+        assert score.kl_W[number] == pytest.approx(float(kl), rel=1e-3, abs=1e-6)
+        for logs, found in ((sparse, score.nll_W), (dense, dense_W)):
+            nll = -logs.gather(1, ids_T[1:, None]).mean()
+            assert found[number] == pytest.approx(float(nll), rel=1e-4)
+    assert score.kl > 1e-3
+
+
+def test_every_neuron_costs_nothing_and_hooks_are_removed() -> None:
+    model, ids_WT = tiny_model("llama"), tokens(1, 16)
+    with MaskedModel(model, find_layout(model), ids_WT) as masked:
+        score, _ = masked.measure(masked.neurons)
+    assert score.kl == 0.0
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_starting_from_a_similar_pass_changes_no_bit(family: str) -> None:
+    model, ids_WT = tiny_model(family), tokens(3, 16)
+    count = num_layers(model)
+    near, active = (48,) * count, (48,) * (count - 1) + (30,)
+    with MaskedModel(model, find_layout(model), ids_WT) as masked:
+        _, trace = masked.measure(near)
+        calls = []
+        hook = masked.layers[0].register_forward_hook(lambda *_: calls.append(1))
+        attention = next(m for m in masked.layers[0].modules() if "Attention" in type(m).__name__)
+        inner = attention.register_forward_hook(lambda *_: calls.append(2))
+        resumed, _ = masked.measure(active, num_windows=2, near=trace)
+        assert 2 not in calls, "the first layer was run again"
+        hook.remove(), inner.remove()
+        whole, _ = masked.measure(active)
+    assert resumed.kl_W == whole.kl_W[:2] and resumed.nll_W == whole.nll_W[:2]
+    assert all("forward" not in vars(layer) for layer in masked.layers)
+
+
+def test_a_big_vocabulary_is_scored_without_its_probabilities(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, ids_WT = tiny_model("gemma2"), tokens(2, 20)
+    layout = find_layout(model)
+    with MaskedModel(model, layout, ids_WT) as masked:
+        expected, _ = masked.measure((30, 30))
+    monkeypatch.setattr("hireconvert.masked.PROBABILITIES_KEPT", 0)
+    monkeypatch.setattr("hireconvert.masked.LOGITS_AT_ONCE", 500)
+    with MaskedModel(model, layout, ids_WT) as masked:
+        found, _ = masked.measure((30, 30))
+    assert found.kl == pytest.approx(expected.kl, rel=1e-4)
+
+
+def test_rounded_copies_with_more_bits_choose_more_as_exact_scores_do() -> None:
+    model, ids_WT = tiny_model("llama"), tokens(4, 32)
+    layout, kl = find_layout(model), {}
+    for bits in (None, 8, 2):
+        estimate = None if bits is None else Estimate(bits, 16, 1.0, "top_k")
+        with MaskedModel(model, layout, ids_WT, estimate=estimate) as masked:
+            kl[bits] = masked.measure((40, 40, 40))[0].kl
+    assert kl[8] == pytest.approx(kl[None], rel=0.1)
+    assert kl[2] > 1.2 * kl[None]
+
+
+def test_beginnings_of_many_windows() -> None:
+    ids_WT = torch.arange(40).view(4, 10)
+    assert torch.equal(evenly(ids_WT, 12, 4), ids_WT[:3, :4])
+    assert torch.equal(evenly(ids_WT, 32, 4), ids_WT[:, :8])
+    assert torch.equal(evenly(ids_WT, 1000, 4), ids_WT)
+    assert evenly(ids_WT, 1, 4).shape == (1, 4)
+
+
+# --------------------------------------------------------------------------- allocations
+
+
+def recipe(share: Any = 0.5, **changes: Any) -> FfnRecipe:
+    return FfnRecipe(keep_fraction=share, **{"over_select": 1.0, **changes})
+
+
+def test_counts_are_those_of_a_conversion() -> None:
+    top_k = Allocation((96, 96), recipe(0.4, over_select=1.25))
+    assert top_k.active(top_k.start) == (38, 38)
+    candidates = Allocation((96, 96), recipe([0.4, 1.0], over_select=1.25, keep="candidates"))
+    assert candidates.active(candidates.start) == (48, 96)
+    with pytest.raises(UsageError, match=r"ffn\.keep_fraction: 3 values for 2 layers"):
+        _ = Allocation((96, 96), recipe([0.4, 0.5, 0.6])).start
+
+
+def test_shifting_respects_bounds_and_finds_the_edge() -> None:
+    allocation = Allocation((96, 96), recipe([0.2, 0.7], over_select=1.25))
+    assert allocation.shifted((0.2, 0.7), 3) == (0.23, 0.73)
+    assert allocation.shifted((0.2, 0.7), 50) == (0.7, 0.8)
+    assert allocation.shifted((0.2, 0.7), -50) == (0.01, 0.2)
+    assert allocation.shift_range((0.2, 0.7)) == (-69, 60)
+    total = lambda keeps: round(sum(keeps) * 100)  # noqa: E731
+    least = allocation.smallest_shift((0.2, 0.7), lambda keeps: total(keeps) >= 96)
+    assert least == 3
+    assert allocation.smallest_shift((0.2, 0.7), lambda keeps: False) is None
+    assert allocation.smallest_shift((0.2, 0.7), lambda keeps: total(keeps) >= 96, below=2) is None
+    assert allocation.largest_shift((0.2, 0.7), total, 95) == 2
+    assert allocation.largest_shift((0.2, 0.7), total, 1000) == 60
+    assert allocation.largest_shift((0.2, 0.7), total, 1) is None
+
+
+def test_trades_keep_the_total_and_the_bounds() -> None:
+    allocation = Allocation((96, 96, 64, 64), recipe([0.5, 0.5, 0.3, 0.3], over_select=1.25))
+    trades = Trades(allocation, allocation.start, 0.05)
+    seeded, levels = random.Random(0), trades.none
+    for _ in range(200):
+        levels = trades.mutant(levels, seeded)
+        keeps = trades.keeps(levels)
+        assert sum(levels) == 0 and levels[0] + levels[1] == 0  # sizes trade among themselves
+        assert 0.05 <= min(keeps) and max(keeps) <= 0.8
+    assert levels != trades.none
+    alone = Trades(Allocation((96,), recipe()), (0.5,), 0.05)
+    assert alone.mutant(alone.none, seeded) == alone.none
+
+
+# --------------------------------------------------------------------------- searches
+
+
+def search(
+    budget: BudgetRecipe, *, keep: Any = 0.4, path: Path | None = None, seed: int = 0
+) -> tuple[Found, Trials, Trials]:
+    """One search on a tiny Llama of three layers, whose bytes are its active neurons."""
+    model = tiny_model("llama")
+    layout, allocation = find_layout(model), Allocation((NEURONS,) * 3, recipe(keep))
+    memo = Memo(path, {"seed": seed})
+    with (
+        MaskedModel(model, layout, tokens(4, 16, seed=1)) as first,
+        MaskedModel(model, layout, tokens(4, 16, seed=2)) as second,
+    ):
+        trials = [
+            Trials(name, masked, allocation, memo)
+            for name, masked in (("search", first), ("held", second))
+        ]
+        bytes_ = Bytes(lambda keeps: sum(allocation.active(keeps)), 3 * NEURONS)
+        pace = Pace(100, lambda line: None, lambda done, total: None)
+        found = search_budget(trials[0], trials[1], budget, bytes_=bytes_, seed=seed, pace=pace)
+        found.report["increase"] = perplexity_increase(trials[1], tuple(found.keep_fraction))
+    return found, trials[0], trials[1]
+
+
+@pytest.mark.parametrize("method", ["evolution", "greedy"])
+def test_search_beats_its_start_on_its_own_score_at_the_same_total(method: str) -> None:
+    found, _, _ = search(FAST.model_copy(update={"method": method}))
+    start, end = found.report["start"], found.report["found"]
+    assert start["keep_fraction"] == [0.4] * 3
+    assert end["kl_searched"] < start["kl_searched"]
+    assert sum(found.keep_fraction) == pytest.approx(1.2, abs=1e-9)
+    assert found.report["mean_keep"] == pytest.approx(0.4, abs=1e-9)
+    assert set(found.keep_fraction) != {0.4}
+    assert found.report["reached"]
+
+
+@pytest.mark.parametrize("method", ["evolution", "greedy"])
+def test_search_repeats_itself(method: str) -> None:
+    budget = FAST.model_copy(update={"method": method})
+    assert search(budget)[0] == search(budget)[0]
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", ["evolution", "greedy"])
+def test_a_killed_search_goes_on_and_ends_the_same(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budget, memo = FAST.model_copy(update={"method": method}), tmp_path / "memo"
+    whole = search(budget, path=tmp_path / "whole")[0]
+    real, calls = MaskedModel.measure, []
+
+    def dying(self: MaskedModel, active: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 9:
+            raise Killed
+        return real(self, active, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(MaskedModel, "measure", dying)
+        search(budget, path=memo)
+    known = memo.read_text().count("\n") - 1
+    assert known > 3
+    with memo.open("a") as file:
+        file.write('["search 4 38,38,')  # a line that the kill cut off
+    assert search(budget, path=memo)[0] == whole
+    lines = memo.read_text().splitlines()
+    keys = [json.loads(line)[0] for line in lines[1:]]
+    assert len(keys) == len(set(keys)), "something was measured twice"
+    assert sorted(lines) == sorted((tmp_path / "whole").read_text().splitlines())
+
+
+def test_scores_of_another_conversion_are_not_used(tmp_path: Path) -> None:
+    search(FAST, path=tmp_path / "memo", seed=1)
+    before = (tmp_path / "memo").read_text()
+    assert search(FAST, path=tmp_path / "memo", seed=2)[0] == search(FAST, seed=2)[0]
+    assert (tmp_path / "memo").read_text().splitlines()[0] != before.splitlines()[0]
+
+
+# --------------------------------------------------------------------------- targets
+
+
+def with_target(**target: Any) -> BudgetRecipe:
+    return FAST.model_copy(update={"target": BudgetTargetRecipe(**target)})
+
+
+def test_perplexity_target_is_met_with_no_more_than_uniform_needs() -> None:
+    found, _, held = search(with_target(perplexity_increase=0.1), keep=0.5)
+    assert found.report["reached"]
+    assert found.report["increase"] <= 0.1
+    assert found.report["bytes_per_token"] <= sum(
+        held.allocation.active(tuple(found.report["start"]["keep_fraction"]))
+    )
+    assert found.report["start"]["perplexity_increase_held"] <= 0.1
+
+
+def test_kl_target_is_met_and_a_tighter_one_takes_more() -> None:
+    loose, _, _ = search(with_target(kl=0.3), keep=0.5)
+    tight, _, _ = search(with_target(kl=0.03), keep=0.5)
+    assert loose.report["found"]["kl_held"] <= 0.3
+    assert tight.report["found"]["kl_held"] <= 0.03
+    assert loose.report["mean_keep"] < tight.report["mean_keep"]
+
+
+def test_bytes_target_is_met_from_below() -> None:
+    found, _, held = search(with_target(bytes_per_token=150), keep=0.5)
+    assert found.report["reached"]
+    start = tuple(found.report["start"]["keep_fraction"])
+    assert sum(held.allocation.active(start)) <= 150
+    assert sum(held.allocation.active(held.allocation.shifted(start, 1))) > 150
+    assert sum(found.keep_fraction) == pytest.approx(sum(start), abs=1e-9)
+
+
+def test_what_cannot_be_reached_is_said() -> None:
+    found, _, _ = search(with_target(kl=1e-7), keep=0.5)
+    assert not found.report["reached"]
+    assert found.report["mean_keep"] == pytest.approx(0.99, abs=0.005)
+    assert found.report["found"]["kl_held"] > 1e-7
+    found, _, _ = search(with_target(bytes_per_token=1), keep=0.5)
+    assert not found.report["reached"]
+    assert found.report["mean_keep"] == pytest.approx(0.01)
+
+
+def test_progress_is_counted_and_told() -> None:
+    lines: list[str] = []
+    seen: list[tuple[int, int]] = []
+    pace = Pace(20, lines.append, lambda done, total: seen.append((done, total)))
+    for _ in range(20):
+        pace.step("KL 0.1")
+    assert seen[-1] == (20, 20) and len(lines) == 9
+    assert "2 of 20, KL 0.1" in lines[0] and "min left" in lines[0]
+
+
+def test_layers_are_those_of_the_base_model() -> None:
+    model = tiny_model("opt")
+    with MaskedModel(model, find_layout(model), tokens(1, 8)) as masked:
+        assert len(masked.layers) == num_layers(model)
+        assert masked.layers is base_model(model).decoder.layers
