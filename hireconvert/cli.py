@@ -16,8 +16,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from hireconvert import render
-from hireconvert.errors import HireError, UsageError
+from hireconvert import render, render_eval
+from hireconvert.errors import GateError, HireError, UsageError
 from hireconvert.version import __version__
 
 EPILOG = (
@@ -38,6 +38,7 @@ recipes_app = typer.Typer(help="List, show, copy and check recipes.", no_args_is
 app.add_typer(recipes_app, name="recipes", rich_help_panel="Recipes")
 
 INPUT, RUN, SAMPLING = "Input", "How it runs", "Sampling"
+MEASURED, JUDGED = "What is measured", "The gate"
 
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="A converted model's folder.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
@@ -174,27 +175,83 @@ def convert(
     _show(report, as_json, render.conversion(out))
 
 
-@app.command("eval", rich_help_panel="Models")
+@app.command("eval", rich_help_panel="Models", epilog=EPILOG)
 def evaluate(
     out: OutArgument,
     text: Annotated[
-        Path | None, typer.Option(help="UTF-8 text file; without it, text that Python carries.")
+        list[Path] | None,
+        typer.Option(
+            help="UTF-8 text file; may be repeated. Without it, text that Python carries.",
+            rich_help_panel=MEASURED,
+        ),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens to evaluate on.")] = 8192,
+    tokens: Annotated[
+        int, typer.Option(min=2, help="Tokens of each text.", rich_help_panel=MEASURED)
+    ] = 8192,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Compare with this model; without it, with OUT's own dense view.",
+            rich_help_panel=MEASURED,
+        ),
+    ] = None,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Time decoding as well.", rich_help_panel=MEASURED)
+    ] = False,
+    gate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Exit 3 when a limit is breached.", rich_help_panel=JUDGED
+        ),
+    ] = None,
+    junit: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write the gate's outcome as XML.", rich_help_panel=JUDGED
+        ),
+    ] = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Keep nothing of the baseline between runs.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure OUT against its own dense view: perplexity, KL, agreement, rows rescored."""
-    from hireconvert.evaluate import evaluate_checkpoint
-    from hireconvert.stages import steps
+    """Measure what OUT lost: perplexity, KL, agreement, recall; fail where a gate says so.
 
+    [bold]Examples[/bold]
+
+      hireconvert eval out --text notes.txt --text code.txt
+      hireconvert eval out --baseline HuggingFaceTB/SmolLM2-135M --gate gate.yaml --junit gate.xml
+    """
+    from hireconvert.assessment import Request, assess
+    from hireconvert.gate import checks, load_gate
+    from hireconvert.junit import write_junit
+
+    if junit is not None and gate is None:
+        raise UsageError("--junit reports on a gate: give --gate FILE as well.")
+    limits = None if gate is None else load_gate(gate)
+    request = Request(
+        texts=tuple(text or ()),
+        num_tokens=tokens,
+        baseline=baseline,
+        speed=speed,
+        use_cache=not no_cache,
+    )
     reporter = render.make_reporter(_err())
     try:
-        with reporter.stage("evaluation", 100) as advance:
-            progress = steps(advance, 100)
-            report = evaluate_checkpoint(out, text=text, num_tokens=tokens, progress=progress)
+        result = assess(out, request, reporter)
     finally:
         reporter.close()
-    _show(report, as_json, render.evaluation)
+    found = [] if limits is None else checks(limits, result)
+    breached = [each for each in found if not each.passed]
+    if limits is not None:
+        result["gate"] = {"passed": not breached, "checks": [each.to_dict() for each in found]}
+    if junit is not None:
+        write_junit(junit, found, seconds=result["seconds"])
+    _show(result, as_json, render_eval.assessment)
+    if breached:
+        _err().print(render_eval.breaches(breached))
+        raise GateError(f"{len(breached)} of {len(found)} limits of {gate} were breached.")
 
 
 @app.command(rich_help_panel="Models")

@@ -9,17 +9,14 @@ Shape suffixes: W windows, T tokens of a window, N rows (scored positions), D wi
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from pydoc_data import topics
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from hireconvert.data import EvalWindows, evaluation_windows
-from hireconvert.errors import InputError
+from hireconvert.data import EvalWindows
 from hireconvert.families import base_model
-from hireconvert.loading import load
 from hireconvert.measures import (
     HeadReport,
     PairedFigures,
@@ -231,34 +228,3 @@ def evaluate_model(
 def builtin_text() -> str:
     """The reference text that every Python carries; it differs a little between versions."""
     return "\n\n".join(text for _, text in sorted(topics.topics.items()))
-
-
-def evaluate_checkpoint(
-    folder: Path,
-    *,
-    text: Path | None = None,
-    num_tokens: int = 8192,
-    progress: Progress = lambda done, total: None,
-) -> dict[str, Any]:
-    """`evaluate_model(...).to_dict()` of a converted folder against its own dense view, in float32.
-
-    `text` is a UTF-8 file; None takes the text that Python carries. Raises InputError when the
-    folder or the text cannot be used.
-    """
-    model = load(folder, dtype=torch.float32)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder} holds no tokenizer that can be loaded: {error}") from error
-    windows = evaluation_windows(_read_text(text), tokenizer, num_tokens=num_tokens)
-    report = evaluate_model(model, None, windows, progress=progress)
-    return {**report.to_dict(), "dtype": "float32"}
-
-
-def _read_text(path: Path | None) -> str:
-    if path is None:
-        return builtin_text()
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as UTF-8 text: {error}") from error

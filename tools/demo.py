@@ -152,7 +152,8 @@ def main() -> None:
     convert = ("convert", str(arguments.model), str(out), "--recipe", "demo", "--overwrite")
     made = json.loads(hireconvert(*convert, "--json"))
     seconds = time.perf_counter() - start
-    report = json.loads(hireconvert("eval", str(out), "--tokens", str(EVAL_TOKENS), "--json"))
+    found = json.loads(hireconvert("eval", str(out), "--tokens", str(EVAL_TOKENS), "--json"))
+    (report,) = found["texts"].values()
     sample = hireconvert("generate", str(out), "-p", PROMPT, "--max-new-tokens", str(SAMPLE_TOKENS))
     times = decode_times(out)
     rows = quality_rows(report) + cost_rows(made["bytes_per_token"], times)

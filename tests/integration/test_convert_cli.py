@@ -304,7 +304,7 @@ def test_eval_prints_one_document(run: Callable[..., Any], converted: Path, tmp_
     text.write_text("Some words to be scored. " * 40)
     code, out, _ = run("eval", converted, "--text", text, "--tokens", "128", "--json")
     assert code == 0
-    assert json.loads(out)["dense"]["perplexity"] > 1
+    assert json.loads(out)["texts"]["text.txt"]["dense"]["perplexity"] > 1
     code, _, err = run("eval", converted, "--text", tmp_path / "absent.txt")
     assert code == 4 and "absent.txt" in err
 

@@ -76,7 +76,8 @@ def test_verify_and_inspect(converted: Path, hireconvert: Cli) -> None:
 
 
 def test_eval_stays_near_dense(converted: Path, hireconvert: Cli) -> None:
-    found = answer(hireconvert, "eval", converted, "--tokens", "300")
+    answered = answer(hireconvert, "eval", converted, "--tokens", "300")
+    (found,) = answered["texts"].values()
     dense, sparse = found["dense"]["perplexity"], found["all"]["perplexity"]
     assert 1 < dense < 100
     assert 0.9 * dense < sparse < 2 * dense and sparse != dense

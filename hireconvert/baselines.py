@@ -1,0 +1,118 @@
+"""The model that a converted one is measured against, and what is kept of it between runs.
+
+Kept are the states that the baseline's head receives, float32 [N, D] for each set of windows: 4 D
+bytes a token (19 MB for 8,192 tokens of SmolLM2-135M). The slow part, running the decoder layers,
+is done once; losses, divergence and agreement follow from the head, exactly as in the first run.
+
+    CACHE/baselines/KEY.safetensors   KEY: SHA-256 of the model files, the token ids and versions
+
+Shape suffixes: N rows (scored positions), D width, W windows, T tokens of a window.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hireconvert.checkpoint import open_checkpoint
+from hireconvert.version import __version__
+from hireconvert.workspace import write_atomically
+
+HIT, STORED, NOT_STORED, OFF = "hit", "stored", "could not be written", "off"
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A dense model in float32; `source` and `fingerprint` as in `DenseCheckpoint`."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    fingerprint: str
+
+
+@contextmanager
+def open_baseline(name: str) -> Iterator[Baseline]:
+    """Give the model of a Hub id, a folder or a GGUF file, checked as `convert` checks it.
+
+    Raises InputError for what cannot be used, HubError when the Hub does not deliver.
+    """
+    with tempfile.TemporaryDirectory(prefix="hireconvert-") as work:
+        checkpoint = open_checkpoint(name, work=Path(work))
+        yield Baseline(
+            model=checkpoint.load_model(dtype=torch.float32),
+            tokenizer=checkpoint.load_tokenizer(),
+            source=checkpoint.source,
+            fingerprint=checkpoint.fingerprint,
+        )
+
+
+def cache_folder() -> Path:
+    """Where this user's caches of hireconvert lie; it need not exist."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    if Path(given).is_absolute():  # the specification has relative ones ignored
+        return Path(given) / "hireconvert"
+    if sys.platform == "win32" and os.environ.get("LOCALAPPDATA"):
+        return Path(os.environ["LOCALAPPDATA"]) / "hireconvert" / "Cache"
+    return Path.home() / ".cache" / "hireconvert"
+
+
+def kept_states(
+    baseline: Baseline,
+    ids_WT: torch.Tensor,
+    compute: Callable[[], torch.Tensor],
+    *,
+    cache: Path | None,
+) -> tuple[torch.Tensor, str]:
+    """What `compute` gives for these windows [N, D], from the cache where it lies there.
+
+    `cache` None keeps nothing. The second value says what happened; a cache that cannot be
+    written, or whose file is damaged, costs time and nothing else.
+    """
+    if cache is None:
+        return compute(), OFF
+    path = cache / "baselines" / f"{_key(baseline, ids_WT)}.safetensors"
+    num_rows = ids_WT.shape[0] * (ids_WT.shape[1] - 1)
+    hidden_ND = _read(path)
+    if hidden_ND is not None and hidden_ND.shape[0] == num_rows:
+        return hidden_ND, HIT
+    hidden_ND = compute()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, save({"hidden_ND": hidden_ND.contiguous()}))
+    except OSError:
+        return hidden_ND, NOT_STORED
+    return hidden_ND, STORED
+
+
+def _read(path: Path) -> torch.Tensor | None:
+    try:
+        return load(path.read_bytes()).get("hidden_ND")
+    except (OSError, SafetensorError):
+        return None
+
+
+def _key(baseline: Baseline, ids_WT: torch.Tensor) -> str:
+    ids = hashlib.sha256(ids_WT.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+    parts: dict[str, Any] = {
+        "model": baseline.fingerprint,
+        "ids": ids,
+        "shape": list(ids_WT.shape),
+        "dtype": str(baseline.model.dtype),
+        "hireconvert": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
