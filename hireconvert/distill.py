@@ -88,6 +88,21 @@ class _Job:
 
 
 @torch.no_grad()
+def final_order(
+    weights: FfnWeights, fit_ND: torch.Tensor, recipe: FfnRecipe, keep_fraction: float
+) -> torch.Tensor | None:
+    """Old neuron numbers (int64 [F]) in the order that the recipe needs; None where any will do.
+
+    `fit_ND` are float32 inputs of the FFN. Raises what `distill_layer` raises.
+    """
+    counts = layer_counts(weights.up_FD.shape[0], recipe, keep_fraction)
+    if counts["group_size"] == 1 and counts["num_common"] == 0:
+        return None
+    fit_ND = _finite_rows(fit_ND, "calibration")
+    return neuron_order(exact_scores(weights, fit_ND, score_norms(weights, recipe.score)), counts)
+
+
+@torch.no_grad()
 def distill_layer(
     weights: FfnWeights,
     fit_ND: torch.Tensor,
@@ -97,19 +112,20 @@ def distill_layer(
     keep_fraction: float,
     *,
     seed: int,
+    ordered: bool = False,
 ) -> LayerResult:
     """The predictor of one FFN, fitted on calibration inputs and judged on held-out ones.
 
     `fit_ND` and `held_ND` are float32 inputs of the FFN [rows, D]; rows that are not finite are
-    left out. Deterministic for a seed and a thread count. Raises InputError when no finite rows
-    remain, UsageError when counts of the recipe do not fit the number of neurons.
+    left out; `ordered` says that the neurons lie in their final order already. Deterministic for a
+    seed and a thread count. Raises InputError when no finite rows remain, UsageError when counts of
+    the recipe do not fit the number of neurons.
     """
     fit_ND, held_ND = _finite_rows(fit_ND, "calibration"), _finite_rows(held_ND, "held-out")
     counts = layer_counts(weights.up_FD.shape[0], recipe, keep_fraction)
     norm_F = score_norms(weights, recipe.score)
-    permutation_F = None
-    if counts["group_size"] > 1 or counts["num_common"] > 0:
-        permutation_F = neuron_order(exact_scores(weights, fit_ND, norm_F), counts)
+    permutation_F = None if ordered else final_order(weights, fit_ND, recipe, keep_fraction)
+    if permutation_F is not None:
         weights, norm_F = _permuted(weights, permutation_F), norm_F[permutation_F]
     job = _Job(weights, fit_ND, held_ND, norm_F, counts, seed)
     if predictor.kind == "auto":

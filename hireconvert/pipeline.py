@@ -25,7 +25,12 @@ from hireconvert.loading import REPORT, RUNTIME_FOLDER
 from hireconvert.recipe import Recipe
 from hireconvert.runtime import RUNTIME_FILES
 from hireconvert.runtime.hire_config import FORMAT_VERSION
-from hireconvert.stage_finetune import STAGE, STATE, TEXT, finetune_weights, training_text
+from hireconvert.stage_finetune import (
+    ARTIFACTS,
+    finetune_weights,
+    training_device,
+    training_text,
+)
 from hireconvert.stages import (
     Fitted,
     Reporter,
@@ -127,7 +132,7 @@ def _check_text_sources(recipe: Recipe) -> None:
 
 def _finished_bytes(space: Workspace) -> int:
     """Bytes of the artifacts that a resumed conversion need not write again."""
-    folders = ("tokens", TEXT, STATE, STAGE, "activations", "predictors", "export")
+    folders = ("tokens", *ARTIFACTS, "activations", "predictors", "export")
     files = (file for name in folders for file in space.path(name).rglob("*") if file.is_file())
     return sum(file.stat().st_size for file in files)
 
@@ -182,6 +187,7 @@ def _fingerprints(run: Run) -> dict[str, dict[str, Any]]:
         tuned, tuning = tokens, _tuning(run, recipe)
         if tuning:
             tuned = {**base, "recipe": {"data": data, "ffn": recipe["ffn"], **tuning}}
+            tuned["machine"] = {**base["machine"], "finetune_device": training_device()}
         activations = {**tuned, "with_head": run.low_rank_head}
         sections = {"data": data, "ffn": recipe["ffn"], **tuning}
         predictors = {**activations, "recipe": sections}

@@ -224,6 +224,7 @@ def _fit_layer(
         per_layer(ffn.predictor, count, "ffn.predictor")[index],
         per_layer(ffn.keep_fraction, count, "ffn.keep_fraction")[index],
         seed=run.recipe.seed + index,
+        ordered=run.trained is not None,
     )
     with run.space.building(name, fingerprint) as folder:
         save_file({key: t.contiguous() for key, t in result.tensors.items()}, folder / TENSORS)
