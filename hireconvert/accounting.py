@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from hireconvert.errors import InputError
 from hireconvert.runtime.hire_config import expected_tensors, head_tensor_shapes
-from hireconvert.runtime.hire_predict import layer_bytes, num_active
+from hireconvert.runtime.hire_predict import layer_bytes, num_active, varies
 
 ITEM_BYTES = {"U8": 1, "I8": 1, "F8_E4M3": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8, "I64": 8}
 TensorTable: TypeAlias = dict[str, tuple[str, tuple[int, ...]]]
@@ -27,6 +27,7 @@ def predictor_table(predictor: Mapping[str, Any], width: int, outputs: int) -> T
     """{name: (safetensors dtype, shape)} of one predictor with D = width, M = outputs."""
     dtypes = {"planes": "U8", "scale": "F16", "offset": "F16", "factor_in": "F16"}
     dtypes |= {"factor_out": "F16", "factor_in_codes": "I8", "factor_out_codes": "I8"}
+    dtypes |= {"soft": "F16"}
     shapes = expected_tensors(predictor, width, outputs)
     return {name: (dtypes.get(name, "F32"), shape) for name, shape in shapes.items()}
 
@@ -107,7 +108,7 @@ def dense_bytes(tensors: TensorTable, config: Any) -> int:
 
 def layer_rows(hire: Mapping[str, Any], width: int, weight_bytes: int) -> list[dict[str, Any]]:
     """One row for each decoder layer: counts, predictor, bytes read per token."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for index, layer in enumerate(_layers(hire)):
         if layer is None:
             rows.append({"layer": index, "neurons": None, "kind": None})
@@ -120,6 +121,7 @@ def layer_rows(hire: Mapping[str, Any], width: int, weight_bytes: int) -> list[d
                 "neurons": layer["num_neurons"],
                 "kept": num_active(layer),
                 "candidates": layer["num_candidates"],
+                "selection": str(layer["selection"]["rule"]) if varies(layer) else "fixed",
                 "group_size": layer["group_size"],
                 "kind": predictor["kind"],
                 "rank": predictor["rank"] if predictor["kind"] != "q" else None,

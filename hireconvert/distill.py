@@ -34,7 +34,7 @@ from hireconvert.quantize import (
     fit_grid,
 )
 from hireconvert.recipe import FfnRecipe, PredictorRecipe
-from hireconvert.runtime.hire_predict import Predictor
+from hireconvert.runtime.hire_predict import Predictor, varies
 from hireconvert.scoring import (
     ROW_CHUNK,
     candidate_counts,
@@ -44,10 +44,14 @@ from hireconvert.scoring import (
     hidden,
     kth_score,
     layer_counts,
+    levelled,
     measured,
     predictor_spec,
     score_norms,
+    soft_errors,
     total_bytes,
+    with_candidates,
+    with_mean,
 )
 
 COLUMN_SCALE_POWER = 0.5
@@ -155,9 +159,17 @@ def _fitted(
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any]]:
     """(LAYER, tensors, report) of one explicit predictor recipe."""
     kind_spec, tensors, losses = _fit(job, recipe)
-    spec = {**job.counts, "predictor": kind_spec}
-    report = {**measured(job.weights, job.held_ND, spec, tensors), **losses}
-    return spec, tensors, report
+    spec, report = _judged(job, job.counts, kind_spec, tensors)
+    return spec, tensors, {**report, **losses}
+
+
+def _judged(
+    job: _Job, counts: dict[str, Any], kind_spec: dict[str, Any], tensors: dict[str, torch.Tensor]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(LAYER, report): the level of a selection that varies is fitted, then all is measured."""
+    spec = levelled(job.weights, job.fit_ND, {**counts, "predictor": kind_spec}, tensors)
+    report = measured(job.weights, job.held_ND, spec, tensors)
+    return with_mean(spec, report["kept"]["mean"]) if varies(spec) else spec, report
 
 
 def _fit(
@@ -179,7 +191,11 @@ def _fit(
     if factors is not None:
         for name, factor in zip(("factor_in", "factor_out"), factors, strict=True):
             tensors |= encode_factor(factor, recipe.factor_bits, name)
-    return spec, {**tensors, "mean": mean_D, "bias": bias_M.contiguous()}, losses
+    tensors = {**tensors, "mean": mean_D, "bias": bias_M.contiguous()}
+    if recipe.soften:
+        hard = Predictor({**spec, "soften": False}, tensors, job.width)
+        tensors["soft"] = soft_errors(job.weights, job.fit_ND, hard)
+    return spec, tensors, losses
 
 
 def _target(
@@ -267,11 +283,12 @@ def _trained(
     """(factors, bias, report) after training; the copy stays as it is."""
     assert recipe.distill is not None
     mean_D = job.fit_ND.mean(0) if recipe.centre else torch.zeros(job.width)
+    hard_spec = {**spec, "soften": False}  # errors are taken, and levels fitted, after training
     base = None
     if copy_tensors:
         zeros = torch.zeros_like(start[2])
         base = Predictor(
-            {**spec, "kind": "q"}, {**copy_tensors, "mean": mean_D, "bias": zeros}, job.width
+            {**hard_spec, "kind": "q"}, {**copy_tensors, "mean": mean_D, "bias": zeros}, job.width
         )
     floor, common = _score_floor(job), job.counts["num_common"]
 
@@ -287,7 +304,7 @@ def _trained(
             return z_BM[:, common // job.counts["group_size"] :]
         return _log_units(job, combined(job.weights, z_BM), floor, first=common)
 
-    held_spec = {**job.counts, "predictor": spec}
+    held_spec = {**job.counts, "predictor": hard_spec, "selection": None}
 
     def held_recall(factor_in: torch.Tensor, factor_out: torch.Tensor, bias: torch.Tensor) -> float:
         tensors = {**copy_tensors, "mean": mean_D, "bias": bias}
@@ -347,9 +364,8 @@ def _cheapest(
         kind_spec, tensors, losses = _fit(job, option)
         tried += 1
         for candidates in candidate_counts(job.counts):
-            counts = {**job.counts, "num_candidates": candidates}
-            spec = {**counts, "predictor": kind_spec}
-            report = measured(job.weights, job.held_ND, spec, tensors)
+            counts = with_candidates(job.counts, candidates)
+            spec, report = _judged(job, counts, kind_spec, tensors)
             reached = report["recall"] >= recipe.target_recall
             rank = (reached, -total_bytes(report["bytes"]) if reached else report["recall"])
             if best is None or rank > best[0]:

@@ -69,10 +69,11 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     check_tensors(folder, config)
     tensors = dense_table(folder)
     dtype, _ = head_entry(tensors, text.vocab_size)
-    recalls = {row["layer"]: row.get("recall") for row in _report(folder).get("layers", [])}
+    measured = {row["layer"]: row for row in _report(folder).get("layers", [])}
     rows = layer_rows(hire, text.hidden_size, ITEM_BYTES[dtype])
     for row in rows:
-        row["recall"] = recalls.get(row["layer"])
+        found = measured.get(row["layer"], {})
+        row["recall"], row["kept_per_token"] = found.get("recall"), found.get("kept")
     return {
         "architecture": raw["architectures"][0],
         "model_type": raw["model_type"],

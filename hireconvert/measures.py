@@ -20,7 +20,10 @@ from hireconvert.runtime.hire_predict import (
     recall_at,
     top_k_indices,
     unit_scores,
+    varies,
 )
+from hireconvert.runtime.hire_select import candidate_mask, kept_mask
+from hireconvert.scoring import as_many_best, shares
 
 _HEAD_ROWS_AT_ONCE = 16384
 _REFERENCE_POSITIONS_AT_ONCE = 64
@@ -222,13 +225,16 @@ class _Recall:
 
 
 def _layer_recall(model: Any, index: int, x_ND: torch.Tensor) -> _Recall:
-    """Share of the true top k, in selectable units, that the layer finds for these inputs."""
+    """Share of the true top k, in selectable units, that the layer finds for these inputs.
+
+    Where the number kept varies, what is kept is compared with as many of the true best.
+    """
     layer = hire_layers(model)[index]
     spec, weights = layer.spec, read_ffn_weights(model, model.config.hire["layout"], index)
     group, common = spec["group_size"], spec["num_common"]
     score_NF = layer.scores(hidden_activations(weights, x_ND), weights.down_FD.norm(dim=1))
     estimate_NS = layer.estimated_units(x_ND.to(model.device)).cpu().nan_to_num()
-    kept_NF = layer.kept_mask(layer.candidate_mask(estimate_NS), score_NF)
+    kept_NF = kept_mask(spec, candidate_mask(spec, estimate_NS), estimate_NS, score_NF)
     kept_NS = kept_NF[:, common:].unflatten(-1, (-1, group))[..., 0]
     exact_NS = unit_scores(score_NF[:, common:], group)
     num, num_units = (spec["num_kept"] - common) // group, exact_NS.shape[1]
@@ -237,6 +243,8 @@ def _layer_recall(model: Any, index: int, x_ND: torch.Tensor) -> _Recall:
         best_NC = top_k_indices(estimate_NS, min(num_units, math.ceil(ratio * num)))
         found.append(members_mask(best_NC, num_units))
     kept, *curve = (float(recall_at(exact_NS, each, num).double().mean()) for each in found)
+    if varies(spec):
+        kept = float(shares(as_many_best(exact_NS, kept_NS), kept_NS).double().mean())
     return _Recall(kept, tuple(curve))
 
 

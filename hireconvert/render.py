@@ -160,13 +160,21 @@ def _layers(rows: list[Result]) -> RenderableType:
         if row["kind"] is None:
             table.add_row(str(row["layer"]), str(row["neurons"] or ""), "dense")
             continue
-        cells = [row["layer"], row["neurons"], row["kept"], row["candidates"], row["kind"]]
+        cells = [row["layer"], row["neurons"], _kept(row), row["candidates"], row["kind"]]
         cells += [row["rank"] or "-", row["bits"] or "-", row["inputs"]]
         recall = row.get("recall")
         cells.append("-" if recall is None else f"{recall:.4f}")
         cells += [size(row[key]) for key in ("predictor_bytes", "read_bytes", "dense_bytes")]
         table.add_row(*map(str, cells))
     return table
+
+
+def _kept(row: Result) -> str:
+    """Neurons kept; of a number that varies the mean and the range of four tokens in five."""
+    per_token = row.get("kept_per_token")
+    if per_token is None:
+        return str(row["kept"]) if row["selection"] == "fixed" else f"mean {row['kept']}"
+    return f"mean {row['kept']} ({per_token['p10']}-{per_token['p90']})"
 
 
 def _bytes(bytes_per_token: Result) -> RenderableType:

@@ -121,6 +121,9 @@ class PredictorRecipe(Section):
     group_scores: bool = Field(
         default=False, description="predict one score per group of neurons directly"
     )
+    soften: bool = Field(
+        default=False, description="add its typical error to each estimate; 1 or 2 numbers a neuron"
+    )
     distill: DistillRecipe | None = Field(
         default=None, description="training; null leaves it untrained"
     )
@@ -135,6 +138,8 @@ class PredictorRecipe(Section):
             yield "target_recall", f"kind {self.kind} aims at no recall; use kind auto or null"
         if self.kind == "q" and self.distill is not None and not self.group_scores:
             yield "distill", "kind q has no factors to train; use lr, qlr or auto, or null"
+        if self.soften and self.group_scores:
+            yield "soften", "group_scores predicts no gate and up values to soften; use one of them"
 
 
 class FfnRecipe(Section):
@@ -159,6 +164,11 @@ class FfnRecipe(Section):
         default="top_k",
         description="of the candidates keep the best by exact score, or all of them",
     )
+    selection: Literal["fixed", "threshold", "mean_std", "score_mass"] = Field(
+        default="fixed",
+        description="keep keep_fraction always, or on average: what reaches a level of score, of "
+        "standard deviations above the token's mean, or of the token's squared scores",
+    )
     group_size: Count = Field(default=1, description="neurons selected together")
     common_path: Annotated[float, In(0, 1, open_high=True)] = Field(
         default=0.0, description="share of the neurons that is always active, in [0, 1)"
@@ -178,6 +188,8 @@ class FfnRecipe(Section):
         for key, predictor in _each("predictor", self.predictor):
             if predictor.group_scores and self.group_size == 1:
                 yield f"{key}.group_scores", "needs ffn.group_size above 1"
+            if predictor.group_scores and self.selection in ("mean_std", "score_mass"):
+                yield "selection", f"{self.selection} needs neuron scores, not {key}.group_scores"
 
     def _budget_problems(self, budget: BudgetRecipe) -> Iterator[Problem]:
         listed = isinstance(self.keep_fraction, list)

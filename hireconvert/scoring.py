@@ -23,9 +23,13 @@ from hireconvert.runtime.hire_predict import (
     members_mask,
     top_k_indices,
     unit_scores,
+    varies,
 )
+from hireconvert.runtime.hire_select import standings
 
 ROW_CHUNK = 2048
+LEAST_LEVEL = 1e-30  # a neuron of score 0 (ReLU has many) adds nothing and need not be kept
+SAMPLE_ROWS = 4096  # calibration rows that levels and errors of a predictor are taken on
 WEIGHT_BYTES = 2  # byte figures are against a bfloat16 FFN
 AUTO_BITS = (2, 3, 4)
 AUTO_INPUT_KEEP = (1.0, 0.6, 0.5, 0.4)
@@ -35,8 +39,8 @@ AUTO_OVER_SELECT = (1.0, 1.1, 1.2, 1.3, 1.4, 1.5)
 def layer_counts(num_neurons: int, recipe: FfnRecipe, keep_fraction: float) -> dict[str, Any]:
     """LAYER of docs/design.md without its predictor: counts in neurons, multiples of the group.
 
-    Raises UsageError when the group does not divide the neurons or the common ones leave no
-    choice.
+    The level of a selection that varies is null until it is fitted. Raises UsageError when the
+    group does not divide the neurons or the common ones leave no choice.
     """
     group = recipe.group_size
     if num_neurons % group:
@@ -52,7 +56,7 @@ def layer_counts(num_neurons: int, recipe: FfnRecipe, keep_fraction: float) -> d
             f"ffn.common_path makes {common} neurons always active, but only {kept} are kept; "
             "lower it or raise ffn.keep_fraction"
         )
-    return {
+    counts: dict[str, Any] = {
         "num_neurons": num_neurons,
         "num_kept": min(kept, num_neurons),
         "num_candidates": min(candidates, num_neurons),
@@ -61,6 +65,18 @@ def layer_counts(num_neurons: int, recipe: FfnRecipe, keep_fraction: float) -> d
         "score": recipe.score,
         "keep": recipe.keep,
     }
+    if recipe.selection != "fixed":
+        rule = {"rule": recipe.selection, "level": None, "mean_kept": counts["num_kept"]}
+        counts["selection"] = rule
+    return with_candidates(counts, counts["num_candidates"])
+
+
+def with_candidates(counts: dict[str, Any], num_candidates: int) -> dict[str, Any]:
+    """The counts with another number of candidates; as many as are kept leave nothing to vary."""
+    counts = {**counts, "num_candidates": num_candidates}
+    if num_candidates == counts["num_kept"]:
+        counts.pop("selection", None)
+    return counts
 
 
 def predictor_spec(
@@ -72,7 +88,7 @@ def predictor_spec(
     if recipe.group_scores:
         outputs = counts["num_neurons"] // counts["group_size"]
     inputs = min(max(round_half_up(recipe.input_keep * width), 1), width)
-    return {
+    spec = {
         "kind": recipe.kind,
         "bits": recipe.bits if with_copy else None,
         "block": recipe.block if with_copy else None,
@@ -82,6 +98,7 @@ def predictor_spec(
         "num_inputs": inputs if with_copy else width,
         "groups": recipe.group_scores,
     }
+    return {**spec, "soften": True} if recipe.soften else spec
 
 
 def head_spec(recipe: HeadRecipe, vocabulary: int) -> dict[str, Any]:
@@ -119,12 +136,66 @@ def exact_scores(weights: FfnWeights, x_ND: torch.Tensor, norm_F: torch.Tensor) 
     return torch.cat([hidden(weights, rows).abs() * norm_F for rows in x_ND.split(ROW_CHUNK)])
 
 
-def combined(weights: FfnWeights, z_NM: torch.Tensor) -> torch.Tensor:
-    """The hidden vector from estimated gate and up values (or up values alone)."""
+def soft_errors(weights: FfnWeights, x_ND: torch.Tensor, predictor: Predictor) -> torch.Tensor:
+    """float16 [M]: standard deviations of a predictor's errors in act(gate) and in up.
+
+    Without a gate in act(up) alone. On at most SAMPLE_ROWS of the calibration inputs [N, D].
+    """
+    x_ND = _sampled(x_ND)
+    sums = torch.zeros(2, predictor.bias_M.shape[0], dtype=torch.float64)
+    for rows in x_ND.split(ROW_CHUNK):
+        truth_NM, near_NM = _activated(weights, rows), predictor.estimate(rows)
+        if weights.gate_FD is None:
+            near_NM = weights.act(near_NM)
+        else:
+            gate_NF, up_NF = near_NM.chunk(2, dim=-1)
+            near_NM = torch.cat([weights.act(gate_NF), up_NF], dim=-1)
+        error_NM = (truth_NM - near_NM).nan_to_num().double()
+        sums += torch.stack([error_NM.sum(0), error_NM.square().sum(0)])
+    mean_M, square_M = sums / x_ND.shape[0]
+    spread_M = (square_M - mean_M.square()).clamp_min(0).sqrt()
+    return spread_M.clamp_max(torch.finfo(torch.float16).max).half()
+
+
+def _activated(weights: FfnWeights, x_ND: torch.Tensor) -> torch.Tensor:
+    """act(gate) then up, [N, 2F]; act(up) without a gate."""
+    up_NF = F.linear(x_ND, weights.up_FD, weights.up_bias_F)
     if weights.gate_FD is None:
-        return weights.act(z_NM)
-    gate_NF, up_NF = z_NM.chunk(2, dim=-1)
-    return weights.act(gate_NF) * up_NF
+        return weights.act(up_NF)
+    gate_NF = weights.act(F.linear(x_ND, weights.gate_FD, weights.gate_bias_F))
+    return torch.cat([gate_NF, up_NF], dim=-1)
+
+
+def _sampled(x_ND: torch.Tensor) -> torch.Tensor:
+    """At most SAMPLE_ROWS rows, evenly spaced."""
+    return x_ND[:: math.ceil(x_ND.shape[0] / SAMPLE_ROWS)]
+
+
+def levelled(
+    weights: FfnWeights, x_ND: torch.Tensor, spec: dict[str, Any], tensors: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """LAYER with the level at which calibration rows [N, D] keep `num_kept` neurons on average.
+
+    Unchanged where the number kept does not vary.
+    """
+    if not varies(spec):
+        return spec
+    predictor = Predictor(spec["predictor"], tensors, weights.up_FD.shape[1])
+    norm_F = score_norms(weights, spec["score"])
+    x_ND = _sampled(x_ND)
+    pieces = []
+    for rows in x_ND.split(ROW_CHUNK):
+        unit_NS = estimated_units(weights, predictor, rows, norm_F, spec)
+        standing_NS = _standings(exact_scores(weights, rows, norm_F).nan_to_num(), unit_NS, spec)
+        pieces.append(standing_NS[standing_NS > -torch.inf])
+    every = torch.cat(pieces).numpy()
+    wanted = x_ND.shape[0] * (spec["num_kept"] - spec["num_common"]) // spec["group_size"]
+    place = max(len(every) - wanted, 1)
+    parted = np.partition(every, [place - 1, place])
+    level = float(parted[place - 1 : place + 1].mean())  # between two, so that none lies on it
+    if spec["selection"]["rule"] != "mean_std" and not spec["predictor"]["groups"]:
+        level = max(level, LEAST_LEVEL)
+    return {**spec, "selection": {**spec["selection"], "level": level}}
 
 
 def measured(
@@ -134,42 +205,113 @@ def measured(
 
     `recall`: share of the true top `num_kept` among the candidates; `recall_at_kept`: the same
     among the first `num_kept` predicted (over-selection 1.0); `score_mass`: squared scores of the
-    kept neurons over those of the true top. Means over rows; `bytes` per token.
+    kept neurons over those of the true top. Means over rows; `bytes` per token. Where the number
+    kept varies, the true top is as large as what the row keeps, recall is that of the kept, and
+    `kept` tells how many those are: mean, p10, p50, p90 and max.
     """
-    width, kept = weights.up_FD.shape[1], spec["num_kept"]
+    width = weights.up_FD.shape[1]
     predictor = Predictor(spec["predictor"], tensors, width)
     norm_F = score_norms(weights, spec["score"])
     totals = torch.zeros(3, dtype=torch.float64)
+    numbers = []
     for rows in x_ND.split(ROW_CHUNK):
         score_NF = exact_scores(weights, rows, norm_F).nan_to_num()
-        unit_NS = estimated_units(weights, predictor.estimate(rows), norm_F, spec).nan_to_num()
-        candidate_NF = _chosen(unit_NS, spec["num_candidates"], spec)
-        narrow_NF = _chosen(unit_NS, kept, spec)
-        member_NF = score_NF >= kth_score(score_NF, kept)
-        found_NF = score_NF * candidate_NF
-        found_NF = found_NF * (found_NF >= kth_score(found_NF, kept))
-        totals[0] += _hits(member_NF, candidate_NF, kept)
-        totals[1] += _hits(member_NF, narrow_NF, kept)
-        mass_N = (score_NF * member_NF).square().sum(1).clamp_min(1e-30)
-        totals[2] += float((found_NF.square().sum(1) / mass_N).clamp_max(1.0).sum())
+        unit_NS = estimated_units(weights, predictor, rows, norm_F, spec)
+        figures, kept_N = _selected(score_NF, unit_NS, spec)
+        totals += torch.tensor(figures, dtype=torch.float64)
+        numbers.append(kept_N)
     recall, at_kept, mass = (totals / x_ND.shape[0]).tolist()
+    report = {"recall": recall, "recall_at_kept": at_kept, "score_mass": mass}
+    if varies(spec):
+        report["kept"] = distribution(torch.cat(numbers))
+        spec = with_mean(spec, report["kept"]["mean"])
     matrices = 2 if weights.gate_FD is None else 3
-    return {
-        "recall": recall,
-        "recall_at_kept": at_kept,
-        "score_mass": mass,
-        "bytes": layer_bytes(spec, width, matrices, WEIGHT_BYTES),
-    }
+    return {**report, "bytes": layer_bytes(spec, width, matrices, WEIGHT_BYTES)}
+
+
+def with_mean(spec: dict[str, Any], mean_kept: float) -> dict[str, Any]:
+    """LAYER whose selection names the mean number of neurons that were really kept."""
+    return {**spec, "selection": {**spec["selection"], "mean_kept": mean_kept}}
+
+
+def distribution(count_N: torch.Tensor) -> dict[str, float]:
+    """Mean, tenths and largest of a number counted for each row."""
+    ordered_N = count_N.sort().values
+    last = len(ordered_N) - 1
+    tenths = {f"p{share}": int(ordered_N[last * share // 100]) for share in (10, 50, 90)}
+    mean = float(count_N.double().mean())
+    return {"mean": round(mean, 3), **tenths, "max": int(ordered_N[-1])}
+
+
+def _selected(
+    score_NF: torch.Tensor, unit_NS: torch.Tensor, spec: dict[str, Any]
+) -> tuple[tuple[float, float, float], torch.Tensor]:
+    """((recall, recall at `num_kept`, score mass) summed over rows, neurons kept [N])."""
+    kept = spec["num_kept"]
+    member_NF = score_NF >= kth_score(score_NF, kept)
+    at_kept = _hits(member_NF, _chosen(unit_NS, kept, spec), kept)
+    if varies(spec):
+        standing_NS = _standings(score_NF, unit_NS, spec)
+        found_NF = _spread(standing_NS >= float(spec["selection"]["level"]), spec)
+        member_NF = as_many_best(score_NF, found_NF)
+        recall = float(shares(member_NF, found_NF).double().sum())
+    else:
+        candidate_NF = _chosen(unit_NS, spec["num_candidates"], spec)
+        recall = _hits(member_NF, candidate_NF, kept)
+        within_NF = score_NF * candidate_NF
+        found_NF = candidate_NF & (within_NF >= kth_score(within_NF, kept))
+    mass_N = (score_NF * member_NF).square().sum(1).clamp_min(1e-30)
+    share_N = ((score_NF * found_NF).square().sum(1) / mass_N).clamp_max(1.0)
+    return (recall, at_kept, float(share_N.double().sum())), found_NF.sum(1)
+
+
+def as_many_best(score_NS: torch.Tensor, kept_NS: torch.Tensor) -> torch.Tensor:
+    """bool [N, S]: the best of each row, as many as the row keeps (and those that tie)."""
+    order_NS = score_NS.sort(dim=1, descending=True).values
+    number_N1 = kept_NS.sum(1, keepdim=True)
+    least_N1 = order_NS.gather(1, (number_N1 - 1).clamp_min(0))
+    return (score_NS >= least_N1) & (number_N1 > 0)
+
+
+def shares(best_NS: torch.Tensor, kept_NS: torch.Tensor) -> torch.Tensor:
+    """float32 [N]: the share of the kept that are among the best; 1 where nothing is kept."""
+    number_N = kept_NS.sum(1)
+    return ((best_NS & kept_NS).sum(1) / number_N.clamp_min(1)).where(number_N > 0, 1.0)
+
+
+def _standings(score_NF: torch.Tensor, unit_NS: torch.Tensor, spec: dict[str, Any]) -> torch.Tensor:
+    """Standings [N, S] by the layer's rule; -inf for units that are no candidates."""
+    common, group = spec["num_common"], spec["group_size"]
+    open_NS = top_mask(unit_NS, (spec["num_candidates"] - common) // group)
+    own_NS = unit_NS
+    if spec["keep"] == "top_k":
+        own_NS = unit_scores(score_NF[:, common:], group).where(open_NS, 0.0)
+    return standings(spec["selection"]["rule"], own_NS, unit_NS).where(open_NS, -torch.inf)
 
 
 def estimated_units(
-    weights: FfnWeights, z_NM: torch.Tensor, norm_F: torch.Tensor, spec: dict[str, Any]
+    weights: FfnWeights,
+    predictor: Predictor,
+    x_ND: torch.Tensor,
+    norm_F: torch.Tensor,
+    spec: dict[str, Any],
 ) -> torch.Tensor:
-    """Predicted scores of the selectable units from a predictor's outputs, common ones left out."""
+    """Predicted scores of the selectable units for inputs [N, D], common ones left out, finite."""
     if spec["predictor"]["groups"]:
-        return z_NM[:, spec["num_common"] // spec["group_size"] :]
-    score_NF = combined(weights, z_NM).abs() * norm_F
-    return unit_scores(score_NF[:, spec["num_common"] :], spec["group_size"])
+        unit_NS = predictor.estimate(x_ND)[:, spec["num_common"] // spec["group_size"] :]
+    else:
+        gated = weights.gate_FD is not None
+        score_NF = predictor.magnitudes(x_ND, weights.act, gated=gated) * norm_F
+        unit_NS = unit_scores(score_NF[:, spec["num_common"] :], spec["group_size"])
+    return unit_NS.nan_to_num()
+
+
+def combined(weights: FfnWeights, z_NM: torch.Tensor) -> torch.Tensor:
+    """The hidden vector from estimated gate and up values (or up values alone)."""
+    if weights.gate_FD is None:
+        return weights.act(z_NM)
+    gate_NF, up_NF = z_NM.chunk(2, dim=-1)
+    return weights.act(gate_NF) * up_NF
 
 
 def kth_score(score_NS: torch.Tensor, num: int) -> torch.Tensor:
@@ -191,9 +333,14 @@ def top_mask(score_NS: torch.Tensor, num: int) -> torch.Tensor:
 
 def _chosen(unit_NS: torch.Tensor, count: int, spec: dict[str, Any]) -> torch.Tensor:
     """bool [N, F]: the common neurons and the best units, `count` neurons in all."""
-    common, group = spec["num_common"], spec["group_size"]
-    mask_NS = top_mask(unit_NS, (count - common) // group).repeat_interleave(group, dim=1)
-    return torch.cat([mask_NS.new_ones(mask_NS.shape[0], common), mask_NS], dim=1)
+    units = (count - spec["num_common"]) // spec["group_size"]
+    return _spread(top_mask(unit_NS, units), spec)
+
+
+def _spread(mask_NS: torch.Tensor, spec: dict[str, Any]) -> torch.Tensor:
+    """A mask of units as one of neurons, the common ones in front."""
+    mask_NF = mask_NS.repeat_interleave(spec["group_size"], dim=1)
+    return torch.cat([mask_NF.new_ones(mask_NF.shape[0], spec["num_common"]), mask_NF], dim=1)
 
 
 def _hits(member_NF: torch.Tensor, chosen_NF: torch.Tensor, num: int) -> float:

@@ -1,8 +1,8 @@
 """The files that ship inside every checkpoint; they import nothing from hireconvert.
 
 `modeling_hire` model classes, `hire_io` loading and saving, `hire_config` what a config may say,
-`hire_install` putting selection into native layers, `hire_predict` predictors and selection,
-`hire_ffn` the sparse FFN, `hire_head` the sparse LM head.
+`hire_install` putting selection into native layers, `hire_predict` predictors and top-k,
+`hire_select` what a row keeps, `hire_ffn` the sparse FFN, `hire_head` the sparse LM head.
 """
 
 RUNTIME_FILES = (
@@ -11,6 +11,7 @@ RUNTIME_FILES = (
     "hire_install.py",
     "hire_io.py",
     "hire_predict.py",
+    "hire_select.py",
     "hire_ffn.py",
     "hire_head.py",
 )

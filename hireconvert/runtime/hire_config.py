@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from .hire_ffn import SparseFfn
-from .hire_predict import num_active
+from .hire_predict import num_active, varies
+from .hire_select import RULES
 
 FORMAT_VERSION = 1
 PREDICTOR_FILE = "hire/predictors.safetensors"
+_LARGEST = 3.0e38  # levels are compared with float32 numbers
 _PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 _SLICE = re.compile(_PATH.pattern + r"(:0/2|:1/2)?")
 
@@ -46,6 +48,31 @@ def _check_predictor(spec: Mapping[str, Any], where: str) -> None:
     if spec["kind"] != "q":
         _integer(spec, "rank", 1, 2**20, where)
         _choice(spec, "factor_bits", (16, 8, 4), where)
+    if "soften" in spec:
+        _choice(spec, "soften", (False,) if spec["groups"] else (True, False), where)
+
+
+def _number(spec: Mapping[str, Any], key: str, low: float, high: float, where: str) -> None:
+    value: Any = spec.get(key)
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    if not real or not low <= value <= high:  # NaN fails as well
+        raise ValueError(
+            f"config.hire: {where}.{key} is {value!r}, expected a number in [{low:g}, {high:g}]"
+        )
+
+
+def _check_selection(layer: Mapping[str, Any], where: str) -> None:
+    spec = layer["selection"]
+    if not isinstance(spec, Mapping):
+        raise ValueError(
+            f"config.hire: {where} is {type(spec).__name__}, expected an object or null"
+        )
+    # Predicted group scores are logarithms, of which only an order is known.
+    groups = layer["predictor"]["groups"]
+    _choice(spec, "rule", ("threshold",) if groups else RULES, where)
+    low, high = (0.0, 1.0) if spec["rule"] == "score_mass" else (-_LARGEST, _LARGEST)
+    _number(spec, "level", low, high, where)
+    _number(spec, "mean_kept", layer["num_common"], layer["num_candidates"], where)
 
 
 def _check_layer(spec: Any, where: str) -> None:
@@ -67,6 +94,8 @@ def _check_layer(spec: Any, where: str) -> None:
     if not isinstance(spec.get("predictor"), Mapping):
         raise ValueError(f"config.hire: {where}.predictor is missing")
     _check_predictor(spec["predictor"], f"{where}.predictor")
+    if spec.get("selection") is not None:
+        _check_selection(spec, f"{where}.selection")
 
 
 def _check_head(spec: Any) -> None:
@@ -152,6 +181,8 @@ def expected_tensors(
             else:
                 shapes[f"{name}_codes"] = (rows, columns if bits == 8 else -(-columns // 2))
                 shapes[f"{name}_scale"] = (rows,)
+    if spec.get("soften"):
+        shapes["soft"] = (num_outputs,)
     return shapes
 
 
@@ -214,8 +245,9 @@ def describe(hire: Mapping[str, Any]) -> str:
         active = sum(num_active(spec) for spec in layers)
         kept = active / sum(spec["num_neurons"] for spec in layers)
         kinds = sorted({spec["predictor"]["kind"] for spec in layers})
+        mean = " on average" if any(varies(spec) for spec in layers) else ""
         pieces.append(
-            f"{len(layers)} sparse FFN layers keep {kept:.2f} of their neurons "
+            f"{len(layers)} sparse FFN layers keep {kept:.2f} of their neurons{mean} "
             f"(predictor {', '.join(kinds)})"
         )
     head = hire["head"]

@@ -1,4 +1,4 @@
-"""Sparse feed-forward layers: predict, over-select, compute exactly, keep the exact top k.
+"""Sparse feed-forward layers: predict, over-select, compute exactly, keep the best.
 
 Shape suffixes: N rows (tokens), D width, F neurons, M predictor outputs, C candidates, K kept,
 S scored units (neurons, or groups of neurons).
@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from .hire_predict import Predictor, members_mask, num_active, select_neurons, unit_scores
+from .hire_predict import Predictor, unit_scores
+from .hire_select import candidate_mask, kept_mask, row_candidates, row_kept
 
 COUNTER_NAMES = ("calls", "rows", "kept", "candidates", "dense_rows")
 
@@ -202,34 +203,22 @@ class SparseFfn(nn.Module):
     def estimated_units(self, x_ND: torch.Tensor) -> torch.Tensor:
         """Predicted scores of the selectable units, the common neurons left out."""
         prepared, spec = self.prepared, self.spec
-        z_NM = prepared.predictor.estimate(x_ND)
         if spec["predictor"]["groups"]:
-            return z_NM[:, spec["num_common"] // spec["group_size"] :]
-        if prepared.gate_FD is None:
-            h_NF = self.parts.act(z_NM)
-        else:
-            gate_NF, up_NF = z_NM.chunk(2, dim=-1)
-            h_NF = self.parts.act(gate_NF) * up_NF
-        score_NF = self.scores(h_NF, prepared.norm_F)
+            z_NS = prepared.predictor.estimate(x_ND)
+            return z_NS[:, spec["num_common"] // spec["group_size"] :]
+        size_NF = prepared.predictor.magnitudes(
+            x_ND, self.parts.act, gated=prepared.gate_FD is not None
+        )
+        score_NF = self.scores(size_NF, prepared.norm_F)
         return unit_scores(score_NF[:, spec["num_common"] :], spec["group_size"])
 
-    def count(self, num_rows: int, dense_rows: torch.Tensor) -> None:
-        """Add one call to the counters; rows that ran dense count as such and not as kept."""
-        spec = self.spec
-        sparse_rows = num_rows - dense_rows
-        kept = num_active(spec)
+    def count(
+        self, num_rows: int, dense_rows: torch.Tensor, *, kept: Any = 0, candidates: Any = 0
+    ) -> None:
+        """Add one call to the counters; neurons are those of the rows that did not run dense."""
         one = torch.ones_like(dense_rows)
-        self.counts.add_(
-            torch.stack(
-                [
-                    one,
-                    one * num_rows,
-                    sparse_rows * kept,
-                    sparse_rows * spec["num_candidates"],
-                    dense_rows,
-                ]
-            ).to(self.counts.device)
-        )
+        added = [one, one * num_rows, one * kept, one * candidates, dense_rows]
+        self.counts.add_(torch.stack(added).to(self.counts.device))
 
     def forward(self, x_ND: torch.Tensor, dense_rows_N: torch.Tensor | None) -> torch.Tensor:
         """The FFN output [N, D] with selection at every row not marked in `dense_rows_N`."""
@@ -249,38 +238,22 @@ class SparseFfn(nn.Module):
         with torch.no_grad():
             unit_NS = self.estimated_units(x_ND)
             score_NF = self.scores(h_NF, self.prepared.norm_F)
-            candidate_NF = self.candidate_mask(unit_NS.nan_to_num())
             dense_N = ~unit_NS.isfinite().all(-1)
+            unit_NS = unit_NS.nan_to_num()
+            candidate_NF = candidate_mask(self.spec, unit_NS)
             dense_N = dense_N | ~(score_NF.isfinite() | ~candidate_NF).all(-1)
             if dense_rows_N is not None:
                 dense_N = dense_N | dense_rows_N
-            keep_NF = self.kept_mask(candidate_NF, score_NF.nan_to_num())
-            keep_NF = keep_NF | dense_N[:, None]
-            self.count(x_ND.shape[0], dense_N.sum())
+            keep_NF = kept_mask(self.spec, candidate_NF, unit_NS, score_NF.nan_to_num())
+            sparse_N1 = ~dense_N[:, None]
+            self.count(
+                x_ND.shape[0],
+                dense_N.sum(),
+                kept=(keep_NF & sparse_N1).sum(),
+                candidates=(candidate_NF & sparse_N1).sum(),
+            )
+            keep_NF = keep_NF | ~sparse_N1
         return parts.down.run(torch.where(keep_NF, h_NF, torch.zeros_like(h_NF)))
-
-    def candidate_mask(self, unit_NS: torch.Tensor) -> torch.Tensor:
-        """The mask [N, F] of the neurons to be computed exactly, from estimated unit scores."""
-        spec = self.spec
-        candidate_NC = select_neurons(
-            unit_NS, spec["num_candidates"], spec["group_size"], spec["num_common"]
-        )
-        return members_mask(candidate_NC, spec["num_neurons"])
-
-    def kept_mask(self, candidate_NF: torch.Tensor, score_NF: torch.Tensor) -> torch.Tensor:
-        """The mask [N, F] of active neurons among the candidates, from exact neuron scores."""
-        spec = self.spec
-        group, common, total = spec["group_size"], spec["num_common"], spec["num_neurons"]
-        if spec["keep"] == "candidates":
-            return candidate_NF
-        exact_NF = torch.where(candidate_NF, score_NF, torch.full_like(score_NF, -1.0))
-        exact_NS = exact_NF[:, common:]
-        if group > 1:
-            # Members of a group are candidates together, so a negative entry marks a whole group.
-            outside_NS = exact_NS.unflatten(-1, (-1, group))[..., 0] < 0
-            exact_NS = unit_scores(exact_NS, group).masked_fill(outside_NS, -1.0)
-        kept_NK = select_neurons(exact_NS, spec["num_kept"], group, common)
-        return members_mask(kept_NK, total)
 
     def _hidden(self, x_ND: torch.Tensor) -> torch.Tensor:
         parts = self.parts
@@ -293,25 +266,27 @@ class SparseFfn(nn.Module):
 
     def gathered(self, x_1D: torch.Tensor) -> torch.Tensor:
         """The fast path for one row: reads candidate rows of gate and up, kept rows of down."""
-        prepared, spec = self.prepared, self.spec
+        spec, compiling = self.spec, torch.compiler.is_compiling()
         unit_1S = self.estimated_units(x_1D)
         finite = unit_1S.isfinite().all()
-        if not torch.compiler.is_compiling() and not bool(finite):
+        if not compiling and not bool(finite):
             return self._dense_row(x_1D)
-        index_C = select_neurons(
-            unit_1S.nan_to_num(), spec["num_candidates"], spec["group_size"], spec["num_common"]
-        )[0]
-        h_1C = self._hidden_rows(x_1D, index_C)
-        score_1C = self.scores(h_1C, prepared.norm_F[index_C])
+        unit_1S = unit_1S.nan_to_num()
+        index_C, counts_C = row_candidates(spec, unit_1S)
+        h_1C = _zeroed(self._hidden_rows(x_1D, index_C), counts_C)
+        score_1C = self.scores(h_1C, self.prepared.norm_F[index_C])
         finite = finite & score_1C.isfinite().all()
-        if not torch.compiler.is_compiling() and not bool(finite):
+        if not compiling and not bool(finite):
             return self._dense_row(x_1D)
+        candidates = kept = _number(index_C, counts_C)
         if spec["keep"] == "top_k" and spec["num_kept"] < spec["num_candidates"]:
-            chosen_K = self._best_candidates(score_1C.nan_to_num())
-            h_1C, index_C = h_1C[:, chosen_K], index_C[chosen_K]
+            chosen_K, counts_K = row_kept(spec, unit_1S, score_1C.nan_to_num())
+            h_1C, index_C = _zeroed(h_1C[:, chosen_K], counts_K), index_C[chosen_K]
+            kept = _number(chosen_K, counts_K)
         y_1D = self._down(h_1C, index_C)
-        self.count(1, (~finite).to(torch.int64))
-        if torch.compiler.is_compiling():
+        sparse = finite.to(torch.int64)
+        self.count(1, 1 - sparse, kept=kept * sparse, candidates=candidates * sparse)
+        if compiling:
             # A graph cannot branch on data: a row with NaN or inf is recomputed densely in a
             # conditional that does nothing for other rows.
             y_1D = torch.cond(
@@ -328,13 +303,6 @@ class SparseFfn(nn.Module):
             return parts.act(up_1C)
         gate_1C = _linear_rows(x_1D, prepared.gate_FD, parts.gate.bias(), index_C)
         return parts.act(gate_1C) * up_1C
-
-    def _best_candidates(self, score_1C: torch.Tensor) -> torch.Tensor:
-        """Positions within the candidates of the kept neurons, ascending."""
-        spec = self.spec
-        common, group = spec["num_common"], spec["group_size"]
-        unit_1S = unit_scores(score_1C[:, common:], group)
-        return select_neurons(unit_1S, spec["num_kept"], group, common)[0]
 
     def _down(self, h_1K: torch.Tensor, index_K: torch.Tensor) -> torch.Tensor:
         down, prepared = self.parts.down, self.prepared
@@ -366,3 +334,13 @@ def _linear_rows(
     """Products of the input with the chosen rows, [1, C]."""
     bias_C = None if bias_F is None else bias_F[index_C]
     return F.linear(x_1D, weight_FD.index_select(0, index_C), bias_C)
+
+
+def _zeroed(h_1C: torch.Tensor, counts_C: torch.Tensor | None) -> torch.Tensor:
+    """The hidden values with those that do not count set to zero."""
+    return h_1C if counts_C is None else h_1C.where(counts_C, 0.0)
+
+
+def _number(index_C: torch.Tensor, counts_C: torch.Tensor | None) -> Any:
+    """How many neurons count: all of them, or those of the mask."""
+    return index_C.shape[0] if counts_C is None else counts_C.sum()

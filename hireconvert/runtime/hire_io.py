@@ -32,6 +32,7 @@ RUNTIME_FILES = (
     "hire_install.py",
     "hire_io.py",
     "hire_predict.py",
+    "hire_select.py",
     "hire_ffn.py",
     "hire_head.py",
 )

@@ -149,6 +149,7 @@ class Predictor:
             bits, rank = spec["factor_bits"], spec["rank"]
             self.factor_in_RD = decode_factor(tensors, "factor_in", bits, width)
             self.factor_out_MR = decode_factor(tensors, "factor_out", bits, rank)
+        self.soft_M: Any = tensors["soft"].float() if spec.get("soften") else None
 
     def estimate(self, x_ND: torch.Tensor) -> torch.Tensor:
         """Estimated outputs float32 [N, M] for inputs [N, D]."""
@@ -159,6 +160,27 @@ class Predictor:
         if self.factor_in_RD is not None:
             z_NM = z_NM + F.linear(F.linear(centred_ND, self.factor_in_RD), self.factor_out_MR)
         return z_NM
+
+    def magnitudes(self, x_ND: torch.Tensor, act: Any, *, gated: bool) -> torch.Tensor:
+        """Estimated sizes float32 [N, F] of the hidden values of neurons.
+
+        Softened, they are the root mean squares that the estimates leave open: an estimate near
+        zero does not mean a small value, only an unknown one.
+        """
+        z_NM = self.estimate(x_ND)
+        if not gated:
+            return self._softened(act(z_NM), self.soft_M)
+        gate_NF, up_NF = z_NM.chunk(2, dim=-1)
+        if self.soft_M is None:
+            return (act(gate_NF) * up_NF).abs()
+        soft_gate_F, soft_up_F = self.soft_M.chunk(2)
+        return self._softened(act(gate_NF), soft_gate_F) * self._softened(up_NF, soft_up_F)
+
+    @staticmethod
+    def _softened(value_NF: torch.Tensor, soft_F: torch.Tensor | None) -> torch.Tensor:
+        if soft_F is None:
+            return value_NF.abs()
+        return (value_NF.square() + soft_F.square()).sqrt()
 
     def _quantized(self, scaled_ND: torch.Tensor) -> torch.Tensor:
         if not self.channel_major:
@@ -187,18 +209,28 @@ def predictor_bytes(spec: Mapping[str, Any], width: int, num_outputs: int) -> in
         rank, bits = spec["rank"], spec["factor_bits"]
         total += rank * (width + num_outputs) * bits // _BITS_IN_BYTE
         total += 0 if bits == 16 else 4 * (rank + num_outputs)
-    return total
+    return total + (2 * num_outputs if spec.get("soften") else 0)
+
+
+def varies(spec: Mapping[str, Any]) -> bool:
+    """Whether a layer keeps another number of neurons for each row."""
+    return spec.get("selection") is not None
 
 
 def num_active(spec: Mapping[str, Any]) -> int:
-    """Neurons of a layer whose output counts: the kept ones, or every candidate."""
+    """Neurons of a layer whose output counts: the kept ones (their mean), or every candidate."""
+    if varies(spec):
+        return int(spec["selection"]["mean_kept"] + 0.5)
     return int(spec["num_kept" if spec["keep"] == "top_k" else "num_candidates"])
 
 
 def layer_bytes(
     spec: Mapping[str, Any], width: int, num_matrices: int, weight_bytes: int
 ) -> dict[str, int]:
-    """Bytes one row reads: predictor, candidates' first matrices, kept down rows; and dense."""
+    """Bytes one row reads: predictor, candidates' first matrices, kept down rows; and dense.
+
+    Where the number of neurons kept varies, the bytes of the mean.
+    """
     units = (
         spec["num_neurons"] // spec["group_size"]
         if spec["predictor"]["groups"]
@@ -206,9 +238,10 @@ def layer_bytes(
     )
     outputs = units if spec["predictor"]["groups"] else units * (num_matrices - 1)
     row = width * weight_bytes
+    exact = num_active(spec) if spec["keep"] == "candidates" else spec["num_candidates"]
     return {
         "predictor": predictor_bytes(spec["predictor"], width, outputs),
-        "candidates": spec["num_candidates"] * (num_matrices - 1) * row,
+        "candidates": exact * (num_matrices - 1) * row,
         "kept": num_active(spec) * row,
         "dense": spec["num_neurons"] * num_matrices * row,
     }

@@ -139,6 +139,37 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "predictor": {"kind": "lr", "rank": 16, "group_scores": True},
     },
     "group_scores_q": {"group_size": 4, "predictor": {"group_scores": True}},
+    "soften": {"predictor": {"bits": 2, "soften": True}},
+    "soften_lr": {"keep": "candidates", "predictor": {"kind": "lr", "rank": 8, "soften": True}},
+    "soften_groups": {"group_size": 4, "predictor": {"bits": 2, "soften": True}},
+    "threshold": {"selection": "threshold"},
+    "threshold_candidates": {"selection": "threshold", "keep": "candidates", "over_select": 1.6},
+    "threshold_groups_common": {
+        "selection": "threshold",
+        "group_size": 4,
+        "common_path": 0.125,
+        "predictor": {"bits": 3, "soften": True},
+    },
+    "threshold_groups_candidates": {
+        "selection": "threshold",
+        "keep": "candidates",
+        "group_size": 4,
+        "common_path": 0.125,
+        "over_select": 1.6,
+    },
+    "threshold_group_scores": {
+        "selection": "threshold",
+        "keep": "candidates",
+        "group_size": 4,
+        "over_select": 1.6,
+        "predictor": {"kind": "lr", "rank": 16, "group_scores": True},
+    },
+    "mean_std": {"selection": "mean_std"},
+    "mean_std_candidates": {"selection": "mean_std", "keep": "candidates", "over_select": 1.6},
+    "mean_std_groups": {"selection": "mean_std", "group_size": 4, "common_path": 0.125},
+    "score_mass": {"selection": "score_mass"},
+    "score_mass_candidates": {"selection": "score_mass", "keep": "candidates", "over_select": 1.6},
+    "score_mass_groups": {"selection": "score_mass", "group_size": 4, "common_path": 0.125},
 }
 
 
@@ -163,6 +194,20 @@ def predicted(spec: dict[str, Any], tensors: dict[str, torch.Tensor], x_ND: torc
     return z_NM
 
 
+def reaches_level(selection: dict[str, Any], own_NS: torch.Tensor, estimate_NS: Any) -> Any:
+    """The rules of docs/format.md, row by row."""
+    level, rows = selection["level"], []
+    for own_S, estimate_S in zip(own_NS.double(), estimate_NS.double(), strict=True):
+        if selection["rule"] == "threshold":
+            rows.append(own_S >= level)
+        elif selection["rule"] == "mean_std":
+            rows.append(own_S >= estimate_S.mean() + level * estimate_S.std(correction=0))
+        else:
+            weaker_S = (own_S.square() * (own_S <= own_S[:, None])).sum(-1)
+            rows.append(weaker_S >= level * own_S.square().sum())
+    return torch.stack(rows)
+
+
 def reference_mask(native: Any, index: int, x_ND: torch.Tensor, layer: Any) -> torch.Tensor:
     """Active neurons by the words of docs/design.md."""
     spec, tensors = layer.spec, layer.predictor_tensors
@@ -179,11 +224,19 @@ def reference_mask(native: Any, index: int, x_ND: torch.Tensor, layer: Any) -> t
         estimate_NS = z_NM[:, common // group :]
     else:
         gate_NF, up_NF = z_NM.chunk(2, dim=-1)
-        estimate_NS = units(weights.act(gate_NF) * up_NF)
+        gate_NF = weights.act(gate_NF)
+        if spec["predictor"].get("soften"):
+            soft_gate_F, soft_up_F = tensors["soft"].float().view(2, -1)
+            gate_NF, up_NF = torch.hypot(gate_NF, soft_gate_F), torch.hypot(up_NF, soft_up_F)
+        estimate_NS = units(gate_NF * up_NF)
     chosen_NS = lowest_first(estimate_NS, (spec["num_candidates"] - common) // group)
+    own_NS = estimate_NS
     if spec["keep"] == "top_k":
-        exact_NS = units(dense_hidden(weights, x_ND)).masked_fill(~chosen_NS, -1.0)
-        chosen_NS = lowest_first(exact_NS, (spec["num_kept"] - common) // group)
+        own_NS = units(dense_hidden(weights, x_ND)).masked_fill(~chosen_NS, 0.0)
+    if "selection" in spec:
+        chosen_NS = chosen_NS & reaches_level(spec["selection"], own_NS, estimate_NS)
+    elif spec["keep"] == "top_k":
+        chosen_NS = lowest_first(own_NS, (spec["num_kept"] - common) // group)
     always_NC = torch.ones(x_ND.shape[0], common, dtype=torch.bool)
     return torch.cat([always_NC, chosen_NS.repeat_interleave(group, dim=-1)], dim=-1)
 
@@ -201,13 +254,93 @@ def test_every_variant_selects_as_the_format_says(variant):
         keep_NF = reference_mask(model, index, x_ND, layer)
         expected = masked_output(model, index, x_ND, keep_NF)
         kept = layer.spec["num_kept" if layer.spec["keep"] == "top_k" else "num_candidates"]
-        assert (keep_NF.sum(-1) == kept).all() and kept < NEURONS
+        number_N = keep_NF.sum(-1)
+        if "selection" in layer.spec:
+            assert 1 < number_N.unique().numel() and number_N.max() <= layer.spec["num_candidates"]
+        else:
+            assert (number_N == kept).all() and kept < NEURONS
+        layer.counts.zero_()
         with torch.no_grad():
             twin = layer.masked(x_ND)
+            assert int(layer.counts[2]) == int(number_N.sum())
             wrong = sparse_layers(spoilt)[index].masked(x_ND)
         assert relative(twin, expected) < TOLERANCE
         assert relative(gathered_rows(layer, x_ND), expected) < TOLERANCE
+        assert int(layer.counts[2]) == 2 * int(number_N.sum())
         assert relative(wrong, expected) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "selection" in VARIANTS[v]])
+def test_a_graph_of_fixed_size_selects_as_the_row_does(variant):
+    model = hire_model(tiny_model("llama"), ffn={"keep_fraction": 0.5, **VARIANTS[variant]})
+    layer = sparse_layers(model)[1]
+    x_ND = layer_inputs(tiny_model("llama"))[1][:24]
+    expected, counts = gathered_rows(layer, x_ND), layer.counts.clone()
+    layer.counts.zero_()
+    graphs = []
+
+    def count_graphs(module: Any, _inputs: Any) -> Any:
+        graphs.append(module)
+        return module
+
+    torch._dynamo.reset()
+    run = torch.compile(layer.gathered, fullgraph=True, dynamic=False, backend=count_graphs)
+    with torch.no_grad():
+        compiled = torch.cat([run(row[None]) for row in x_ND])
+    torch._dynamo.reset()
+    assert len(graphs) == 1
+    assert relative(compiled, expected) < TOLERANCE
+    assert torch.equal(layer.counts, counts)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_threshold_over_every_candidate_keeps_what_reaches_it(family):
+    settings = {"keep_fraction": 0.4, "over_select": 3.0, "selection": "threshold"}
+    native = tiny_model(family)
+    model = hire_model(native, ffn={**settings, "predictor": {"bits": 2, "soften": True}})
+    for index, layer in enumerate(sparse_layers(model)):
+        assert layer.spec["num_candidates"] == NEURONS
+        x_ND = layer_inputs(native)[index]
+        weights = read_ffn_weights(native, find_layout(native), index)
+        score_NF = dense_hidden(weights, x_ND).abs() * weights.down_FD.norm(dim=1)
+        keep_NF = score_NF >= layer.spec["selection"]["level"]
+        # The level was fitted on these very rows.
+        assert abs(float(keep_NF.sum(1).float().mean()) - layer.spec["num_kept"]) <= 1 / len(x_ND)
+        expected = masked_output(native, index, x_ND, keep_NF)
+        with torch.no_grad():
+            assert relative(layer.masked(x_ND), expected) < TOLERANCE
+        assert relative(gathered_rows(layer, x_ND[:24]), expected[:24]) < TOLERANCE
+
+
+@pytest.mark.parametrize("keep", ["top_k", "candidates"])
+@pytest.mark.parametrize("family", ["llama", "llama_bias", "opt", "phi3"])
+def test_a_row_may_keep_nothing_or_every_candidate(family, keep):
+    native = tiny_model(family)
+    settings = {"selection": "threshold", "keep": keep, "over_select": 1.5}
+    model = hire_model(native, ffn=settings)
+    x_ND = layer_inputs(native)[0][:6]
+    (layer, *_) = sparse_layers(model)
+    for level, number in ((3.0e38, 0), (-3.0e38, layer.spec["num_candidates"])):
+        layer.spec["selection"] = {**layer.spec["selection"], "level": level}
+        layer.counts.zero_()
+        with torch.no_grad():
+            twin = layer.masked(x_ND)
+        gathered = gathered_rows(layer, x_ND)
+        assert int(layer.counts[2]) == 2 * 6 * number
+        assert torch.allclose(gathered, twin, atol=TOLERANCE * float(twin.abs().max()) + 1e-12)
+        if number == 0:
+            assert torch.equal(twin, torch.zeros_like(twin) + down_bias(native, 0))
+
+
+@pytest.mark.parametrize("variant", ["soften", "threshold_candidates", "score_mass"])
+def test_what_varies_survives_saving_and_loading(variant, tmp_path):
+    model = hire_model(tiny_model("llama"), ffn={"keep_fraction": 0.5, **VARIANTS[variant]})
+    ids = tokens(1, 12)
+    expected = stepwise(model, ids)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(stepwise(again, ids), expected)
+    assert again.config.hire == model.config.hire
 
 
 @pytest.mark.parametrize("variant", ["groups", "groups_common", "common"])

@@ -263,8 +263,8 @@ def test_recall_is_that_of_the_runtime():
         ffn().act,
     )
     norms = score_norms(weights, "norm")
-    estimate = Predictor(result.spec["predictor"], result.tensors, D).estimate(HELD)
-    units = estimated_units(weights, estimate, norms, result.spec)
+    predictor = Predictor(result.spec["predictor"], result.tensors, D)
+    units = estimated_units(weights, predictor, HELD, norms, result.spec)
     chosen = select_neurons(units, result.spec["num_candidates"], 4, 8)
     recall = recall_at(exact_scores(weights, HELD, norms), members_mask(chosen, F), 32).mean()
     assert result.report["recall"] == pytest.approx(float(recall), abs=1e-6)

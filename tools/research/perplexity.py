@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import time
-import types
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +32,10 @@ from twin import (
 from hireconvert.distill import LayerResult, distill_layer
 from hireconvert.families import FfnWeights
 from hireconvert.recipe import FfnRecipe, PredictorRecipe
-from hireconvert.runtime.hire_ffn import SparseFfn
-from hireconvert.runtime.hire_predict import Predictor
-from hireconvert.scoring import estimated_units, layer_counts, measured, top_mask
+from hireconvert.runtime.hire_predict import Predictor, varies
+from hireconvert.runtime.hire_select import candidate_mask
+from hireconvert.runtime.hire_select import kept_mask as runtime_mask
+from hireconvert.scoring import estimated_units, layer_counts, levelled, measured, top_mask
 
 TEXTS = ("wiki", "c4")
 RECALL_ROWS = 512
@@ -58,10 +58,9 @@ def permuted(weights: FfnWeights, order: torch.Tensor | None) -> FfnWeights:
 
 
 def kept_mask(unit_NS: torch.Tensor, score_NF: torch.Tensor, spec: dict[str, Any]) -> torch.Tensor:
-    """What the runtime keeps (its own code where groups or common neurons are involved)."""
-    if spec["group_size"] > 1 or spec["num_common"]:
-        layer = types.SimpleNamespace(spec=spec)
-        return SparseFfn.kept_mask(layer, SparseFfn.candidate_mask(layer, unit_NS), score_NF)
+    """What the runtime keeps (its own code but in the plain case, which is faster here)."""
+    if spec["group_size"] > 1 or spec["num_common"] or varies(spec):
+        return runtime_mask(spec, candidate_mask(spec, unit_NS), unit_NS, score_NF)
     candidate_NF = top_mask(unit_NS, spec["num_candidates"])
     if spec["keep"] == "candidates":
         return candidate_NF
@@ -82,9 +81,10 @@ class PredictedMask:
         result = self.layers[index]
         order = result.permutation_F
         scores = scores_NF if order is None else scores_NF[:, order]
-        z_NM = self.predictors[index].estimate(x_ND)
-        units = estimated_units(self.weights[index], z_NM, self.norms[index], result.spec)
-        mask = kept_mask(units.nan_to_num(), scores, result.spec)
+        units = estimated_units(
+            self.weights[index], self.predictors[index], x_ND, self.norms[index], result.spec
+        )
+        mask = kept_mask(units, scores, result.spec)
         if order is None:
             return mask
         return torch.zeros_like(mask).scatter_(1, order.expand_as(mask), mask)
@@ -159,12 +159,8 @@ class Study:
                 layers = self.fit(setting, keep)
             recipe = FfnRecipe(keep_fraction=keep, **setting.get("ffn", {}))
             counts = layer_counts(self.weights[0].up_FD.shape[0], recipe, keep)
-            layers = [
-                LayerResult(
-                    {**counts, "predictor": r.spec["predictor"]}, r.tensors, r.permutation_F
-                )
-                for r in layers
-            ]
+            pairs = zip(self.layers, layers, strict=True)
+            layers = [self.recounted(index, result, counts) for index, result in pairs]
             extra = {**self.recalls(layers), "fit_s": round(time.time() - started, 1)}
             extra["setting"] = setting
             if self.args.recall_only:
@@ -176,9 +172,19 @@ class Study:
                 continue
             self.record(name, keep, PredictedMask(self.weights, layers), extra)
 
+    def recounted(self, index: int, result: LayerResult, counts: dict[str, Any]) -> LayerResult:
+        """The predictor of one layer with other counts, and the level that goes with them."""
+        weights = permuted(self.weights[index], result.permutation_F)
+        fit_ND = self.acts["fit"][index][:: self.args.fit_stride].contiguous()
+        spec = {**counts, "predictor": result.spec["predictor"]}
+        spec = levelled(weights, fit_ND, spec, result.tensors)
+        return LayerResult(spec, result.tensors, result.permutation_F)
+
     def recalls(self, layers: list[LayerResult]) -> dict[str, Any]:
         """Recall on the dense model's inputs of the test texts, and shares of dense bytes."""
         found: dict[str, list[float]] = {"recall": [], "recall_at_kept": [], "score_mass": []}
+        kept: list[dict[str, float]] = []
+        read: list[dict[str, float]] = []
         for i, result in zip(self.layers, layers, strict=True):
             inputs = torch.cat([self.acts[text][i][:RECALL_ROWS] for text in TEXTS])
             report = measured(
@@ -186,14 +192,19 @@ class Study:
             )
             for key, values in found.items():
                 values.append(report[key])
-        read = report["bytes"]
-        total = read["predictor"] + read["candidates"] + read["kept"]
-        shares = {
-            "predictor_share": read["predictor"] / read["dense"],
-            "total_share": total / read["dense"],
-        }
+            neurons, dense = result.spec["num_neurons"], report["bytes"]["dense"]
+            read.append({key: value / dense for key, value in report["bytes"].items()})
+            kept.append({key: value / neurons for key, value in report.get("kept", {}).items()})
         means = {key: sum(values) / len(values) for key, values in found.items()}
-        return {**means, "recall_worst": min(found["recall"]), **shares}
+        share = mean_of(read)
+        means["predictor_share"] = share["predictor"]
+        means["total_share"] = share["predictor"] + share["candidates"] + share["kept"]
+        return {**means, "recall_worst": min(found["recall"]), "kept_share": mean_of(kept)}
+
+
+def mean_of(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each key."""
+    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
 
 
 def main() -> None:
