@@ -65,7 +65,8 @@ def _quiet_libraries() -> None:
 
 
 def _err() -> Console:
-    return Console(stderr=True, highlight=False)
+    width = None if sys.stderr.isatty() else render.PLAIN_WIDTH
+    return Console(stderr=True, width=width, highlight=False)
 
 
 def _show(result: Mapping[str, Any], as_json: bool, draw: Callable[..., Any]) -> None:
