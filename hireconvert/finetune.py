@@ -170,11 +170,13 @@ class _Trainer:
         self.targets = trained_weights(model, layout, recipe.parameters)
         self.teacher = self._frozen_copy()
         self.parameters = self._make_trainable()
+        decay = recipe.weight_decay
         optimizer = torch.optim.AdamW(
-            self.parameters, lr=0.0, betas=BETAS, weight_decay=recipe.weight_decay
+            self.parameters, lr=0.0, betas=BETAS, weight_decay=decay, fused=True
         )
         self.optimizer: Any = self.accelerator.prepare(optimizer)
         self.losses: list[float] = []
+        self.kept: list[float] = []  # mean share of neurons of each step
         self.step = 0
 
     def _frozen_copy(self) -> PreTrainedModel:
@@ -213,13 +215,12 @@ class _Trainer:
                 if folder is not None and self.step % recipe.checkpoint_steps == 0:
                     self._save(folder)
                 progress(self.step, plan.steps, f"loss {self._recent_loss():.4f}")
-            kept = student.kept_share() if student.layers[0].rows else None
         self._finish()
         return {
             "steps": plan.steps,
             "num_tokens": plan.steps * recipe.step_windows * self.windows_WT.shape[1],
             "num_trained": sum(parameter.numel() for parameter in self.parameters),
-            "kept_share_mean": kept,
+            "kept_share_mean": sum(self.kept) / len(self.kept) if self.kept else None,
             "loss_first": self.losses[0] if self.losses else None,
             "loss_last": self._recent_loss() if self.losses else None,
             "losses": _thinned(self.losses),
@@ -256,6 +257,7 @@ class _Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.losses.append(total)
+        self.kept.append(student.kept_share())
 
     def _autocast(self) -> Any:
         narrow = self.recipe.precision == "bfloat16"
@@ -337,14 +339,16 @@ class _Trainer:
             tensors[f"weight.{index}"] = parameter.detach()
             for name, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"{name}.{index}"] = value
-        facts = {"step": str(self.step), "losses": json.dumps(self.losses)}
+        facts = {"step": str(self.step)}
+        facts |= {"losses": json.dumps(self.losses), "kept": json.dumps(self.kept)}
         _write(folder / CHECKPOINT, tensors, facts)
 
     def _restore(self, folder: Path, student: Student) -> None:
         tensors = load_file(folder / CHECKPOINT)
         with safe_open(folder / CHECKPOINT, "pt") as file:
             facts = file.metadata()
-        self.step, self.losses = int(facts["step"]), json.loads(facts["losses"])
+        self.step = int(facts["step"])
+        self.losses, self.kept = json.loads(facts["losses"]), json.loads(facts["kept"])
         with torch.no_grad():
             for index, parameter in enumerate(self.parameters):
                 parameter.copy_(tensors[f"weight.{index}"])

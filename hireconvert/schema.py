@@ -313,6 +313,9 @@ class FinetuneRecipe(Section):
         if self.num_tokens < self.window:
             found = f"{self.num_tokens} is less than one window of {self.window} tokens"
             yield "num_tokens", f"{found} (finetune.window)"
+        elif self.num_tokens // self.window < self.step_windows:
+            step = f"{self.step_windows} windows of {self.window} tokens"
+            yield "num_tokens", f"{self.num_tokens} is less than one step of {step}"
         yield from _source_problems(self.source or "self")
 
 

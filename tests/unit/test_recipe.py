@@ -178,6 +178,10 @@ WRONG = [
     ("data=hub:a/b/c", "data.source: 'hub:a/b/c' is not of the form hub:org/name"),
     # the finetune
     ("finetune.num_tokens=256", "finetune.num_tokens: 256 is less than one window of 512 tokens"),
+    (
+        "finetune.num_tokens=512",
+        "finetune.num_tokens: 512 is less than one step of 2 windows of 512 tokens",
+    ),
     ("finetune.source=hub:a b", "finetune.source: 'hub:a b' is not of the form hub:org/name"),
     ("finetune.windw=3", "finetune.windw: unknown key, did you mean window?"),
     ("finetune.mask=true", "finetune.mask: true is not one of 'oracle', 'predicted'"),
