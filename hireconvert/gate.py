@@ -13,10 +13,10 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from hireconvert.figures import SCOPES, figure
 from hireconvert.sections import In, Problem, Section
 from hireconvert.strict_yaml import build, read_mapping
 
-SCOPES = ("all", "all_prefix")
 ENDS = ("point", "low", "high")
 # Figures of a text that belong to no scope: key of the gate, path in the JSON of `eval`.
 SINGLE = {
@@ -187,7 +187,7 @@ def checks(gate: Gate, results: Results) -> list[Check]:
     found = [each for name, text in texts.items() for each in _text_checks(gate, name, text)]
     found += _task_checks(gate, results.get("tasks") or {})
     if gate.speed_ratio is not None:
-        ratio = _figure(results, "speed", "ratio")
+        ratio = figure(results, "speed", "ratio")
         found.append(Check("speed_ratio", "", ratio, least=gate.speed_ratio.min))
     return found
 
@@ -195,16 +195,9 @@ def checks(gate: Gate, results: Results) -> list[Check]:
 # --------------------------------------------------------------------------- figures
 
 
-def _figure(tree: Any, *path: str) -> float | None:
-    for key in path:
-        tree = tree.get(key) if isinstance(tree, Mapping) else None
-    number = isinstance(tree, int | float) and not isinstance(tree, bool)
-    return float(tree) if number else None
-
-
 def _worse(values: list[float | None], *, least: bool) -> float | None:
     """The worse of the scopes' figures; None unless each scope has a number."""
-    known = [value for value in values if value is not None and math.isfinite(value)]
+    known = [value for value in values if value is not None]
     if len(known) < len(values):
         return None
     return (min if least else max)(known)
@@ -215,14 +208,14 @@ def _text_checks(gate: Gate, name: str, text: Results) -> Iterator[Check]:
     for limit, end in (("max", "point"), ("high", "high")):
         most = getattr(grown, limit, None)
         if most is not None:
-            values = [_figure(text, "increase", scope, end) for scope in SCOPES]
+            values = [figure(text, "increase", scope, end) for scope in SCOPES]
             found = _worse(values, least=False)
             yield Check(f"perplexity_increase.{limit}", name, found, most=most)
     for key in ("perplexity", "kl_mean", "kl_p99", "top1_agreement"):
-        values = [_figure(text, scope, key) for scope in SCOPES]
+        values = [figure(text, scope, key) for scope in SCOPES]
         yield from _plain(gate, key, name, _worse(values, least=key == "top1_agreement"))
     for key, path in SINGLE.items():
-        yield from _plain(gate, key, name, _figure(text, *path))
+        yield from _plain(gate, key, name, figure(text, *path))
     yield from _plain(gate, "dense_rows", name, _dense_rows(text))
 
 
@@ -237,7 +230,7 @@ def _dense_rows(text: Results) -> float | None:
     """Rows that should have selected and did not; None where nothing is sparse at all."""
     if text.get("all") is None and text.get("head") is not None:
         return 0.0
-    return _worse([_figure(text, scope, "nonfinite_rows") for scope in SCOPES], least=False)
+    return _worse([figure(text, scope, "nonfinite_rows") for scope in SCOPES], least=False)
 
 
 def _task_checks(gate: Gate, tasks: Results) -> Iterator[Check]:
@@ -251,8 +244,7 @@ def _task_checks(gate: Gate, tasks: Results) -> Iterator[Check]:
     strong = [
         name
         for name, task in tasks.items()
-        if name not in gate.tasks
-        and (_figure(task, "baseline") or 0.0) >= every.if_baseline_reaches
+        if name not in gate.tasks and (figure(task, "baseline") or 0.0) >= every.if_baseline_reaches
     ]
     for name in strong:
         yield from _difference("every_task", name, every, tasks[name])
@@ -262,10 +254,10 @@ def _task_checks(gate: Gate, tasks: Results) -> Iterator[Check]:
 
 def _difference(key: str, subject: str, limit: Difference, task: Any) -> Iterator[Check]:
     if limit.min is not None:
-        found = _figure(task, "difference", "point")
+        found = figure(task, "difference", "point")
         yield Check(f"{key}.min", subject, found, least=limit.min)
     if limit.low is not None:
-        found = _figure(task, "difference", "low")
+        found = figure(task, "difference", "low")
         yield Check(f"{key}.low", subject, found, least=limit.low)
 
 
@@ -274,7 +266,7 @@ def mean_difference(tasks: Results) -> dict[str, dict[str, float]] | None:
 
     Tasks share no item, so the ends of the interval add in squares.
     """
-    ends = [[_figure(task, "difference", end) for end in ENDS] for task in tasks.values()]
+    ends = [[figure(task, "difference", end) for end in ENDS] for task in tasks.values()]
     rows = [[end for end in task if end is not None] for task in ends]
     if not rows or min(map(len, rows)) < len(ENDS):
         return None

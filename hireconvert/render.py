@@ -19,6 +19,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from hireconvert.figures import size
+
 # Wide enough for every table, so that nothing is cut off in a file or a pipe.
 PLAIN_WIDTH = 140
 Result = Mapping[str, Any]
@@ -125,15 +127,6 @@ def make_reporter(console: Console) -> PlainReporter:
 
 
 # --------------------------------------------------------------------------- results
-
-
-def size(count: float) -> str:
-    """Bytes in the unit that keeps three digits, powers of ten."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
 
 
 def _table(*columns: str, title: str | None = None) -> Table:
@@ -247,8 +240,9 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def evaluation(result: Result) -> RenderableType:
-    """Every measured figure under its key."""
-    return _pairs({key: value for key, value in _flat(result).items() if value is not None})
+    """Every measured figure under its key, but those of single layers."""
+    flat = {key: value for key, value in _flat(result).items() if value is not None}
+    return _pairs({key: value for key, value in flat.items() if not isinstance(value, list)})
 
 
 def conversion(out: Path) -> Callable[[Result], RenderableType]:

@@ -7,10 +7,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from hireconvert.figures import ABSENT, interval, number, worse_scope
 from hireconvert.gate import Check
 
 Result = Mapping[str, Any]
-ABSENT = "-"
 
 
 def assessment(result: Result) -> RenderableType:
@@ -44,25 +44,6 @@ def _table(*columns: str) -> Table:
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     return table
-
-
-def number(value: Any, form: str) -> str:
-    """A figure in a format, or a dash where it was not measured."""
-    return ABSENT if value is None else format(value, form)
-
-
-def interval(each: Result | None, form: str = ".2%") -> str:
-    """A figure with its 95 % interval."""
-    if each is None:
-        return ABSENT
-    ends = [number(each[end], f"+{form}") for end in ("low", "high")]
-    return f"{number(each['point'], f'+{form}')} ({ends[0]} to {ends[1]})"
-
-
-def worse_scope(text: Result) -> str | None:
-    """The sparse scope with the higher perplexity; None without a sparse FFN."""
-    scopes = [scope for scope in ("all", "all_prefix") if text[scope] is not None]
-    return max(scopes, key=lambda scope: text[scope]["perplexity"] or 0.0, default=None)
 
 
 def _texts(texts: Result) -> Table:

@@ -1,0 +1,46 @@
+"""Figures out of results, whatever lies there, and figures as people read them."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+SCOPES = ("all", "all_prefix")  # the sparse ones of an evaluation; limits hold for the worse
+ABSENT = "-"
+
+
+def figure(tree: Any, *path: str) -> float | None:
+    """The finite number at a path of keys, or None."""
+    for key in path:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    if isinstance(tree, bool) or not isinstance(tree, int | float):
+        return None
+    return float(tree) if math.isfinite(tree) else None
+
+
+def worse_scope(text: Mapping[str, Any]) -> str | None:
+    """The sparse scope with the higher perplexity; None without a sparse FFN."""
+    found = {scope: figure(text, scope, "perplexity") for scope in SCOPES if text.get(scope)}
+    return max(found, key=lambda scope: found[scope] or math.inf, default=None)
+
+
+def number(value: Any, form: str) -> str:
+    """A figure in a format, or a dash where there is none."""
+    found = figure({"value": value}, "value")
+    return ABSENT if found is None else format(found, form)
+
+
+def interval(each: Any, form: str = ".2%") -> str:
+    """A figure with its 95 % interval, both with their signs."""
+    if figure(each, "point") is None:
+        return ABSENT
+    point, low, high = (number(figure(each, end), f"+{form}") for end in ("point", "low", "high"))
+    return f"{point} ({low} to {high})"
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that keeps three digits, powers of ten."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
