@@ -13,22 +13,23 @@ Shape suffixes: W windows, T tokens of a window.
 import json
 import math
 import random
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from hireconvert.allocation import Allocation, Keeps, Levels, Trades
 from hireconvert.masked import Active, MaskedModel, Score, Trace
 from hireconvert.schema_budget import BudgetRecipe, BudgetTargetRecipe
 
-Note = Callable[[str], None]
+Progress = Callable[[int, int, str], None]  # rounds done, rounds in all, where the score stands
 
 SURVIVORS = 2  # offspring measured on all windows
 TRACES_KEPT = SURVIVORS + 2  # the parent's, its challengers', one being made
-NOTES = 10  # lines of progress in a search
+SLOPES_COST = 3  # a pass forward and back, in passes forward
 
 
 class Memo:
@@ -92,6 +93,22 @@ class Trials:
         self.memo.put(key, score)
         return score
 
+    def slopes(self, keeps: Keeps, step: float) -> tuple[float, ...]:
+        """How much the last `step` of its neurons saves in each layer (`MaskedModel.slopes`)."""
+        active, more = (
+            self.allocation.active(shares)
+            for shares in (keeps, tuple(min(keep + step, 1.0) for keep in keeps))
+        )
+        key = f"{self.name} slopes {','.join(map(str, active))}"
+        self._asked[key] = SLOPES_COST * len(self.masked.ids_WT)
+        known = self.memo.get(key)
+        if known is None:
+            width = tuple(max(b - a, 1) for a, b in zip(active, more, strict=True))
+            # Slopes of layers stand where scores of windows do.
+            known = Score(self.masked.slopes(active, width), ())
+            self.memo.put(key, known)
+        return known.kl_W
+
     def _trace(self, active: Active) -> Trace:
         if active not in self._traces:
             self._keep(self.masked.measure(active)[1])
@@ -104,31 +121,22 @@ class Trials:
             self._traces.popitem(last=False)
 
 
-@dataclass
-class Pace:
-    """Progress of one search: steps for a bar, and now and then a line with the time left."""
-
-    total: int
-    note: Note
-    advance: Callable[[int, int], None]
-    done: int = 0
-    _start: float = field(default_factory=time.perf_counter)
-
-    def step(self, what: str) -> None:
-        """One of `total` steps is done."""
-        self.done += 1
-        self.advance(self.done, self.total)
-        if self.done % max(1, self.total // NOTES) == 0 and self.done < self.total:
-            left_s = (time.perf_counter() - self._start) / self.done * (self.total - self.done)
-            self.note(
-                f"budget search: {self.done} of {self.total}, {what}, {left_s / 60:.0f} min left"
-            )
+def evenly(ids_WT: torch.Tensor, num_tokens: int, length: int) -> torch.Tensor:
+    """The beginnings of windows, [W, length or less]: about `num_tokens` tokens of many texts."""
+    length = min(length, ids_WT.shape[1])
+    wanted = max(1, num_tokens // length)
+    if wanted > len(ids_WT):  # few windows: longer pieces of them
+        wanted = len(ids_WT)
+        length = min(ids_WT.shape[1], num_tokens // wanted)
+    return ids_WT[:wanted, :length]
 
 
 # --------------------------------------------------------------------------- searches
 
 
-def evolve(trials: Trials, trades: Trades, recipe: BudgetRecipe, seed: int, pace: Pace) -> Levels:
+def evolve(
+    trials: Trials, trades: Trades, recipe: BudgetRecipe, seed: int, progress: Progress
+) -> Levels:
     """The best list found by trading steps at random, never worse than the base.
 
     A generation's offspring are scored on a few windows, the best of them on all; the best of
@@ -149,52 +157,54 @@ def evolve(trials: Trials, trades: Trades, recipe: BudgetRecipe, seed: int, pace
             found = trials.score(trades.keeps(child), near=near)
             if found.kl < score.kl:
                 parent, score = child, found
-        pace.step(f"KL {score.kl:.5f}")
+        progress(generation + 1, recipe.generations, f"KL {score.kl:.5f}")
     return parent
 
 
-def descend(trials: Trials, trades: Trades, recipe: BudgetRecipe, pace: Pace) -> Levels:
+def descend(trials: Trials, trades: Trades, recipe: BudgetRecipe, progress: Progress) -> Levels:
     """The best list found by sweeps of measurement, never worse than the base.
 
-    A sweep scores every layer one step up and one step down where the list now stands, then tries
-    the best 1, 2, 4, ... trades together; it ends where none helps.
+    A sweep takes the slope of every layer where the list now stands, then measures the best 1, 2,
+    4, ... trades together and keeps what helped most; the search ends where none helped.
     """
-    parent, probe = trades.none, _probe_windows(trials, recipe)
-    score = trials.score(trades.keeps(parent), near=trades.keeps(parent))
-    for _ in range(recipe.sweeps):
-        pairs = _ranked_pairs(trials, trades, parent, probe)
-        best, num = parent, 1
-        while num <= len(pairs):
+    parent, seen = trades.none, {trades.none}
+    score = trials.score(trades.keeps(parent))
+    for sweep in range(recipe.sweeps):
+        pairs, best = _ranked_pairs(trials, trades, parent), parent
+        for num in _doubling(len(pairs)):
             ups, downs = zip(*pairs[:num], strict=True)
             child = trades.moved(parent, list(ups), list(downs))
-            found = trials.score(trades.keeps(child), near=trades.keeps(parent))
+            if child in seen:
+                continue
+            seen.add(child)
+            found = trials.score(trades.keeps(child))
             if found.kl < score.kl:
                 best, score = child, found
-            num *= 2
-        pace.step(f"KL {score.kl:.5f}")
+        progress(sweep + 1, recipe.sweeps, f"KL {score.kl:.5f}")
         if best == parent:
             break
         parent = best
     return parent
 
 
-def _ranked_pairs(
-    trials: Trials, trades: Trades, levels: Levels, probe: int
-) -> list[tuple[int, int]]:
-    """(layer to give a step, layer to take one from), each layer once, most promising first."""
-    near, layers = trades.keeps(levels), range(len(levels))
+def _doubling(most: int) -> list[int]:
+    """1, 2, 4, ... and `most`."""
+    powers = [2**power for power in range(most.bit_length())]
+    return sorted({num for num in [*powers, most] if 0 < num <= most})
 
-    def changed(ups: list[int], downs: list[int]) -> float:
-        child = trades.keeps(trades.moved(levels, ups, downs))
-        return trials.score(child, num_windows=probe, near=near).kl
 
-    gains = sorted((changed([i], []), i) for i in layers if trades.can(levels, i, 1))
-    losses = sorted((changed([], [i]), i) for i in layers if trades.can(levels, i, -1))
+def _ranked_pairs(trials: Trials, trades: Trades, levels: Levels) -> list[tuple[int, int]]:
+    """(layer to give a step, layer to take one from), each layer once, widest gap first."""
+    slope = trials.slopes(trades.keeps(levels), trades.step)
+    layers = range(len(levels))
+    ups = sorted((i for i in layers if trades.can(levels, i, 1)), key=lambda i: -slope[i])
+    downs = sorted((i for i in layers if trades.can(levels, i, -1)), key=lambda i: slope[i])
     pairs: list[tuple[int, int]] = []
     used: set[int] = set()
-    for _, up in gains:
-        for _, down in losses:
-            if up != down and not {up, down} & used and trades.alike(up, down):
+    for up in ups:
+        for down in downs:
+            free = not {up, down} & used
+            if free and slope[up] > slope[down] and trades.alike(up, down):
                 pairs.append((up, down))
                 used |= {up, down}
                 break
@@ -226,7 +236,13 @@ class Found:
 
 
 def search_budget(
-    search: Trials, held: Trials, recipe: BudgetRecipe, *, bytes_: Bytes, seed: int, pace: Pace
+    search: Trials,
+    held: Trials,
+    recipe: BudgetRecipe,
+    *,
+    bytes_: Bytes,
+    seed: int,
+    progress: Progress,
 ) -> Found:
     """The list of the target, searched on the windows of `search` and judged on those of `held`.
 
@@ -240,9 +256,9 @@ def search_budget(
         start, reached = _on_target(held, start, target, bytes_)
     trades = Trades(allocation, start, recipe.step)
     if recipe.method == "evolution":
-        levels = evolve(search, trades, recipe, seed, pace)
+        levels = evolve(search, trades, recipe, seed, progress)
     else:
-        levels = descend(search, trades, recipe, pace)
+        levels = descend(search, trades, recipe, progress)
     found = trades.keeps(levels)
     if target is not None and target.bytes_per_token is None and reached:
         lower, holds = _on_target(held, found, target, bytes_)

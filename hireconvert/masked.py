@@ -7,7 +7,8 @@ Shape suffixes: W windows, T tokens of a window, N rows (scored positions), D wi
 V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +49,7 @@ class Score:
 
 @dataclass
 class Trace:
-    """What every decoder layer returned in one pass, for passes that differ only in later layers."""
+    """What every decoder layer returned in one pass; one that differs in later layers reuses it."""
 
     active: Active
     outputs: list[list[Any]] = field(default_factory=list)  # one list a window
@@ -99,6 +100,7 @@ class MaskedModel:
         self._parts, self._plain = parts, score == "plain"
         self._norms = [part.down_FD().detach().float().norm(dim=1) for part in parts]
         self._active: Active = self.neurons
+        self._watch: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
         self._inputs: dict[int, torch.Tensor] = {}
         self._copies = [] if estimate is None else [_copies(part, estimate) for part in parts]
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -155,6 +157,29 @@ class MaskedModel:
             nll.append(window_nll)
         return Score(tuple(kl), tuple(nll)), trace
 
+    def slopes(self, active: Active, step: Active) -> tuple[float, ...]:
+        """How much KL a layer's last `step` neurons save, to first order, [one float a layer].
+
+        The gradient of the KL with respect to each hidden value, times that value, is the effect
+        of one neuron of one token; it is summed over the `step` best that are left out and the
+        `step` worst that are kept, and halved. One pass forward and back serves every layer.
+        """
+        marginal = _Marginal(self, active, step)
+        wanted = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.model.requires_grad_(False)
+        try:
+            with torch.enable_grad():
+                for number, ids_T in enumerate(self.ids_WT):
+                    with marginal.watching():
+                        hidden_ND, _ = self._run(ids_T, active, [])
+                    hidden_ND.backward(self._kl_gradient(number, hidden_ND))
+                    marginal.gather()
+        finally:
+            for parameter in wanted:
+                parameter.requires_grad_(True)
+        rows = self.ids_WT.shape[0] * (self.ids_WT.shape[1] - 1)
+        return tuple(value / (2 * rows) for value in marginal.saved)
+
     # ----------------------------------------------------------------------- running
 
     def _run(
@@ -205,10 +230,13 @@ class MaskedModel:
             h = args[0]
             h_NF = h.reshape(-1, h.shape[-1])
             if self.estimate is None:
-                keep_NF = _best(self._score(index, h_NF), active)
+                keep_NF = _best(self._score(index, h_NF.detach()), active)
             else:
                 keep_NF = self._predicted(index, h_NF, active)
-            return (torch.where(keep_NF, h_NF, torch.zeros_like(h_NF)).view_as(h),)
+            kept_NF = torch.where(keep_NF, h_NF, torch.zeros_like(h_NF))
+            if self._watch is not None:
+                kept_NF = self._watch(index, h_NF, kept_NF)
+            return (kept_NF.view_as(h),)
 
         return mask
 
@@ -263,6 +291,23 @@ class MaskedModel:
                 probs.append(dense_NV)
         return _Dense(hidden_ND, torch.cat(entropy), nll / len(hidden_ND), probs)
 
+    def _dense_probs(self, number: int, place: int, chunk: slice) -> torch.Tensor:
+        dense = self._dense[number]
+        if dense.probs:
+            return dense.probs[place]
+        return head_logits(self.model, dense.hidden_ND[chunk]).softmax(-1)
+
+    def _kl_gradient(self, number: int, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """The gradient of the summed KL of one window with respect to its hidden states."""
+        leaf_ND = hidden_ND.detach().requires_grad_()
+        for place, chunk in enumerate(self._chunks(len(leaf_ND))):
+            with torch.no_grad():
+                dense_NV = self._dense_probs(number, place, chunk)
+            z_NV = head_logits(self.model, leaf_ND[chunk])
+            (z_NV.logsumexp(-1) - torch.linalg.vecdot(dense_NV, z_NV)).sum().backward()
+        assert leaf_ND.grad is not None
+        return leaf_ND.grad
+
     def _compare(
         self, number: int, ids_T: torch.Tensor, hidden_ND: torch.Tensor
     ) -> tuple[float, float]:
@@ -270,10 +315,7 @@ class MaskedModel:
         dense, kl, nll = self._dense[number], 0.0, 0.0
         target_N = ids_T[1:].to(hidden_ND.device)
         for place, chunk in enumerate(self._chunks(len(hidden_ND))):
-            if dense.probs:
-                dense_NV = dense.probs[place]
-            else:
-                dense_NV = head_logits(self.model, dense.hidden_ND[chunk]).softmax(-1)
+            dense_NV = self._dense_probs(number, place, chunk)
             z_NV = head_logits(self.model, hidden_ND[chunk])
             cross_N, nll_N = _cross(dense_NV, z_NV, target_N[chunk])
             # Rounding can make the difference slightly negative, which a divergence never is.
@@ -282,14 +324,42 @@ class MaskedModel:
         return kl / len(hidden_ND), nll / len(hidden_ND)
 
 
-def evenly(ids_WT: torch.Tensor, num_tokens: int, length: int) -> torch.Tensor:
-    """The beginnings of windows, [W, length or less]: about `num_tokens` tokens of many texts."""
-    length = min(length, ids_WT.shape[1])
-    wanted = max(1, num_tokens // length)
-    if wanted > len(ids_WT):  # few windows: longer pieces of them
-        wanted = len(ids_WT)
-        length = min(ids_WT.shape[1], num_tokens // wanted)
-    return ids_WT[:wanted, :length]
+class _Marginal:
+    """First-order effects of the neurons on either side of what is kept, summed over tokens."""
+
+    def __init__(self, masked: MaskedModel, active: Active, step: Active) -> None:
+        self._masked, self._active, self._step = masked, active, step
+        self._seen: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self.saved = [0.0] * len(active)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Note the masked hidden values of the passes in the block."""
+        self._masked._watch = self._note
+        try:
+            yield
+        finally:
+            self._masked._watch = None
+
+    def _note(self, index: int, h_NF: torch.Tensor, kept_NF: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            score_NF = self._masked._score(index, h_NF)
+            num, step = self._active[index], self._step[index]
+            more = min(num + step, score_NF.shape[1])
+            band_NF = _best(score_NF, more) & ~_best(score_NF, max(num - step, 1))
+        if not kept_NF.requires_grad:  # the first layer: what comes before it needs no gradient
+            kept_NF.requires_grad_()
+        kept_NF.retain_grad()
+        self._seen[index] = (kept_NF, h_NF.detach(), band_NF)
+        return kept_NF
+
+    def gather(self) -> None:
+        """Add the effects of the pass whose gradients were just taken."""
+        for index, (kept_NF, h_NF, band_NF) in self._seen.items():
+            if kept_NF.grad is not None:
+                effect_NF = kept_NF.grad * h_NF * band_NF
+                self.saved[index] -= float(effect_NF.double().sum())
+        self._seen.clear()
 
 
 def _returning(output: Any) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 
-from hireconvert import planning
+from hireconvert import planning, stage_budget
 from hireconvert.accounting import token_bytes
 from hireconvert.checkpoint import open_checkpoint
 from hireconvert.data import TokenData
@@ -132,7 +132,7 @@ def _check_text_sources(recipe: Recipe) -> None:
 
 def _finished_bytes(space: Workspace) -> int:
     """Bytes of the artifacts that a resumed conversion need not write again."""
-    folders = ("tokens", *ARTIFACTS, "activations", "predictors", "export")
+    folders = ("tokens", *stage_budget.ARTIFACTS, *ARTIFACTS, "activations", "predictors", "export")
     files = (file for name in folders for file in space.path(name).rglob("*") if file.is_file())
     return sum(file.stat().st_size for file in files)
 
@@ -180,10 +180,11 @@ def _fingerprints(run: Run) -> dict[str, dict[str, Any]]:
         },
         "seed": recipe["seed"],
     }
-    tokens = tuned = activations = predictors = base
+    tokens = budget = tuned = activations = predictors = base
     if planning.needs_text(run.hire):
         data = {**recipe["data"], "sha256": _source_digest(run.recipe.data.source)}
         tokens = {**base, "recipe": {"data": data}}
+        budget = {**base, "recipe": {"data": data, "ffn": recipe["ffn"], "head": recipe["head"]}}
         tuned, tuning = tokens, _tuning(run, recipe)
         if tuning:
             tuned = {**base, "recipe": {"data": data, "ffn": recipe["ffn"], **tuning}}
@@ -198,6 +199,7 @@ def _fingerprints(run: Run) -> dict[str, dict[str, Any]]:
     evaluation = {**export, "recipe": {**export["recipe"], "evaluate": recipe["evaluate"]}}
     return {
         "tokens": tokens,
+        "budget": budget,
         "finetune": tuned,
         "activations": activations,
         "predictors": predictors,
@@ -226,15 +228,17 @@ def _source_digest(source: str) -> str | None:
 
 def _run_stages(run: Run, plan: Mapping[str, Any]) -> dict[str, Any]:
     prints = _fingerprints(run)
-    tokens = training = results = head = None
+    tokens = budget = training = results = head = None
     if planning.needs_text(run.hire):
         tokens = make_tokens(run, prints["tokens"])
+        budget = stage_budget.share_out(run, prints["budget"], tokens)
         training = finetune_weights(run, prints["finetune"], tokens)
         results = fit_predictors(run, prints, tokens)
         head = fit_head(run, prints, tokens)
     folder = export_model(run, prints["export"], results or [], head)
     evaluation = evaluate_export(run, prints["evaluation"], folder, tokens)
     report = _report(run, prints["evaluation"], tokens, results or [], head)
+    report["budget"] = budget
     report["finetune"] = training
     report["evaluation"] = evaluation
     report["notes"] = [*run.checkpoint.warnings, *plan["notes"]]

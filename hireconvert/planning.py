@@ -27,13 +27,15 @@ from hireconvert.accounting import (
 from hireconvert.checkpoint import read_source_headers
 from hireconvert.errors import InputError, UsageError
 from hireconvert.families import LAYOUTS, Layout, ffn_parts, is_mixture_of_experts, num_layers
+from hireconvert.masked import LOGITS_AT_ONCE, PROBABILITIES_KEPT
 from hireconvert.recipe import FfnRecipe, Recipe, per_layer
+from hireconvert.schema_budget import BudgetRecipe
 from hireconvert.scoring import head_spec, layer_counts, predictor_spec
 
 LIBRARIES_BYTES = 600_000_000  # Python with torch and transformers loaded
 SMALL_FILES_BYTES = 50_000_000  # tokenizer, report, runtime
 # Float operations beside plain products, as multiples of the products; from runs on two cores.
-SAMPLING_COST, FITTING_COST, SCOPES_COST = 4.0, 3.0, 8.0
+SAMPLING_COST, FITTING_COST, SCOPES_COST, BUDGET_COST = 4.0, 3.0, 8.0, 1.3
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,46 @@ def _peak_memory(
     )
     width = skeleton.config.hidden_size
     fitting = 4 * neurons * (10 * width + 3 * 2048) + 8 * 4 * width * width
-    return LIBRARIES_BYTES + 4 * _numel(skeleton.tensors) + max(activations, fitting)
+    budget = _budget_memory(skeleton, recipe, neurons)
+    return LIBRARIES_BYTES + 4 * _numel(skeleton.tensors) + max(activations, fitting, budget)
+
+
+def _search(recipe: Recipe) -> BudgetRecipe | None:
+    budget = None if recipe.ffn is None else recipe.ffn.budget
+    return budget if budget is not None and budget.mode == "search" else None
+
+
+def _budget_memory(skeleton: Skeleton, recipe: Recipe, neurons: int) -> int:
+    """Bytes of a budget search: dense probabilities of two texts, logits, and either what the
+    layers returned in four passes or, for slopes, what a pass back needs of one window."""
+    budget, config = _search(recipe), skeleton.config
+    if budget is None:
+        return 0
+    rows, layers, width = budget.num_tokens, config.num_hidden_layers, config.hidden_size
+    kept = sum(
+        count * config.vocab_size
+        for count in (rows, min(rows, recipe.data.num_held_tokens))
+        if count * config.vocab_size <= PROBABILITIES_KEPT
+    )
+    per_token = layers * (16 * width + 8 * neurons)
+    passes = 4 * rows * layers * width if budget.method == "evolution" else 256 * per_token
+    return 4 * (kept + 4 * LOGITS_AT_ONCE + passes)
+
+
+def _budget_tokens(recipe: Recipe) -> int:
+    """Tokens that a budget search runs forward, a pass back counting as two; two texts at the end.
+
+    A quality target adds about 20 passes over the held-out text.
+    """
+    budget = _search(recipe)
+    if budget is None:
+        return 0
+    rounds = budget.sweeps * 8 * budget.num_tokens
+    if budget.method == "evolution":
+        probes = budget.offspring * budget.probe_tokens
+        rounds = budget.generations * (probes + 2 * budget.num_tokens)
+    quality = budget.target is not None and budget.target.bytes_per_token is None
+    return rounds + (20 if quality else 4) * recipe.data.num_held_tokens
 
 
 def _notes(skeleton: Skeleton, recipe: Recipe) -> list[str]:
@@ -213,6 +254,8 @@ def _notes(skeleton: Skeleton, recipe: Recipe) -> list[str]:
         predictors = given if isinstance(given, list) else [given]
     if any(predictor.kind == "auto" for predictor in predictors):
         notes.append("predictor kind auto: shown as q; the kind is chosen on the text")
+    if _search(recipe) is not None:
+        notes.append("budget search: shown with the shares it starts from")
     if recipe.head is not None and recipe.head.certified:
         notes.append("certified head: counted at certify_top rows; a token may need more")
     return notes
@@ -234,6 +277,7 @@ def _seconds(skeleton: Skeleton, result: Mapping[str, Any], recipe: Recipe) -> f
             _fitting_operations(row, skeleton, recipe) for row in layers
         )
         operations += SCOPES_COST * per_token * recipe.evaluate.num_tokens
+        operations += BUDGET_COST * per_token * _budget_tokens(recipe)
     return operations / rate
 
 

@@ -41,17 +41,18 @@ class BudgetRecipe(Section):
         description="what the search aims at; null keeps the mean of ffn.keep_fraction",
     )
     method: Literal["evolution", "greedy"] = Field(
-        default="evolution", description="random trades between layers, or sweeps over all of them"
+        default="greedy",
+        description="random trades between layers, or the best trades by slopes of every layer",
     )
     step: Annotated[float, In(0, 0.5, open_low=True)] = Field(
         default=0.05, description="share of its neurons that a layer gains or gives in one trade"
     )
     generations: Count = Field(default=40, description="rounds of random trades (evolution)")
     offspring: Count = Field(default=8, description="lists tried in a generation (evolution)")
-    sweeps: Count = Field(default=4, description="sweeps over the layers, at most (greedy)")
+    sweeps: Count = Field(default=8, description="times that slopes are taken, at most (greedy)")
     num_tokens: Count = Field(default=4096, description="calibration tokens a list is scored on")
     probe_tokens: Count = Field(
-        default=512, description="tokens on which lists are compared before that"
+        default=512, description="tokens on which offspring are compared before that (evolution)"
     )
 
     def _problems(self) -> Iterator[Problem]:

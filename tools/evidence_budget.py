@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hireconvert.allocation import Allocation, Keeps, Trades
-from hireconvert.budget import Memo, Pace, Trials, descend, evolve
+from hireconvert.budget import Memo, Trials, descend, evolve
 from hireconvert.data import evaluation_windows
 from hireconvert.families import find_layout
 from hireconvert.masked import MaskedModel
@@ -31,7 +31,8 @@ from hireconvert.schema_budget import BudgetRecipe
 HELD = ("heldout_wiki", "heldout_c4")
 HEAD = (
     "| keep | shares | KL searched | perplexity over dense, wiki / c4 | KL, wiki / c4 "
-    "| perplexity over equal shares, wiki | c4 | KL less that of equal shares, both | windows scored |\n"
+    "| perplexity over equal shares, wiki | c4 | KL less that of equal shares, both "
+    "| windows scored |\n"
     "|--:|---|--:|--:|--:|--:|--:|--:|--:|"
 )
 
@@ -109,13 +110,11 @@ def compare(args: argparse.Namespace) -> None:
             trades = Trades(allocation, allocation.start, recipe.step)
             table.add(keep, "equal", allocation.start, allocation.start, "")
             for name, run in {
-                "evolution": lambda pace: evolve(search, trades, recipe, args.seed, pace),  # noqa: B023
-                "greedy": lambda pace: descend(search, trades, recipe, pace),  # noqa: B023
+                "greedy": lambda tell: descend(search, trades, recipe, tell),  # noqa: B023
+                "evolution": lambda tell: evolve(search, trades, recipe, args.seed, tell),  # noqa: B023
             }.items():
-                total = recipe.generations if name == "evolution" else recipe.sweeps
-                pace = Pace(total, lambda line: print(line, file=sys.stderr), lambda *_: None)
                 before, start = search.num_windows_scored, time.perf_counter()
-                keeps = trades.keeps(run(pace))
+                keeps = trades.keeps(run(lambda *step: print(*step, file=sys.stderr)))
                 cost = search.num_windows_scored - before
                 print(f"{keep} {name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
                 table.add(keep, name, keeps, allocation.start, str(cost))
@@ -133,7 +132,7 @@ def main() -> None:
     parser.add_argument("--probe-tokens", type=int, default=512)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--generations", type=int, default=14)
-    parser.add_argument("--sweeps", type=int, default=3)
+    parser.add_argument("--sweeps", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
