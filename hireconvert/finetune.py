@@ -304,6 +304,7 @@ class _Trainer:
                 found.append(layer.input_ND.cpu())
         for layer in student.layers:
             layer.wants_input, layer.input_ND = False, None
+        student.kept_share()  # these rows belong to no step
         tensors: dict[str, torch.Tensor] = {}
         specs = []
         for index, found in enumerate(rows):

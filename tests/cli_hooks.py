@@ -69,6 +69,35 @@ def signal_at(below: str, number: int, name: str) -> None:
     _watch(below, act)
 
 
+def _watch_steps(act: Callable[[int], None]) -> None:
+    """Call act(step) whenever the finetune reports a step done."""
+    module = importlib.import_module("hireconvert.stage_finetune")
+    real = module.finetune
+
+    def finetune(*arguments: Any, progress: Callable[[int, int, str], None], **named: Any) -> Any:
+        def report(step: int, of: int, detail: str) -> None:
+            act(step)
+            progress(step, of, detail)
+
+        return real(*arguments, progress=report, **named)
+
+    module.finetune = finetune
+
+
+def signal_at_step(number: int, name: str) -> None:
+    """Send this process the signal `name` when the finetune has done that many steps."""
+    _watch_steps(
+        lambda step: os.kill(os.getpid(), getattr(signal, name)) if step == number else None
+    )
+
+
+def log_steps(file: str) -> None:
+    """Write the steps that the finetune did into `file` when the child ends."""
+    steps: list[int] = []
+    _watch_steps(steps.append)
+    at_end.append(lambda: Path(file).write_text(json.dumps(steps)))
+
+
 def limit_file_size(num_bytes: int, deadly: bool) -> None:
     """No file may grow beyond `num_bytes`: the write fails, or (deadly) kills the process."""
     if deadly:

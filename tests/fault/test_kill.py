@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli import Cli, Ended, contents, is_complete
+from tests.cli import Cli, Ended, contents, digests, is_complete
 from tests.tiny_files import save_tiny, write_gguf
 
 DISTILLED = (
@@ -21,6 +21,11 @@ DISTILLED = (
     "ffn.predictor.distill={steps: 4, batch_rows: 32}",
 )
 LOW_RANK_HEAD = ("ffn=null", "head.kind=lr", "head.rank=8", "head.certified=false")
+STEPS = 8
+FINETUNE = (
+    "finetune={num_tokens: 512, window: 32, step_windows: 2, learning_rate: 1e-3, "
+    "checkpoint_steps: 3, dense_prefix: 0.5}"
+)
 LAYERS = ("predictors/layer_000", "predictors/layer_001")
 ENDING = ("documents", "published")
 
@@ -34,6 +39,7 @@ class Case:
     changes: tuple[str, ...]
     stages: tuple[str, ...]
     every_event: bool = False  # else one event a stage, and both sides of each rename
+    only: tuple[str, ...] = ()  # stages to kill in; else all, and whatever comes after the last
 
 
 CASES = {
@@ -63,6 +69,20 @@ CASES = {
         ("tokens", "activations", "predictors/head", "export", "evaluation", *ENDING),
     ),
     "lossless": Case("folder", "lossless", (), ("export", *ENDING)),
+    "finetuned": Case(
+        "folder",
+        "tiny-ci",
+        ("data.source={text}", FINETUNE),
+        ("finetune_text", "finetune", "activations", "evaluation"),
+        only=("finetune_text", "finetune", "finetune_state", "activations", "evaluation"),
+    ),
+    "finetuned, by predictors": Case(
+        "folder",
+        "tiny-ci",
+        ("data.source={text}", FINETUNE, "finetune.mask=oracle_then_predicted", "ffn.group_size=4"),
+        ("neuron_order", "finetune", LAYERS[0]),
+        only=("neuron_order", "finetune", "finetune_state", LAYERS[0]),
+    ),
 }
 
 
@@ -130,7 +150,7 @@ def left_in(out: Path) -> str:
     work = out.with_name(out.name + ".work")
     if not work.exists():
         return "nothing yet" if not out.exists() else "done"
-    partial = sorted(work.rglob("*.partial"))
+    partial = sorted(path for path in work.rglob("*.partial") if path.is_dir())
     if out.exists() and not (work / "export" / "model").exists():
         return "published"
     if partial:
@@ -142,23 +162,36 @@ def left_in(out: Path) -> str:
     return "between stages" if finished else "nothing yet"
 
 
+def contents_of_state(out: Path) -> dict[str, str]:
+    """Digests of what the finetune left to continue from."""
+    found = digests(out.with_name("out.work") / "finetune_state")
+    assert "training.safetensors" in found
+    return found
+
+
 def stage_of(path: str) -> str | None:
     """The stage whose unfinished artifact an event touches."""
     name, found, _ = path.partition(".partial")
     return name.removeprefix("out.work/") if found else None
 
 
-def kill_points(events: list[tuple[str, str]], *, every_event: bool) -> list[int]:
+def kill_points(events: list[tuple[str, str]], case: Case) -> list[int]:
     """Numbers of the events to be killed before: in each stage, and on both sides of renames."""
+    every_event = case.every_event
     published = events.index(("os.rename", "out.work/export/model")) + 1
     stages = [stage_of(path) for _, path in events[:published]]
-    points = {published, len(events) - 1}
+    points = set()
     for stage in {stage for stage in stages if stage}:
+        if case.only and not stage.startswith(case.only):
+            continue
         first = stages.index(stage)
         rename = len(stages) - 1 - stages[::-1].index(stage)
         points |= {(first + rename) // 2, rename + 1}
         if every_event:
             points |= {first + 1, rename}
+    if case.only:
+        return sorted(points)
+    points |= {published, len(events) - 1}
     for name in ("recipe.yaml", "hire_report.json", "SHA256SUMS"):
         points.add(events.index(("open", f"out.work/export/model/{name}")) + 1)
     for name in ("source", "export", "tokens") if every_event else ("source",):
@@ -194,7 +227,7 @@ def test_killed_in_every_stage_and_resumed_bit_for_bit(
 ) -> None:
     job, case = jobs(name), CASES[name]
     hit: Counter[str] = Counter()
-    for number in kill_points(job.events, every_event=case.every_event):
+    for number in kill_points(job.events, case):
         out = tmp_path / str(number) / "out"
         out.parent.mkdir()
         ended = job(out, hooks=[["signal_at", str(out), number, "SIGKILL"]])
@@ -205,6 +238,43 @@ def test_killed_in_every_stage_and_resumed_bit_for_bit(
         shutil.rmtree(out.parent)
     assert set(case.stages) <= set(hit), hit
     assert hit.total() >= (24 if case.every_event else 2 + len(case.stages))
+
+
+def test_killed_after_any_step_of_the_finetune(jobs: Any, tmp_path: Path) -> None:
+    """--resume repeats no more than the steps since the last checkpoint."""
+    job, log = jobs("finetuned, by predictors"), tmp_path / "steps.json"
+    for number in (1, 3, 4, 5, STEPS):
+        out = tmp_path / str(number) / "out"
+        ended = job(out, hooks=[["signal_at_step", number, "SIGKILL"]])
+        assert ended.signal == signal.SIGKILL and left_in(out) == "finetune"
+        ended = job(out, "--resume", hooks=[["log_steps", str(log)]])
+        assert ended.code == 0, ended.err
+        # Checkpoints are written every 3 steps, and before the 5th when predictors are fitted.
+        saved = {1: 0, 3: 3, 4: 3, 5: 4, STEPS: 6}[number]
+        assert json.loads(log.read_text()) == list(range(saved + 1, STEPS + 1))
+        assert contents(out) == job.finished
+
+
+def test_killed_again_and_again(jobs: Any, tmp_path: Path) -> None:
+    job, out = jobs("finetuned"), tmp_path / "out"
+    for number in (2, 3, 5, 7):
+        flags = ("--resume",) if out.with_name("out.work").exists() else ()
+        ended = job(out, *flags, hooks=[["signal_at_step", number, "SIGKILL"]])
+        assert ended.signal == signal.SIGKILL
+    assert job(out, "--resume").code == 0
+    assert contents(out) == job.finished
+
+
+def test_training_state_of_another_recipe_is_refused(jobs: Any, tmp_path: Path) -> None:
+    job, out = jobs("finetuned"), tmp_path / "out"
+    assert job(out, hooks=[["signal_at_step", 4, "SIGKILL"]]).signal == signal.SIGKILL
+    state = contents_of_state(out)
+    ended = job(out, "--resume", "--set", "finetune.learning_rate=1e-2")
+    assert ended.code == 4
+    assert "recipe.finetune.learning_rate: found 0.001, expected 0.01" in ended.err
+    assert contents_of_state(out) == state
+    assert job(out, "--resume").code == 0
+    assert contents(out) == job.finished
 
 
 def test_killed_at_random_times(jobs: Any, tmp_path: Path) -> None:
