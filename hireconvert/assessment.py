@@ -24,12 +24,13 @@ from hireconvert.data import EvalWindows, evaluation_windows
 from hireconvert.errors import InputError, UsageError
 from hireconvert.evaluate import EvalReport, builtin_text, evaluate_model, hidden_states
 from hireconvert.inspection import inspect_checkpoint
-from hireconvert.loading import load
+from hireconvert.loading import CHECKSUMS, load
 from hireconvert.measures import ViewReport
 from hireconvert.paired import perplexity_ratio
 from hireconvert.stages import Reporter, steps
 from hireconvert.timing import Timed, time_decode
 from hireconvert.version import __version__
+from hireconvert.workspace import file_sha256
 
 BUILTIN = "pydoc_data.topics"
 OWN = "own dense view"
@@ -78,7 +79,10 @@ def assess(folder: Path, request: Request, reporter: Reporter) -> dict[str, Any]
             speed = _speed(subject, next(iter(windows.values())).ids_WT[:1, :PROMPT_TOKENS])
         baseline = subject.baseline
         result = {
-            "checkpoint": {key: facts[key] for key in ("recipe", "architecture", "layers")},
+            "checkpoint": {
+                **{key: facts[key] for key in ("recipe", "architecture", "layers")},
+                "sums": _checksums(folder),
+            },
             "bytes_per_token": facts["bytes_per_token"],
             "baseline": {
                 "source": OWN if baseline is None else baseline.source,
@@ -98,6 +102,12 @@ def assess(folder: Path, request: Request, reporter: Reporter) -> dict[str, Any]
     result["seconds"] = round(time.perf_counter() - start, 1)
     finite: dict[str, Any] = _finite(result)
     return finite
+
+
+def _checksums(folder: Path) -> str | None:
+    """What tells this folder from others: the digest of its SHA256SUMS."""
+    path = folder / CHECKSUMS
+    return file_sha256(path) if path.is_file() else None
 
 
 def _finite(tree: Any) -> Any:

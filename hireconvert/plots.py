@@ -1,0 +1,154 @@
+"""Plots of a report as SVG text: budgets, recall against candidates, quality against bytes.
+
+matplotlib comes with the extra `report` and is imported when the first plot is drawn.
+"""
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from hireconvert.errors import InputError
+
+BLUE, PALE, RED, GREY = "#2563a8", "#b9d2ea", "#c2492f", "#8a8f98"
+_SERIES = (BLUE, RED, "#3f8f4f", "#8d5fa8", "#b8860b", "#2a8c8c")
+_LABEL_LENGTH = 40
+_STYLE: Any = {
+    "svg.hashsalt": "hireconvert",  # the same page for the same figures
+    "svg.fonttype": "path",
+    "text.parse_math": False,  # names are not formulas
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e7eb",
+    "axes.axisbelow": True,
+}
+
+
+@dataclass(frozen=True)
+class LayerBudget:
+    """What one layer keeps and computes, as shares of its neurons; None: the layer is dense."""
+
+    layer: int
+    kept: float | None
+    candidates: float | None
+    recall: float | None
+
+
+@dataclass(frozen=True)
+class QualityPoint:
+    """One checkpoint on one text: bytes read as a share of dense, what perplexity rose by."""
+
+    name: str
+    text: str
+    bytes_share: float
+    increase: float
+    low: float | None
+    high: float | None
+
+
+def layer_budgets(layers: Sequence[LayerBudget]) -> str:
+    """Bars of kept and candidate neurons for each layer, recall below them."""
+    with _figure(7.6, 3.6, rows=2) as (figure, (top, bottom)):
+        places = [each.layer for each in layers]
+        top.bar(places, [_percent(each.candidates, 100.0) for each in layers], color=PALE)
+        top.bar(places, [_percent(each.kept, 100.0) for each in layers], color=BLUE)
+        names = ("candidates (computed exactly)", "kept")
+        top.legend(names, fontsize=8, frameon=False, ncols=2, loc="upper right")
+        top.set_ylabel("% of neurons")
+        top.set_ylim(0, 118)
+        known = [(each.layer, 100 * each.recall) for each in layers if each.recall is not None]
+        bottom.plot(*_columns(known), color=RED, marker=".")
+        bottom.set_ylabel("recall, %")
+        bottom.set_xlabel("layer")
+        return _svg(figure)
+
+
+def recall_against_candidates(
+    curve: Sequence[tuple[float, float, float]], layers: Sequence[Sequence[tuple[float, float]]]
+) -> str:
+    """Recall of the true top k against candidates over k.
+
+    `curve` holds (ratio, mean recall, worst recall) as evaluated, `layers` for each layer its
+    (ratio, recall) as fitted.
+    """
+    with _figure(7.6, 3.2) as (figure, (axes,)):
+        for points in layers:
+            axes.plot(*_columns([(x, 100 * y) for x, y in points]), color=GREY, lw=0.6, alpha=0.6)
+        if layers:
+            axes.plot([], [], color=GREY, lw=0.6, label="each layer, when fitted")
+        for place, name, color in ((1, "mean over layers", BLUE), (2, "worst layer", RED)):
+            points = [(row[0], 100 * row[place]) for row in curve]
+            if points:
+                axes.plot(*_columns(points), color=color, marker="o", ms=3, label=name)
+        axes.set_xlabel("candidates / k")
+        axes.set_ylabel("recall of the true top k, %")
+        axes.legend(fontsize=8, frameon=False, loc="lower right")
+        return _svg(figure)
+
+
+def quality_against_bytes(points: Sequence[QualityPoint]) -> str:
+    """Perplexity increase with its interval against bytes read, a series for each text."""
+    with _figure(7.6, 3.6) as (figure, (axes,)):
+        texts = list(dict.fromkeys(point.text for point in points))
+        for index, text in enumerate(texts):
+            color = _SERIES[index % len(_SERIES)]
+            found = sorted((p for p in points if p.text == text), key=lambda p: p.bytes_share)
+            x, y = _columns([(100 * p.bytes_share, 100 * p.increase) for p in found])
+            axes.plot(x, y, color=color, marker="o", ms=4, label=_label(text))
+            for p in found:
+                if p.low is not None and p.high is not None:
+                    ends = (100 * p.low, 100 * p.high)
+                    axes.vlines(100 * p.bytes_share, *ends, color=color, lw=1)
+        named = {(p.name, p.bytes_share): p.increase for p in points}
+        for (name, share), increase in named.items():
+            place = (100 * share, 100 * increase)
+            offset: Mapping[str, Any] = {"textcoords": "offset points", "xytext": (5, 5)}
+            axes.annotate(_label(name), place, fontsize=7, color="#444", **offset)
+        axes.axhline(0, color=GREY, lw=0.8)
+        axes.margins(x=0.12)
+        axes.set_xlabel("bytes read per token, % of dense")
+        axes.set_ylabel("perplexity increase, %")
+        axes.legend(fontsize=8, frameon=False)
+        return _svg(figure)
+
+
+# --------------------------------------------------------------------------- the canvas
+
+
+@contextmanager
+def _figure(width: float, height: float, rows: int = 1) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """A figure in inches and its axes from the top down, under the style of all plots."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError(
+            "a report needs matplotlib, which is not installed: pip install 'hireconvert[report]'."
+        ) from error
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.subplots(rows, 1, squeeze=False, sharex=True, height_ratios=(2, 1)[:rows])
+        yield figure, tuple(axes[:, 0])
+
+
+def _svg(figure: Any) -> str:
+    page = io.StringIO()
+    figure.savefig(page, format="svg", metadata={"Date": None, "Creator": None})
+    return page.getvalue()
+
+
+def _percent(share: float | None, otherwise: float) -> float:
+    return otherwise if share is None else 100 * share
+
+
+def _columns(rows: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [row[0] for row in rows], [row[1] for row in rows]
+
+
+def _label(name: str) -> str:
+    """A name that the font can draw, not too long; an underscore in front would hide it."""
+    plain = "".join(letter if " " <= letter <= "~" else "?" for letter in name[:_LABEL_LENGTH])
+    return plain.lstrip("_") or "?"
