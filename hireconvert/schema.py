@@ -122,7 +122,7 @@ class PredictorRecipe(Section):
         default=False, description="predict one score per group of neurons directly"
     )
     soften: bool = Field(
-        default=False, description="add its typical error to each estimate; 1 or 2 numbers a neuron"
+        default=False, description="count with the typical error of each estimate, 2 bytes each"
     )
     distill: DistillRecipe | None = Field(
         default=None, description="training; null leaves it untrained"

@@ -137,33 +137,22 @@ def exact_scores(weights: FfnWeights, x_ND: torch.Tensor, norm_F: torch.Tensor) 
 
 
 def soft_errors(weights: FfnWeights, x_ND: torch.Tensor, predictor: Predictor) -> torch.Tensor:
-    """float16 [M]: standard deviations of a predictor's errors in act(gate) and in up.
+    """float16 [M]: standard deviation of each error of a predictor, on calibration rows [N, D].
 
-    Without a gate in act(up) alone. On at most SAMPLE_ROWS of the calibration inputs [N, D].
+    At most SAMPLE_ROWS of them are used.
     """
-    x_ND = _sampled(x_ND)
     sums = torch.zeros(2, predictor.bias_M.shape[0], dtype=torch.float64)
+    x_ND = _sampled(x_ND)
     for rows in x_ND.split(ROW_CHUNK):
-        truth_NM, near_NM = _activated(weights, rows), predictor.estimate(rows)
-        if weights.gate_FD is None:
-            near_NM = weights.act(near_NM)
-        else:
-            gate_NF, up_NF = near_NM.chunk(2, dim=-1)
-            near_NM = torch.cat([weights.act(gate_NF), up_NF], dim=-1)
-        error_NM = (truth_NM - near_NM).nan_to_num().double()
+        z_NM = F.linear(rows, weights.up_FD, weights.up_bias_F)
+        if weights.gate_FD is not None:
+            gate_NF = F.linear(rows, weights.gate_FD, weights.gate_bias_F)
+            z_NM = torch.cat([gate_NF, z_NM], dim=-1)
+        error_NM = (predictor.estimate(rows) - z_NM).double()
         sums += torch.stack([error_NM.sum(0), error_NM.square().sum(0)])
     mean_M, square_M = sums / x_ND.shape[0]
-    spread_M = (square_M - mean_M.square()).clamp_min(0).sqrt()
-    return spread_M.clamp_max(torch.finfo(torch.float16).max).half()
-
-
-def _activated(weights: FfnWeights, x_ND: torch.Tensor) -> torch.Tensor:
-    """act(gate) then up, [N, 2F]; act(up) without a gate."""
-    up_NF = F.linear(x_ND, weights.up_FD, weights.up_bias_F)
-    if weights.gate_FD is None:
-        return weights.act(up_NF)
-    gate_NF = weights.act(F.linear(x_ND, weights.gate_FD, weights.gate_bias_F))
-    return torch.cat([gate_NF, up_NF], dim=-1)
+    soft_M = (square_M - mean_M.square()).clamp_min(0).sqrt().nan_to_num()
+    return soft_M.clamp_max(torch.finfo(torch.float16).max).half()
 
 
 def _sampled(x_ND: torch.Tensor) -> torch.Tensor:

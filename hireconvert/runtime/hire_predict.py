@@ -164,23 +164,20 @@ class Predictor:
     def magnitudes(self, x_ND: torch.Tensor, act: Any, *, gated: bool) -> torch.Tensor:
         """Estimated sizes float32 [N, F] of the hidden values of neurons.
 
-        Softened, they are the root mean squares that the estimates leave open: an estimate near
-        zero does not mean a small value, only an unknown one.
+        Softened, they are the root mean squares over estimates one typical error above and below:
+        an estimate near zero does not mean a small value, only an unknown one.
         """
         z_NM = self.estimate(x_ND)
         if not gated:
-            return self._softened(act(z_NM), self.soft_M)
+            if self.soft_M is None:
+                return act(z_NM).abs()
+            return _two_point_size(act(z_NM + self.soft_M), act(z_NM - self.soft_M))
         gate_NF, up_NF = z_NM.chunk(2, dim=-1)
         if self.soft_M is None:
             return (act(gate_NF) * up_NF).abs()
         soft_gate_F, soft_up_F = self.soft_M.chunk(2)
-        return self._softened(act(gate_NF), soft_gate_F) * self._softened(up_NF, soft_up_F)
-
-    @staticmethod
-    def _softened(value_NF: torch.Tensor, soft_F: torch.Tensor | None) -> torch.Tensor:
-        if soft_F is None:
-            return value_NF.abs()
-        return (value_NF.square() + soft_F.square()).sqrt()
+        gate_NF = _two_point_size(act(gate_NF + soft_gate_F), act(gate_NF - soft_gate_F))
+        return gate_NF * _two_point_size(up_NF + soft_up_F, up_NF - soft_up_F)
 
     def _quantized(self, scaled_ND: torch.Tensor) -> torch.Tensor:
         if not self.channel_major:
@@ -189,6 +186,11 @@ class Predictor:
         if scaled_ND.shape[0] == 1:
             return scaled_ND[:, loud_NI[0]] @ self.copy[loud_NI[0]]
         return (scaled_ND * members_mask(loud_NI, scaled_ND.shape[1])) @ self.copy
+
+
+def _two_point_size(above_NF: torch.Tensor, below_NF: torch.Tensor) -> torch.Tensor:
+    """Root mean square of two values that are equally likely."""
+    return ((above_NF.square() + below_NF.square()) / 2).sqrt()
 
 
 def predictor_bytes(spec: Mapping[str, Any], width: int, num_outputs: int) -> int:

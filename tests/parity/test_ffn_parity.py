@@ -224,11 +224,12 @@ def reference_mask(native: Any, index: int, x_ND: torch.Tensor, layer: Any) -> t
         estimate_NS = z_NM[:, common // group :]
     else:
         gate_NF, up_NF = z_NM.chunk(2, dim=-1)
-        gate_NF = weights.act(gate_NF)
+        size_NF = weights.act(gate_NF).abs() * up_NF.abs()
         if spec["predictor"].get("soften"):
             soft_gate_F, soft_up_F = tensors["soft"].float().view(2, -1)
-            gate_NF, up_NF = torch.hypot(gate_NF, soft_gate_F), torch.hypot(up_NF, soft_up_F)
-        estimate_NS = units(gate_NF * up_NF)
+            above_NF, below_NF = (weights.act(gate_NF + s * soft_gate_F) for s in (1, -1))
+            size_NF = torch.hypot(above_NF, below_NF) * 0.5**0.5 * torch.hypot(up_NF, soft_up_F)
+        estimate_NS = units(size_NF)
     chosen_NS = lowest_first(estimate_NS, (spec["num_candidates"] - common) // group)
     own_NS = estimate_NS
     if spec["keep"] == "top_k":
