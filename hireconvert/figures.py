@@ -1,6 +1,7 @@
 """Figures out of results, whatever lies there, and figures as people read them."""
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,8 @@ def figure(tree: Any, *path: str) -> float | None:
         tree = tree.get(key) if isinstance(tree, Mapping) else None
     if isinstance(tree, bool) or not isinstance(tree, int | float):
         return None
-    return float(tree) if math.isfinite(tree) else None
+    # An integer of JSON may be larger than any float.
+    return float(tree) if abs(tree) <= sys.float_info.max else None
 
 
 def worse_scope(text: Mapping[str, Any]) -> str | None:

@@ -14,6 +14,7 @@ from hireconvert.errors import InputError
 BLUE, PALE, RED, GREY = "#2563a8", "#b9d2ea", "#c2492f", "#8a8f98"
 _SERIES = (BLUE, RED, "#3f8f4f", "#8d5fa8", "#b8860b", "#2a8c8c")
 _LABEL_LENGTH = 40
+_LARGEST = 1e6
 _STYLE: Any = {
     "svg.hashsalt": "hireconvert",  # the same page for the same figures
     "svg.fonttype": "path",
@@ -53,13 +54,13 @@ def layer_budgets(layers: Sequence[LayerBudget]) -> str:
     """Bars of kept and candidate neurons for each layer, recall below them."""
     with _figure(7.6, 3.6, rows=2) as (figure, (top, bottom)):
         places = [each.layer for each in layers]
-        top.bar(places, [_percent(each.candidates, 100.0) for each in layers], color=PALE)
-        top.bar(places, [_percent(each.kept, 100.0) for each in layers], color=BLUE)
+        top.bar(places, [_percent(each.candidates) for each in layers], color=PALE)
+        top.bar(places, [_percent(each.kept) for each in layers], color=BLUE)
         names = ("candidates (computed exactly)", "kept")
         top.legend(names, fontsize=8, frameon=False, ncols=2, loc="upper right")
         top.set_ylabel("% of neurons")
         top.set_ylim(0, 118)
-        known = [(each.layer, 100 * each.recall) for each in layers if each.recall is not None]
+        known = [(each.layer, _percent(each.recall)) for each in layers if each.recall is not None]
         bottom.plot(*_columns(known), color=RED, marker=".")
         bottom.set_ylabel("recall, %")
         bottom.set_xlabel("layer")
@@ -76,11 +77,13 @@ def recall_against_candidates(
     """
     with _figure(7.6, 3.2) as (figure, (axes,)):
         for points in layers:
-            axes.plot(*_columns([(x, 100 * y) for x, y in points]), color=GREY, lw=0.6, alpha=0.6)
+            axes.plot(
+                *_columns([(x, _percent(y)) for x, y in points]), color=GREY, lw=0.6, alpha=0.6
+            )
         if layers:
             axes.plot([], [], color=GREY, lw=0.6, label="each layer, when fitted")
         for place, name, color in ((1, "mean over layers", BLUE), (2, "worst layer", RED)):
-            points = [(row[0], 100 * row[place]) for row in curve]
+            points = [(row[0], _percent(row[place])) for row in curve]
             if points:
                 axes.plot(*_columns(points), color=color, marker="o", ms=3, label=name)
         axes.set_xlabel("candidates / k")
@@ -96,15 +99,15 @@ def quality_against_bytes(points: Sequence[QualityPoint]) -> str:
         for index, text in enumerate(texts):
             color = _SERIES[index % len(_SERIES)]
             found = sorted((p for p in points if p.text == text), key=lambda p: p.bytes_share)
-            x, y = _columns([(100 * p.bytes_share, 100 * p.increase) for p in found])
+            x, y = _columns([(_percent(p.bytes_share), _percent(p.increase)) for p in found])
             axes.plot(x, y, color=color, marker="o", ms=4, label=_label(text))
             for p in found:
                 if p.low is not None and p.high is not None:
-                    ends = (100 * p.low, 100 * p.high)
-                    axes.vlines(100 * p.bytes_share, *ends, color=color, lw=1)
+                    ends = (_percent(p.low), _percent(p.high))
+                    axes.vlines(_percent(p.bytes_share), *ends, color=color, lw=1)
         named = {(p.name, p.bytes_share): p.increase for p in points}
         for (name, share), increase in named.items():
-            place = (100 * share, 100 * increase)
+            place = (_percent(share), _percent(increase))
             offset: Mapping[str, Any] = {"textcoords": "offset points", "xytext": (5, 5)}
             axes.annotate(_label(name), place, fontsize=7, color="#444", **offset)
         axes.axhline(0, color=GREY, lw=0.8)
@@ -140,12 +143,17 @@ def _svg(figure: Any) -> str:
     return page.getvalue()
 
 
-def _percent(share: float | None, otherwise: float) -> float:
-    return otherwise if share is None else 100 * share
+def _percent(share: float | None, otherwise: float = 100.0) -> float:
+    return otherwise if share is None else 100 * _drawable(share)
+
+
+def _drawable(value: float) -> float:
+    """The value, or the largest that axes are drawn for: files can hold anything."""
+    return max(-_LARGEST, min(_LARGEST, value))
 
 
 def _columns(rows: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    return [row[0] for row in rows], [row[1] for row in rows]
+    return [_drawable(row[0]) for row in rows], [_drawable(row[1]) for row in rows]
 
 
 def _label(name: str) -> str:
