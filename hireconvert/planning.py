@@ -248,6 +248,8 @@ def _notes(skeleton: Skeleton, recipe: Recipe) -> list[str]:
     notes = []
     if recipe.ffn is not None and skeleton.moe:
         notes.append("mixture of experts: the FFN stays dense, only the head is converted")
+        if recipe.finetune is not None:
+            notes.append("mixture of experts: nothing is trained (finetune)")
     predictors: Sequence[Any] = []
     if recipe.ffn is not None:
         given = recipe.ffn.predictor
