@@ -16,7 +16,17 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
+from hireconvert import cli_options as options
 from hireconvert import render, render_eval
+from hireconvert.cli_options import (
+    AutoOption,
+    MaxKlOption,
+    RecipeOption,
+    RemoteCodeOption,
+    RevisionOption,
+    SetOption,
+    kl_limit,
+)
 from hireconvert.errors import GateError, HireError, UsageError
 from hireconvert.version import __version__
 
@@ -38,7 +48,6 @@ recipes_app = typer.Typer(help="List, show, copy and check recipes.", no_args_is
 app.add_typer(recipes_app, name="recipes", rich_help_panel="Recipes")
 
 INPUT, RUN, SAMPLING = "Input", "How it runs", "Sampling"
-MEASURED, JUDGED = "What is measured", "The gate"
 
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="A converted model's folder.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
@@ -98,28 +107,12 @@ def convert(
         typer.Argument(help="Hub id, folder of safetensors, or GGUF file.", metavar="MODEL"),
     ],
     out: Annotated[Path, typer.Argument(help="Folder to create.", metavar="OUT")],
-    recipe: Annotated[
-        str,
-        typer.Option("--recipe", "-r", help="Shipped name or YAML file.", rich_help_panel=INPUT),
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change one recipe key.", rich_help_panel=INPUT
-        ),
-    ] = None,
-    revision: Annotated[
-        str | None,
-        typer.Option(help="Branch, tag or commit of a Hub id.", rich_help_panel=INPUT),
-    ] = None,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-remote-code",
-            help="Run modeling code that comes with MODEL.",
-            rich_help_panel=INPUT,
-        ),
-    ] = False,
+    recipe: RecipeOption = None,
+    auto: AutoOption = False,
+    max_kl: MaxKlOption = None,
+    overrides: SetOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: RemoteCodeOption = False,
     resume: Annotated[
         bool,
         typer.Option(
@@ -147,25 +140,26 @@ def convert(
       hireconvert convert HuggingFaceTB/SmolLM2-135M out --recipe smollm2-135m
       hireconvert convert ./model.gguf out -r lossless
       hireconvert convert ./model out -r balanced --set data.source=notes.txt --dry-run
+      hireconvert convert ./model out --auto --max-kl 0.02
     """
     from hireconvert.pipeline import Job
     from hireconvert.pipeline import convert as run
     from hireconvert.planning import make_plan
     from hireconvert.recipe import load_recipe
 
-    job = Job(
-        model=model,
-        out=out,
-        recipe=load_recipe(recipe, overrides or []),
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
-    if dry_run:
-        plan = make_plan(model, job.recipe, revision=revision, trust_remote_code=trust_remote_code)
-        _show(plan, as_json, render.plan)
-        return
+    limit = kl_limit(recipe, auto, max_kl)
+    source, changes = (model, revision, trust_remote_code), overrides or []
     reporter = render.make_reporter(_err())
     try:
+        if recipe is None:
+            chosen = _chosen(source, changes, reporter, max_kl=limit, out=out)
+        else:
+            chosen = load_recipe(recipe, changes)
+        if dry_run:
+            plan = make_plan(model, chosen, revision=revision, trust_remote_code=trust_remote_code)
+            _show(plan, as_json, render.plan)
+            return
+        job = Job(model, out, chosen, revision, trust_remote_code)
         report = run(job, reporter, resume=resume, overwrite=overwrite)
     except KeyboardInterrupt:
         reporter.close()
@@ -176,52 +170,38 @@ def convert(
     _show(report, as_json, render.conversion(out))
 
 
+def _chosen(
+    source: tuple[str, str | None, bool], overrides: list[str], reporter: Any, **options: Any
+) -> Any:
+    """The recipe that --auto chooses; what was tried goes to stderr."""
+    from hireconvert.auto import Source, choose
+
+    choice = choose(Source(*source), overrides, reporter, **options)
+    _err().print(render.choice(choice.facts()))
+    return choice.recipe
+
+
 @app.command("eval", rich_help_panel="Models", epilog=EPILOG)
 def evaluate(
     out: OutArgument,
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="UTF-8 text file; may be repeated. Without it, text that Python carries.",
-            rich_help_panel=MEASURED,
-        ),
-    ] = None,
-    tokens: Annotated[
-        int, typer.Option(min=2, help="Tokens of each text.", rich_help_panel=MEASURED)
-    ] = 8192,
-    baseline: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="Compare with this model; without it, with OUT's own dense view.",
-            rich_help_panel=MEASURED,
-        ),
-    ] = None,
-    speed: Annotated[
-        bool, typer.Option("--speed", help="Time decoding as well.", rich_help_panel=MEASURED)
-    ] = False,
-    gate: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Exit 3 when a limit is breached.", rich_help_panel=JUDGED
-        ),
-    ] = None,
-    junit: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Write the gate's outcome as XML.", rich_help_panel=JUDGED
-        ),
-    ] = None,
-    no_cache: Annotated[
-        bool, typer.Option("--no-cache", help="Keep nothing of the baseline between runs.")
-    ] = False,
+    text: options.TextOption = None,
+    tokens: options.TokensOption = 8192,
+    baseline: options.BaselineOption = None,
+    speed: options.SpeedOption = False,
+    no_cache: options.NoCacheOption = False,
+    tasks: options.TasksOption = None,
+    limit: options.LimitOption = None,
+    seed: options.SeedOption = 0,
+    max_length: options.MaxLengthOption = 1024,
+    gate: options.GateOption = None,
+    junit: options.JunitOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure what OUT lost: perplexity, KL, agreement, recall; fail where a gate says so.
+    """Measure what OUT lost: perplexity, KL, agreement, recall, tasks; fail where a gate says so.
 
     [bold]Examples[/bold]
 
-      hireconvert eval out --text notes.txt --text code.txt
+      hireconvert eval out --text notes.txt --text code.txt --tasks suite
       hireconvert eval out --baseline HuggingFaceTB/SmolLM2-135M --gate gate.yaml --junit gate.xml
     """
     from hireconvert.assessment import Request, assess
@@ -235,6 +215,10 @@ def evaluate(
         texts=tuple(text or ()),
         num_tokens=tokens,
         baseline=baseline,
+        tasks=tuple(name for names in tasks or () for name in names.split(",")),
+        limit=limit,
+        seed=seed,
+        max_length=max_length,
         speed=speed,
         use_cache=not no_cache,
     )
@@ -300,6 +284,36 @@ def verify(out: OutArgument, as_json: JsonOption = False) -> None:
     from hireconvert.inspection import verify_checkpoint
 
     _show(verify_checkpoint(out), as_json, render.verification)
+
+
+@app.command(rich_help_panel="Models")
+def report(
+    out: OutArgument,
+    evaluations: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--eval",
+            metavar="FILE",
+            help="JSON that `eval --json` printed, of OUT or of others; may be repeated.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="The page; OUT_report.html without."),
+    ] = None,
+) -> None:
+    """Gather what is known of OUT in one HTML page; runs no model.
+
+    [bold]Example[/bold]
+
+      hireconvert eval out --json > eval.json
+      hireconvert report out --eval eval.json -o report.html
+    """
+    from hireconvert.report import write_report
+
+    target = output or Path(f"{out.resolve().name}_report.html")
+    write_report(out, evaluations or [], target)
+    print(target)
 
 
 @recipes_app.command("ls")

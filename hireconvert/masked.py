@@ -67,12 +67,12 @@ class _Dense:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Low-bit copies that predict the candidates, as plain rounding makes them."""
+    """Low-bit copies, as plain rounding makes them, that name `over_select` candidates for every
+    active neuron; at 1 all of them are active, else the best by exact score."""
 
     bits: int
     block: int
     over_select: float
-    keep: str  # "top_k" of the candidates by exact score, or all "candidates"
 
 
 class MaskedModel:
@@ -230,7 +230,7 @@ class MaskedModel:
             h = args[0]
             h_NF = h.reshape(-1, h.shape[-1])
             if self.estimate is None:
-                keep_NF = _best(self._score(index, h_NF.detach()), active)
+                keep_NF = _best(self._score(index, h_NF), active)
             else:
                 keep_NF = self._predicted(index, h_NF, active)
             kept_NF = torch.where(keep_NF, h_NF, torch.zeros_like(h_NF))
@@ -248,7 +248,7 @@ class MaskedModel:
         return catch
 
     def _score(self, index: int, h_NF: torch.Tensor) -> torch.Tensor:
-        magnitude_NF = h_NF.abs().float().nan_to_num()
+        magnitude_NF = h_NF.detach().abs().float().nan_to_num()
         return magnitude_NF if self._plain else magnitude_NF * self._norms[index]
 
     def _predicted(self, index: int, h_NF: torch.Tensor, num_kept: int) -> torch.Tensor:
@@ -263,7 +263,7 @@ class MaskedModel:
             estimated_NF = part.act(F.linear(x_ND, gate, part.gate.bias())) * up_NF
         wanted = min(round(num_kept * estimate.over_select), self.neurons[index])
         candidate_NF = _best(self._score(index, estimated_NF), wanted)
-        if estimate.keep == "candidates":
+        if wanted == num_kept:
             return candidate_NF
         exact_NF = self._score(index, h_NF).masked_fill(~candidate_NF, -1.0)
         return _best(exact_NF, num_kept)

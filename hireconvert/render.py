@@ -220,6 +220,16 @@ def plan(result: Result) -> RenderableType:
     return Group(_pairs(pairs), blank, *body, *notes)
 
 
+def choice(result: Result) -> RenderableType:
+    """What --auto tried and took."""
+    table = _table("tried", "keep", "bytes per token", "KL", title=f"limit: KL {result['limit']:g}")
+    for row in result["tried"]:
+        keep = "" if row["keep"] is None else f"{row['keep']:g}"
+        name = row["name"] + (" (chosen)" if row["chosen"] else "")
+        table.add_row(name, keep, size(row["bytes_per_token"]), f"{row['kl']:.4f}")
+    return Group(table, Text(result["advice"]))
+
+
 def verification(result: Result) -> RenderableType:
     """One line for each check of `verify`; it raised where one failed."""
     return _pairs({f"ok  {check['name']}": check["detail"] for check in result["checks"]})

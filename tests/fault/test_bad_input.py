@@ -337,7 +337,7 @@ RECIPES = {
     "no equals sign": Bad(
         with_change("ffn.keep_fraction"), 2, ("--set", "KEY=VALUE", "ffn.keep_fraction=0.5")
     ),
-    "no recipe": Bad(lambda p: ["convert", p.model, p.out], 2, ("Missing option", "--recipe")),
+    "no recipe": Bad(lambda p: ["convert", p.model, p.out], 2, ("no recipe", "--recipe")),
     "a certificate that cannot be": Bad(
         with_change("head.bits=4"), 2, ("head.certified", "needs bits 8", "not bits 4")
     ),

@@ -125,15 +125,16 @@ def test_a_big_vocabulary_is_scored_without_its_probabilities(
     assert found.kl == pytest.approx(expected.kl, rel=1e-4)
 
 
-def test_rounded_copies_with_more_bits_choose_more_as_exact_scores_do() -> None:
+def test_copies_with_more_bits_or_more_candidates_choose_more_as_exact_scores_do() -> None:
     model, ids_WT = tiny_model("llama"), tokens(4, 32)
     layout, kl = find_layout(model), {}
-    for bits in (None, 8, 2):
-        estimate = None if bits is None else Estimate(bits, 16, 1.0, "top_k")
+    for bits, over in ((None, 1.0), (8, 1.0), (2, 1.0), (2, 1.5)):
+        estimate = None if bits is None else Estimate(bits, 16, over)
         with MaskedModel(model, layout, ids_WT, estimate=estimate) as masked:
-            kl[bits] = masked.measure((40, 40, 40))[0].kl
-    assert kl[8] == pytest.approx(kl[None], rel=0.1)
-    assert kl[2] > 1.2 * kl[None]
+            kl[bits, over] = masked.measure((40, 40, 40))[0].kl
+    exact = kl[None, 1.0]
+    assert kl[8, 1.0] == pytest.approx(exact, rel=0.1)
+    assert kl[2, 1.0] > kl[2, 1.5] > 1.05 * exact
 
 
 def test_beginnings_of_many_windows() -> None:
