@@ -4,6 +4,7 @@ source -> tokens -> [finetune, in stage_finetune.py] -> activations -> predictor
 layer) -> export -> evaluation
 """
 
+import gc
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -94,6 +95,7 @@ class Run:
         """Free the model's memory; it is loaded anew when asked for."""
         for name in ("model", "layout"):
             self.__dict__.pop(name, None)
+        gc.collect()  # what trained or evaluated it may refer to itself, and is as large
 
     @cached_property
     def model(self) -> PreTrainedModel:
