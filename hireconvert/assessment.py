@@ -23,6 +23,7 @@ from hireconvert.baselines import Baseline, cache_folder, kept_states, open_base
 from hireconvert.data import EvalWindows, evaluation_windows
 from hireconvert.errors import InputError, UsageError
 from hireconvert.evaluate import EvalReport, builtin_text, evaluate_model, hidden_states
+from hireconvert.harness import DEFAULT_MAX_LENGTH, run_tasks
 from hireconvert.inspection import inspect_checkpoint
 from hireconvert.loading import CHECKSUMS, load
 from hireconvert.measures import ViewReport
@@ -45,6 +46,10 @@ class Request:
     texts: tuple[Path, ...] = ()
     num_tokens: int = 8192  # of each text
     baseline: str | None = None  # Hub id, folder or GGUF; None: the folder's own dense view
+    tasks: tuple[str, ...] = ()  # as harness.open_tasks takes them
+    limit: int | None = None  # items of each task
+    seed: int = 0  # of the items
+    max_length: int = DEFAULT_MAX_LENGTH  # of generated items, tokens
     speed: bool = False
     use_cache: bool = True
 
@@ -63,8 +68,8 @@ class _Subject:
 def assess(folder: Path, request: Request, reporter: Reporter) -> dict[str, Any]:
     """Everything measured, ready for JSON; figures that are not finite are None.
 
-    Raises UsageError for texts of one name, InputError when the folder, a text or the baseline
-    cannot be used, RuntimeError when the sparse path did not run (our bug).
+    Raises UsageError for texts of one name and unknown tasks, InputError when the folder, a text
+    or the baseline cannot be used, RuntimeError when the sparse path did not run (our bug).
     """
     start = time.perf_counter()
     texts = _read_texts(request.texts)
@@ -73,6 +78,8 @@ def assess(folder: Path, request: Request, reporter: Reporter) -> dict[str, Any]
         windows = {
             name: _windows(subject, text, request.num_tokens) for name, text in texts.items()
         }
+        # First, because names of tasks that do not exist should not cost minutes.
+        tasks = _tasks(subject, request) if request.tasks else None
         reports = {name: _text_report(subject, name, each) for name, each in windows.items()}
         speed = None
         if request.speed:
@@ -89,19 +96,22 @@ def assess(folder: Path, request: Request, reporter: Reporter) -> dict[str, Any]
                 "fingerprint": None if baseline is None else baseline.fingerprint,
             },
             "texts": reports,
-            "tasks": None,
+            "tasks": tasks,
             "speed": speed,
         }
-    result["dtype"] = "float32"
-    result["versions"] = {
+    result |= {"dtype": "float32", "versions": _versions()}
+    result["seconds"] = round(time.perf_counter() - start, 1)
+    finite: dict[str, Any] = _finite(result)
+    return finite
+
+
+def _versions() -> dict[str, str]:
+    return {
         "hireconvert": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-    result["seconds"] = round(time.perf_counter() - start, 1)
-    finite: dict[str, Any] = _finite(result)
-    return finite
 
 
 def _checksums(folder: Path) -> str | None:
@@ -223,7 +233,28 @@ def _increase(report: EvalReport, view: ViewReport, num_windows: int) -> dict[st
     return {**asdict(ratio), "point": point, "low": ratio.low - 1, "high": ratio.high - 1}
 
 
-# --------------------------------------------------------------------------- speed
+# --------------------------------------------------------------------------- tasks and speed
+
+
+def _tasks(subject: _Subject, request: Request) -> dict[str, Any] | None:
+    """Figures of each task; None where nothing is sparse, so that there is nothing to measure."""
+    hire = subject.model.config.hire
+    if hire["ffn"] is None and hire["head"] is None:
+        subject.reporter.note("tasks were not measured: nothing in OUT is sparse")
+        return None
+    baseline = subject.baseline
+    with subject.reporter.stage("tasks", _STEPS) as advance:
+        found: dict[str, Any] = run_tasks(
+            subject.model,
+            None if baseline is None else baseline.model,
+            subject.tokenizer,
+            request.tasks,
+            limit=request.limit,
+            seed=request.seed,
+            max_length=request.max_length,
+            progress=steps(advance, _STEPS),
+        )["tasks"]
+    return found
 
 
 def _speed(subject: _Subject, prompt_1T: torch.Tensor) -> dict[str, Any]:
