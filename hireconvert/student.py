@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from hireconvert.families import Layout, base_model, ffn_parts, num_layers
 from hireconvert.runtime.hire_ffn import FfnParts
-from hireconvert.runtime.hire_predict import Predictor, num_active, unit_scores
+from hireconvert.runtime.hire_predict import Predictor, num_active, unit_scores, varies
+from hireconvert.runtime.hire_select import candidate_mask, kept_mask
 from hireconvert.scoring import kth_score, round_half_up
 
 
@@ -42,7 +43,11 @@ class Selection:
 
 
 class LayerStudent:
-    """The selection of one layer; by exact scores, or by `predictor` once there is one."""
+    """The selection of one layer; by exact scores, or by `predictor` once there is one.
+
+    A rule that keeps another number at each row needs its predictor and the end of the annealing;
+    until then every row keeps the mean number.
+    """
 
     def __init__(self, parts: FfnParts, counts: Mapping[str, Any], selection: Selection) -> None:
         self.parts, self.counts, self.selection = parts, dict(counts), selection
@@ -78,6 +83,10 @@ class LayerStudent:
 
     def _mask(self, score_NF: torch.Tensor) -> torch.Tensor:
         counts, selection = self.counts, self.selection
+        if self.predictor is not None and varies(counts) and selection.progress == 1:
+            unit_NS = self._estimated()
+            candidate_NF = candidate_mask(counts, unit_NS)
+            return self._with_prefix(kept_mask(counts, candidate_NF, unit_NS, score_NF))
         kept = selection.count(num_active(counts), counts["num_neurons"])
         unit_NS = self._units(score_NF)
         if self.predictor is not None:
@@ -89,23 +98,25 @@ class LayerStudent:
         mask_NF = mask_NS.repeat_interleave(group, dim=1) if group > 1 else mask_NS
         if common:
             mask_NF = torch.cat([mask_NF.new_ones(len(mask_NF), common), mask_NF], dim=1)
-        if selection.dense_prefix:
-            position_N = torch.arange(len(mask_NF), device=mask_NF.device) % selection.window
-            mask_NF = mask_NF | (position_N < selection.dense_prefix)[:, None]
-        return mask_NF
+        return self._with_prefix(mask_NF)
+
+    def _with_prefix(self, mask_NF: torch.Tensor) -> torch.Tensor:
+        if not self.selection.dense_prefix:
+            return mask_NF
+        position_N = torch.arange(len(mask_NF), device=mask_NF.device) % self.selection.window
+        return mask_NF | (position_N < self.selection.dense_prefix)[:, None]
 
     def _units(self, score_NF: torch.Tensor) -> torch.Tensor:
         return unit_scores(score_NF[:, self.counts["num_common"] :], self.counts["group_size"])
 
     def _estimated(self) -> torch.Tensor:
         assert self.predictor is not None and self.input_ND is not None
-        z_NM = self.predictor.estimate(self.input_ND)
+        predictor, common = self.predictor, self.counts["num_common"]
         if self.counts["predictor"]["groups"]:
-            return z_NM[:, self.counts["num_common"] // self.counts["group_size"] :]
-        if self.parts.gate is None:
-            return self._units(self.parts.act(z_NM).abs() * self.norm_F)
-        gate_NF, up_NF = z_NM.chunk(2, dim=-1)
-        return self._units((self.parts.act(gate_NF) * up_NF).abs() * self.norm_F)
+            return predictor.estimate(self.input_ND)[:, common // self.counts["group_size"] :]
+        gated = self.parts.gate is not None
+        size_NF = predictor.magnitudes(self.input_ND, self.parts.act, gated=gated)
+        return self._units(size_NF * self.norm_F)
 
     def _best(self, unit_NS: torch.Tensor, count: int) -> torch.Tensor:
         number = (count - self.counts["num_common"]) // self.counts["group_size"]

@@ -109,15 +109,17 @@ def test_the_students_mask_is_that_of_the_runtime_where_all_are_candidates(famil
     assert not torch.allclose(dense, found, atol=1e-2)  # and selection did change something
 
 
+GROUPED = {"group_size": 4, "common_path": 0.125}
+
+
 @pytest.mark.parametrize("keep", ["top_k", "candidates"])
-def test_groups_common_neurons_and_predictors_select_as_the_runtime_does(keep: str) -> None:
-    settings = {
-        "keep_fraction": 0.5,
-        "over_select": 1.25,
-        "group_size": 4,
-        "common_path": 0.125,
-        "keep": keep,
-    }
+@pytest.mark.parametrize(
+    "changes",
+    [GROUPED, {"predictor": {"soften": True}}, {"selection": "threshold"}],
+    ids=["grouped", "softened", "threshold"],
+)
+def test_predictors_select_as_the_runtime_does(keep: str, changes: dict[str, Any]) -> None:
+    settings = {"keep_fraction": 0.5, "over_select": 1.25, "keep": keep, **changes}
     model = hire_model(tiny_model("llama"), ffn=settings)
     plain = tiny_model("llama")
     plain.load_state_dict(model.state_dict())  # neurons in the converted order
