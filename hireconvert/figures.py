@@ -32,9 +32,11 @@ def number(value: Any, form: str) -> str:
 
 
 def interval(each: Any, form: str = ".2%") -> str:
-    """A figure with its 95 % interval, both with their signs."""
+    """A figure with its 95 % interval if it has one, all with their signs."""
     if figure(each, "point") is None:
         return ABSENT
+    if figure(each, "low") is None or figure(each, "high") is None:
+        return number(figure(each, "point"), f"+{form}")
     point, low, high = (number(figure(each, end), f"+{form}") for end in ("point", "low", "high"))
     return f"{point} ({low} to {high})"
 
