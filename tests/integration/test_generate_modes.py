@@ -267,6 +267,23 @@ def test_one_graph_serves_64_steps(family, compiled):
     assert model.hire_stats() == expected
 
 
+VARYING = {"selection": "threshold", "over_select": 1.5, "predictor": {"bits": 3, "soften": True}}
+
+
+@pytest.mark.parametrize("keep", ["top_k", "candidates"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_one_graph_serves_rows_that_keep_other_numbers(family, keep, compiled):
+    model = hire_model(tiny_model(family), ffn={**FFN, **VARYING, "keep": keep})
+    settings = {**GREEDY, **STATIC, "max_new_tokens": 33}
+    eager = model.generate(tokens(1, 6), **settings)
+    expected = model.hire_stats(reset=True)
+    graphs = compiled(model)
+    assert torch.equal(model.generate(tokens(1, 6), **settings), eager)
+    assert graphs.count == 2
+    assert model.hire_stats() == expected
+    assert expected["ffn"]["kept"] % expected["ffn"]["rows"]  # not the same number for every row
+
+
 def test_a_batch_compiles_too(compiled):
     model = hire_model(tiny_model("llama"), ffn={**FFN, "group_size": 4}, head={})
     eager = model.generate(tokens(3, 6), **GREEDY, **STATIC)

@@ -67,10 +67,22 @@ def models() -> dict[str, Any]:
         "llama": hire_model(tiny_model("llama"), ffn={"group_size": 4}, head={}),
         "phi3": hire_model(
             tiny_model("phi3"),
-            ffn={"predictor": {"kind": "qlr", "input_keep": 0.5, "factor_bits": 4}},
+            ffn={
+                "selection": "threshold",
+                "predictor": {
+                    "kind": "qlr",
+                    "input_keep": 0.5,
+                    "factor_bits": 4,
+                    "soften": True,
+                },
+            },
             head={"block": 16, "bits": 4},
         ),
-        "opt": hire_model(tiny_model("opt"), ffn={"predictor": {"kind": "lr"}}, head={}),
+        "opt": hire_model(
+            tiny_model("opt"),
+            ffn={"selection": "mean_std", "keep": "candidates", "predictor": {"kind": "lr"}},
+            head={},
+        ),
     }
 
 
@@ -119,6 +131,10 @@ def test_what_passes_the_checks_also_runs(models):
         for name in dice.sample(["num_kept", "num_candidates", "num_common", "group_size"], 2):
             layer[name] = dice.choice([0, 1, 2, 3, 4, 8, 24, 48, 60, 92, 95, 96, 97])
         layer["keep"] = dice.choice(["top_k", "candidates"])
+        level = dice.choice([-3.0e38, -1, 0, 1e-45, 0.5, 1, 2**70, 3.0e38])
+        rule = dice.choice(["threshold", "mean_std", "score_mass"])
+        varying = {"rule": rule, "level": level, "mean_kept": dice.choice([0, 48, 47.5])}
+        layer["selection"] = dice.choice([None, varying, varying, varying])
         config.hire["head"]["num_candidates"] = dice.choice([1, 95, 96, 5000])
         config.hire["head"]["certify_top"] = dice.choice([1, 95, 96, 5000])
         try:
