@@ -38,7 +38,7 @@ from hireconvert.recipe import per_layer
 from hireconvert.runtime.hire_predict import Predictor
 from hireconvert.schema import FfnRecipe, FinetuneRecipe
 from hireconvert.scoring import layer_counts
-from hireconvert.student import Selection, Student, layer_outputs, selecting
+from hireconvert.student import Selection, Student, layer_outputs, selecting, trained_weights
 from hireconvert.workspace import rename_durably
 
 Progress = Callable[[int, int, str], None]
@@ -91,25 +91,6 @@ class _LowRankUpdate(nn.Module):
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return weight + self.factor_out @ self.factor_in
-
-
-def trained_weights(
-    model: PreTrainedModel, layout: Layout, parameters: str
-) -> list[tuple[nn.Module, str]]:
-    """(module, parameter name) of every weight that the recipe trains, in the model's order."""
-    ffn_modules = {
-        part.module
-        for index in range(num_layers(model))
-        for part in ffn_parts(model, layout, index).matrices()
-    }
-    embeddings = {model.get_input_embeddings(), model.get_output_embeddings()}
-    found = []
-    for module in base_model(model).modules():
-        norm = type(module).__name__.lower().endswith("norm")
-        wanted = module in ffn_modules or (norm and parameters == "ffn_and_norms")
-        if wanted or (parameters == "all_but_embeddings" and module not in embeddings):
-            found += [(module, name) for name, _ in module.named_parameters(recurse=False)]
-    return found
 
 
 @dataclass(frozen=True)

@@ -27,15 +27,20 @@ from hireconvert.accounting import (
 from hireconvert.checkpoint import read_source_headers
 from hireconvert.errors import InputError, UsageError
 from hireconvert.families import LAYOUTS, Layout, ffn_parts, is_mixture_of_experts, num_layers
-from hireconvert.masked import LOGITS_AT_ONCE, PROBABILITIES_KEPT
+from hireconvert.memory import (
+    Shapes,
+    activation_bytes,
+    calibration_rows,
+    peak_memory,
+    search_of,
+    trained_numel,
+)
 from hireconvert.recipe import FfnRecipe, Recipe, per_layer
-from hireconvert.schema_budget import BudgetRecipe
 from hireconvert.scoring import head_spec, layer_counts, predictor_spec
 
-LIBRARIES_BYTES = 600_000_000  # Python with torch and transformers loaded
 SMALL_FILES_BYTES = 50_000_000  # tokenizer, report, runtime
 # Float operations beside plain products, as multiples of the products; from runs on two cores.
-SAMPLING_COST, FITTING_COST, SCOPES_COST, BUDGET_COST = 4.0, 3.0, 8.0, 1.3
+SAMPLING_COST, FITTING_COST, SCOPES_COST, BUDGET_COST, FINETUNE_COST = 4.0, 3.0, 8.0, 1.3, 7.0
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,7 @@ def plan(skeleton: Skeleton, recipe: Recipe, *, source_bytes: int = 0) -> dict[s
     hire = planned_hire(skeleton, recipe)
     dtype, _ = head_entry(tensors, config.vocab_size)
     predictors = table_bytes(hire_tensors(hire, config.hidden_size, head_width(config)))
-    activations = _activation_bytes(hire, recipe, config)
+    shapes = Shapes(skeleton.model, skeleton.layout, tensors, hire)
     return {
         "architecture": type(skeleton.model).__name__,
         "model_type": skeleton.model.config.model_type,
@@ -147,10 +152,11 @@ def plan(skeleton: Skeleton, recipe: Recipe, *, source_bytes: int = 0) -> dict[s
         "predictor_bytes": predictors,
         "disk_bytes": source_bytes
         + table_bytes(tensors)
-        + activations
+        + activation_bytes(shapes, recipe)
         + 2 * predictors
+        + _finetune_bytes(shapes, recipe)
         + SMALL_FILES_BYTES,
-        "peak_memory_bytes": _peak_memory(skeleton, hire, recipe, activations),
+        "peak_memory_bytes": peak_memory(shapes, recipe),
         "notes": _notes(skeleton, recipe),
     }
 
@@ -175,57 +181,14 @@ def needs_text(hire: Mapping[str, Any]) -> bool:
     return hire["ffn"] is not None or (hire["head"] is not None and hire["head"]["kind"] == "lr")
 
 
-def _rows(recipe: Recipe) -> int:
-    return recipe.data.num_tokens + recipe.data.num_held_tokens + 2 * recipe.data.window
-
-
-def _activation_bytes(hire: Mapping[str, Any], recipe: Recipe, config: Any) -> int:
-    if not needs_text(hire):
+def _finetune_bytes(shapes: Shapes, recipe: Recipe) -> int:
+    """The trained weights as they are stored, and twice (one is being written) the training state:
+    weights and two moments in float32."""
+    if recipe.finetune is None or not shapes.layers:
         return 0
-    layers = len(hire["ffn"]["layers"]) if hire["ffn"] else 0
-    head = bool(hire["head"]) and hire["head"]["kind"] == "lr"
-    return _rows(recipe) * 4 * (layers * config.hidden_size + head * head_width(config))
-
-
-def _numel(tensors: TensorTable) -> int:
-    return sum(prod(shape) for _, shape in tensors.values())
-
-
-def _peak_memory(
-    skeleton: Skeleton, hire: Mapping[str, Any], recipe: Recipe, activations: int
-) -> int:
-    """Bytes: the model in float32, plus the larger of all activations and one layer's fitting."""
-    if not needs_text(hire):
-        return LIBRARIES_BYTES + table_bytes(skeleton.tensors)
-    neurons = max(
-        (layer["num_neurons"] for layer in (hire["ffn"] or {"layers": []})["layers"]), default=0
-    )
-    width = skeleton.config.hidden_size
-    fitting = 4 * neurons * (10 * width + 3 * 2048) + 8 * 4 * width * width
-    budget = _budget_memory(skeleton, recipe, neurons)
-    return LIBRARIES_BYTES + 4 * _numel(skeleton.tensors) + max(activations, fitting, budget)
-
-
-def _search(recipe: Recipe) -> BudgetRecipe | None:
-    budget = None if recipe.ffn is None else recipe.ffn.budget
-    return budget if budget is not None and budget.mode == "search" else None
-
-
-def _budget_memory(skeleton: Skeleton, recipe: Recipe, neurons: int) -> int:
-    """Bytes of a budget search: dense probabilities of two texts, logits, and either what the
-    layers returned in four passes or, for slopes, what a pass back needs of one window."""
-    budget, config = _search(recipe), skeleton.config
-    if budget is None:
-        return 0
-    rows, layers, width = budget.num_tokens, config.num_hidden_layers, config.hidden_size
-    kept = sum(
-        count * config.vocab_size
-        for count in (rows, min(rows, recipe.data.num_held_tokens))
-        if count * config.vocab_size <= PROBABILITIES_KEPT
-    )
-    per_token = layers * (16 * width + 8 * neurons)
-    passes = 4 * rows * layers * width if budget.method == "evolution" else 256 * per_token
-    return 4 * (kept + 4 * LOGITS_AT_ONCE + passes)
+    trained, factors = trained_numel(shapes, recipe.finetune)
+    state = 3 * 4 * (trained if recipe.finetune.lora_rank is None else factors)
+    return table_bytes(shapes.tensors) + 2 * state
 
 
 def _budget_tokens(recipe: Recipe) -> int:
@@ -233,7 +196,7 @@ def _budget_tokens(recipe: Recipe) -> int:
 
     A quality target adds about 20 passes over the held-out text.
     """
-    budget = _search(recipe)
+    budget = search_of(recipe)
     if budget is None:
         return 0
     rounds = budget.sweeps * 8 * budget.num_tokens
@@ -242,6 +205,18 @@ def _budget_tokens(recipe: Recipe) -> int:
         rounds = budget.generations * (probes + 2 * budget.num_tokens)
     quality = budget.target is not None and budget.target.bytes_per_token is None
     return rounds + (20 if quality else 4) * recipe.data.num_held_tokens
+
+
+def _finetune_tokens(recipe: Recipe) -> float:
+    """Tokens that training runs forward, in the teacher's pass, the student's and the one back.
+
+    Text that the model writes itself is sampled first; evaluation runs the original besides.
+    """
+    finetune = recipe.finetune
+    if finetune is None:
+        return 0.0
+    sampled = SAMPLING_COST if (finetune.source or recipe.data.source) == "self" else 0.0
+    return (FINETUNE_COST + sampled) * finetune.num_tokens + recipe.evaluate.num_tokens
 
 
 def _notes(skeleton: Skeleton, recipe: Recipe) -> list[str]:
@@ -256,7 +231,7 @@ def _notes(skeleton: Skeleton, recipe: Recipe) -> list[str]:
         predictors = given if isinstance(given, list) else [given]
     if any(predictor.kind == "auto" for predictor in predictors):
         notes.append("predictor kind auto: shown as q; the kind is chosen on the text")
-    if _search(recipe) is not None:
+    if search_of(recipe) is not None:
         notes.append("budget search: shown with the shares it starts from")
     if recipe.head is not None and recipe.head.certified:
         notes.append("certified head: counted at certify_top rows; a token may need more")
@@ -265,13 +240,13 @@ def _notes(skeleton: Skeleton, recipe: Recipe) -> list[str]:
 
 def _seconds(skeleton: Skeleton, result: Mapping[str, Any], recipe: Recipe) -> float:
     """Estimated seconds: float operations over the speed of a small product measured now."""
-    weights = _numel(skeleton.tensors)
+    weights = sum(prod(shape) for _, shape in skeleton.tensors.values())
     rate = measured_rate()
     operations = 2.0 * weights * 2  # opening, checking, copying
     layers = [row for row in result["layers"] if row["kind"]]
     if layers:
         per_token = 2.0 * weights
-        rows = _rows(recipe)
+        rows = calibration_rows(recipe)
         operations += per_token * rows
         if recipe.data.source == "self":
             operations += SAMPLING_COST * per_token * rows
@@ -280,13 +255,14 @@ def _seconds(skeleton: Skeleton, result: Mapping[str, Any], recipe: Recipe) -> f
         )
         operations += SCOPES_COST * per_token * recipe.evaluate.num_tokens
         operations += BUDGET_COST * per_token * _budget_tokens(recipe)
+        operations += per_token * _finetune_tokens(recipe)
     return operations / rate
 
 
 def _fitting_operations(row: Mapping[str, Any], skeleton: Skeleton, recipe: Recipe) -> float:
     """Moments, error feedback, scores on held-out rows, and training steps of one layer."""
     assert recipe.ffn is not None
-    width, outputs, rows = skeleton.config.hidden_size, 2 * row["neurons"], _rows(recipe)
+    width, outputs, rows = skeleton.config.hidden_size, 2 * row["neurons"], calibration_rows(recipe)
     given = recipe.ffn.predictor
     predictor = given[row["layer"]] if isinstance(given, list) else given
     total = 2.0 * rows * width * width + 2.0 * outputs * width * width

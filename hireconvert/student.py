@@ -23,6 +23,25 @@ from hireconvert.runtime.hire_select import candidate_mask, kept_mask
 from hireconvert.scoring import kth_score, round_half_up
 
 
+def trained_weights(
+    model: PreTrainedModel, layout: Layout, parameters: str
+) -> list[tuple[nn.Module, str]]:
+    """(module, parameter name) of every weight that the recipe trains, in the model's order."""
+    ffn_modules = {
+        part.module
+        for index in range(num_layers(model))
+        for part in ffn_parts(model, layout, index).matrices()
+    }
+    embeddings = {model.get_input_embeddings(), model.get_output_embeddings()}
+    found = []
+    for module in base_model(model).modules():
+        norm = type(module).__name__.lower().endswith("norm")
+        wanted = module in ffn_modules or (norm and parameters == "ffn_and_norms")
+        if wanted or (parameters == "all_but_embeddings" and module not in embeddings):
+            found += [(module, name) for name, _ in module.named_parameters(recurse=False)]
+    return found
+
+
 @dataclass
 class Selection:
     """What every layer of the student keeps in this step.

@@ -1,0 +1,173 @@
+"""Peak memory of a conversion from shapes alone, by stage: statistics, training, evaluation.
+
+A process's peak is the libraries and the largest stage, since each stage frees what it loaded.
+Factors of activations are fitted to measured peaks (docs/log.md); weights are counted exactly.
+
+D width, F neurons, L layers, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hireconvert.accounting import TensorTable, head_width
+from hireconvert.families import Layout
+from hireconvert.masked import LOGITS_AT_ONCE, PROBABILITIES_KEPT
+from hireconvert.objectives import LOGITS_AT_ONCE as TRAINING_LOGITS
+from hireconvert.recipe import Recipe
+from hireconvert.schema import FinetuneRecipe
+from hireconvert.schema_budget import BudgetRecipe
+from hireconvert.student import trained_weights
+
+LIBRARIES_BYTES = 450_000_000  # Python with torch and transformers loaded
+# Float32 values that a pass back needs of one token and layer, in widths and in neurons.
+KEPT_WIDTHS, KEPT_NEURONS = 24, 8
+# Tensors of the size of a chunk of logits that live together.
+LOGITS_IN_TRAINING, LOGITS_IN_EVALUATION = 10, 5
+EVALUATION_LOGITS = 2**23  # elements of a chunk
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the plan knows of a model: a copy without weights, and what will be put beside it."""
+
+    model: PreTrainedModel
+    layout: Layout | None
+    tensors: TensorTable
+    hire: Mapping[str, Any]
+
+    @property
+    def config(self) -> Any:
+        """The text configuration."""
+        return self.model.config.get_text_config()
+
+    @property
+    def numel(self) -> int:
+        """Weights in all."""
+        return sum(prod(shape) for _, shape in self.tensors.values())
+
+    @property
+    def layers(self) -> list[Mapping[str, Any]]:
+        """The converted layers."""
+        return list(self.hire["ffn"]["layers"]) if self.hire["ffn"] else []
+
+    @property
+    def neurons(self) -> int:
+        """F of the widest converted layer, 0 without one."""
+        return max((layer["num_neurons"] for layer in self.layers), default=0)
+
+    @property
+    def matrices(self) -> int:
+        """First matrices of an FFN: gate and up, or up alone."""
+        return 2 if self.layout and self.layout["gate"] else 1
+
+
+def calibration_rows(recipe: Recipe) -> int:
+    """Tokens that statistics are taken on, rounded up to whole windows."""
+    return recipe.data.num_tokens + recipe.data.num_held_tokens + 2 * recipe.data.window
+
+
+def activation_bytes(shapes: Shapes, recipe: Recipe) -> int:
+    """Bytes of the inputs that calibration keeps, on disk and in memory."""
+    head = bool(shapes.hire["head"]) and shapes.hire["head"]["kind"] == "lr"
+    widths = len(shapes.layers) * shapes.config.hidden_size + head * head_width(shapes.config)
+    return calibration_rows(recipe) * 4 * widths
+
+
+def peak_memory(shapes: Shapes, recipe: Recipe) -> int:
+    """Bytes that the whole conversion needs on a CPU, libraries included."""
+    if not shapes.layers and activation_bytes(shapes, recipe) == 0:
+        return LIBRARIES_BYTES + 2 * shapes.numel
+    statistics = max(
+        activation_bytes(shapes, recipe),
+        _fitting(shapes),
+        _searching(shapes, recipe),
+    )
+    stages = [4 * shapes.numel + statistics, _evaluating(shapes, recipe)]
+    if recipe.finetune is not None and shapes.layers:
+        stages.append(4 * shapes.numel + _training(shapes, recipe.finetune))
+    return LIBRARIES_BYTES + max(stages)
+
+
+def _fitting(shapes: Shapes) -> int:
+    width = shapes.config.hidden_size
+    return 4 * shapes.neurons * (10 * width + 3 * 2048) + 8 * 4 * width * width
+
+
+def _training(shapes: Shapes, recipe: FinetuneRecipe) -> int:
+    """What a training step holds besides the student's weights.
+
+    That is the teacher's copy of the trained weights, gradients and two moments; with low-rank
+    updates the products in place of the weights and their gradients. Checkpoints copy nothing.
+    """
+    trained, factors = trained_numel(shapes, recipe)
+    weights = trained + 3 * trained
+    if recipe.lora_rank is not None:
+        weights = trained + 2 * trained + 4 * factors
+    vocabulary, tokens = shapes.config.vocab_size, recipe.window
+    per_token = shapes.config.num_hidden_layers * (
+        KEPT_WIDTHS * shapes.config.hidden_size + KEPT_NEURONS * shapes.neurons
+    )
+    logits = 0
+    if recipe.loss.kl or recipe.loss.lm:
+        logits = LOGITS_IN_TRAINING * min(tokens * vocabulary, TRAINING_LOGITS)
+    return 4 * (weights + tokens * per_token + logits)
+
+
+def trained_numel(shapes: Shapes, recipe: FinetuneRecipe) -> tuple[int, int]:
+    """Numbers in the weights that the recipe trains, and in their low-rank factors."""
+    assert shapes.layout is not None
+    trained = factors = 0
+    for module, name in trained_weights(shapes.model, shapes.layout, recipe.parameters):
+        shape = getattr(module, name).shape
+        trained += prod(shape)
+        if recipe.lora_rank is not None:
+            factors += recipe.lora_rank * sum(shape) if len(shape) == 2 else prod(shape)
+    return trained, factors
+
+
+def _evaluating(shapes: Shapes, recipe: Recipe) -> int:
+    """The converted model with its predictors in float32, and what it is compared against."""
+    if recipe.evaluate.num_tokens == 0:
+        return 0
+    config = shapes.config
+    models = 2 if recipe.finetune is not None and shapes.layers else 1
+    predictors = sum(
+        shapes.matrices * layer["num_neurons"] * config.hidden_size
+        for layer in shapes.layers
+        if layer["predictor"]["kind"] != "lr"
+    )
+    head = config.vocab_size * head_width(config) if shapes.hire["head"] else 0
+    tokens = min(recipe.evaluate.num_tokens, recipe.data.num_held_tokens)
+    chunk = min(tokens * config.vocab_size, EVALUATION_LOGITS)
+    hidden = (2 + models) * tokens * config.hidden_size
+    return 4 * (models * shapes.numel + predictors + hidden + LOGITS_IN_EVALUATION * chunk) + head
+
+
+# --------------------------------------------------------------------------- the budget search
+
+
+def search_of(recipe: Recipe) -> BudgetRecipe | None:
+    """The search that the recipe asks for, if it does."""
+    budget = None if recipe.ffn is None else recipe.ffn.budget
+    return budget if budget is not None and budget.mode == "search" else None
+
+
+def _searching(shapes: Shapes, recipe: Recipe) -> int:
+    """Bytes of a budget search: dense probabilities of two texts, logits, and either what the
+    layers returned in four passes or, for slopes, what a pass back needs of one window."""
+    budget, config = search_of(recipe), shapes.config
+    if budget is None:
+        return 0
+    rows, layers, width = budget.num_tokens, config.num_hidden_layers, config.hidden_size
+    kept = sum(
+        count * config.vocab_size
+        for count in (rows, min(rows, recipe.data.num_held_tokens))
+        if count * config.vocab_size <= PROBABILITIES_KEPT
+    )
+    per_token = layers * (16 * width + 8 * shapes.neurons)
+    passes = 4 * rows * layers * width if budget.method == "evolution" else 256 * per_token
+    return 4 * (kept + 4 * LOGITS_AT_ONCE + passes)
