@@ -27,6 +27,9 @@ MODULES = (
     "hireconvert.cli",
     "hireconvert.pipeline",
     "hireconvert.inspection",
+    "hireconvert.assessment",
+    "hireconvert.report",
+    "matplotlib.backends.backend_svg",
     "hireconvert.generation",
 )
 
