@@ -1,0 +1,86 @@
+"""What a model got right, item by item, and the proof that its sparse path gave the answers."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hireconvert.measures import hire_layers, hire_scope
+
+Tick = Callable[[], None]  # one item is done
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Scores of the items in their order, and rows that ran sparse in the layer with fewest."""
+
+    score_N: NDArray[np.float64]
+    sparse_rows: int
+
+
+class Task(Protocol):
+    """Items that several models answer; both models of a pair meet the same ones."""
+
+    @property
+    def name(self) -> str:
+        """What results go by."""
+
+    @property
+    def kind(self) -> str:
+        """`generated`, `likelihood` or `lm_eval`."""
+
+    @property
+    def metric(self) -> str:
+        """What a score says."""
+
+    @property
+    def fingerprint(self) -> str:
+        """The SHA-256 of the items, in their order."""
+
+    @property
+    def num_items(self) -> int:
+        """How many items there are."""
+
+    def answer(self, model: Any, tokenizer: Any, *, sparse: bool, tick: Tick) -> Answers:
+        """Scores of one model; RuntimeError when `sparse` and the sparse path did not run."""
+
+
+@contextmanager
+def view(model: Any, scope: str | None) -> Iterator[None]:
+    """Run the block in `decode` or `all`; None is the dense view, all a native model has.
+
+    Decoding uses the sparse head as the checkpoint ships it; `all` leaves the head dense. Counts
+    start at zero.
+    """
+    if not hasattr(model, "set_hire_scope"):
+        assert scope is None, "a native model has no sparse view"
+        yield
+        return
+    model.hire_stats(reset=True)
+    with hire_scope(model, scope or "off", head=scope == "decode"):
+        yield
+
+
+def require_sparse(model: Any, expected_rows: int | None) -> int:
+    """Rows that ran sparse since the counts were reset, in the layer with fewest.
+
+    `expected_rows` is how many each layer must have met; None where only some are known to be due.
+    Without sparse layers the sparse head's rows count. Raises RuntimeError when rows are missing or
+    all of a layer's ran dense.
+    """
+    stats = model.hire_stats()
+    counts = stats["layers"] if hire_layers(model) else {"head": stats["head"]}
+    sparse = {name: count["rows"] - count["dense_rows"] for name, count in counts.items()}
+    for name, count in counts.items():
+        missed = name != "head" and expected_rows is not None and count["rows"] != expected_rows
+        if missed or sparse[name] <= 0 or stats["dense_fallbacks"]:
+            expected = "some" if expected_rows is None else str(expected_rows)
+            raise RuntimeError(
+                f"layer {name} counted {count['rows']} rows, {count['dense_rows']} of them dense, "
+                f"and {stats['dense_fallbacks']} calls fell back, expected {expected} rows: the "
+                "sparse path did not run, so its quality was not measured"
+            )
+    return min(sparse.values())
