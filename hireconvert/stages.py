@@ -4,8 +4,10 @@ source -> tokens -> [finetune, in stage_finetune.py] -> activations -> predictor
 layer) -> export -> evaluation
 """
 
+import ctypes
 import gc
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -95,7 +97,7 @@ class Run:
         """Free the model's memory; it is loaded anew when asked for."""
         for name in ("model", "layout"):
             self.__dict__.pop(name, None)
-        gc.collect()  # what trained or evaluated it may refer to itself, and is as large
+        _return_memory()
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -124,6 +126,17 @@ class Run:
         ):
             yield folder, advance
         self.timings[name] = round(time.perf_counter() - start, 3)
+
+
+def _return_memory() -> None:
+    """Give back to the system what is free.
+
+    What trained a model refers to itself, and is as large; and glibc keeps a pool for each thread,
+    of which weights that other threads will load get nothing.
+    """
+    gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def make_tokens(run: Run, fingerprint: Mapping[str, Any]) -> TokenData:
