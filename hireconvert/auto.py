@@ -19,6 +19,7 @@ from hireconvert.allocation import Allocation
 from hireconvert.budget import evenly
 from hireconvert.checkpoint import DenseCheckpoint, open_checkpoint
 from hireconvert.data import build_tokens
+from hireconvert.errors import InputError
 from hireconvert.families import find_layout
 from hireconvert.figures import size
 from hireconvert.masked import PROBABILITIES_KEPT, Estimate, MaskedModel
@@ -100,6 +101,12 @@ def choose(
         skeleton = make_skeleton(checkpoint.config, tensors)
         tried = _tried(checkpoint, skeleton, overrides, reporter, max_kl)
     own = [one for one in tried if one.recipe is not None and one.kl <= max_kl]
+    if not own:
+        raise InputError(
+            f"nothing tried keeps within KL {max_kl:g}: "
+            + ", ".join(f"{one.name} {one.keep or ''}: {one.kl:.4f}" for one in tried)
+            + ". Raise --max-kl, or convert the head (recipe lossless)."
+        )
     chosen = min(own, key=lambda one: one.bytes_per_token)
     assert chosen.recipe is not None
     return Choice(chosen.recipe, tuple(tried), chosen, max_kl, _advice(chosen, tried, max_kl))
@@ -113,15 +120,18 @@ def _tried(
     max_kl: float,
 ) -> list[Tried]:
     """Every setting measured: without the FFN, fewer and fewer neurons, plain rounding."""
-    plain = load_recipe(WITHOUT_FFN, [one for one in overrides if not one.startswith("ffn.")])
-    tried = [Tried(WITHOUT_FFN, None, _bytes(skeleton, plain), 0.0, plain)]
     first = load_recipe(CANDIDATES[0][0], overrides)
+    tried, limit = [], dense_bytes(skeleton.tensors, skeleton.config)
+    if first.head is not None:
+        plain = load_recipe(WITHOUT_FFN, [one for one in overrides if not one.startswith("ffn.")])
+        limit = _bytes(skeleton, plain)
+        tried.append(Tried(WITHOUT_FFN, None, limit, 0.0, plain))
     if first.ffn is None or not converts_ffn(skeleton, first):
         return tried
     recipes = [(keep, _with_keep(load_recipe(name, overrides), keep)) for name, keep in CANDIDATES]
     priced = [(keep, recipe, _bytes(skeleton, recipe)) for keep, recipe in recipes]
     # Where nearly all neurons are read, finding them costs more than it saves.
-    priced = [one for one in priced if one[2] < tried[0].bytes_per_token]
+    priced = [one for one in priced if one[2] < limit]
     model: Any = checkpoint.load_model(dtype=torch.float32)
     ids_WT, layout = _windows(checkpoint, model, first), find_layout(model)
     masks = MaskedModel(model, layout, ids_WT, score=first.ffn.score, estimate=_estimate(first.ffn))

@@ -15,13 +15,13 @@ import math
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hireconvert.allocation import Allocation, Keeps, Levels, Trades
+from hireconvert.allocation import Allocation, Keeps, Trades
 from hireconvert.masked import Active, MaskedModel, Score, Trace
 from hireconvert.schema_budget import BudgetRecipe, BudgetTargetRecipe
 
@@ -29,6 +29,7 @@ Progress = Callable[[int, int, str], None]  # rounds done, rounds in all, where 
 
 SURVIVORS = 2  # offspring measured on all windows
 TRACES_KEPT = SURVIVORS + 2  # the parent's, its challengers', one being made
+SMALLEST_STEP = 0.01
 SLOPES_COST = 3  # a pass forward and back, in passes forward
 
 
@@ -136,7 +137,7 @@ def evenly(ids_WT: torch.Tensor, num_tokens: int, length: int) -> torch.Tensor:
 
 def evolve(
     trials: Trials, trades: Trades, recipe: BudgetRecipe, seed: int, progress: Progress
-) -> Levels:
+) -> Keeps:
     """The best list found by trading steps at random, never worse than the base.
 
     A generation's offspring are scored on a few windows, the best of them on all; the best of
@@ -158,33 +159,32 @@ def evolve(
             if found.kl < score.kl:
                 parent, score = child, found
         progress(generation + 1, recipe.generations, f"KL {score.kl:.5f}")
-    return parent
+    return trades.keeps(parent)
 
 
-def descend(trials: Trials, trades: Trades, recipe: BudgetRecipe, progress: Progress) -> Levels:
+def descend(trials: Trials, trades: Trades, recipe: BudgetRecipe, progress: Progress) -> Keeps:
     """The best list found by sweeps of measurement, never worse than the base.
 
     A sweep takes the slope of every layer where the list now stands, then measures the best 1, 2,
-    4, ... trades together and keeps what helped most; the search ends where none helped.
+    4, ... trades together and goes on from what helped most. Where none helped the step is halved.
     """
-    parent, seen = trades.none, {trades.none}
-    score = trials.score(trades.keeps(parent))
+    score = trials.score(trades.base)
     for sweep in range(recipe.sweeps):
-        pairs, best = _ranked_pairs(trials, trades, parent), parent
+        best, pairs = trades.base, _ranked_pairs(trials, trades)
         for num in _doubling(len(pairs)):
             ups, downs = zip(*pairs[:num], strict=True)
-            child = trades.moved(parent, list(ups), list(downs))
-            if child in seen:
-                continue
-            seen.add(child)
-            found = trials.score(trades.keeps(child))
+            child = trades.keeps(trades.moved(trades.none, list(ups), list(downs)))
+            found = trials.score(child)
             if found.kl < score.kl:
                 best, score = child, found
         progress(sweep + 1, recipe.sweeps, f"KL {score.kl:.5f}")
-        if best == parent:
+        if best != trades.base:
+            trades = replace(trades, base=best)
+        elif trades.step > SMALLEST_STEP:
+            trades = replace(trades, step=trades.step / 2)
+        else:
             break
-        parent = best
-    return parent
+    return trades.base
 
 
 def _doubling(most: int) -> list[int]:
@@ -193,9 +193,9 @@ def _doubling(most: int) -> list[int]:
     return sorted({num for num in [*powers, most] if 0 < num <= most})
 
 
-def _ranked_pairs(trials: Trials, trades: Trades, levels: Levels) -> list[tuple[int, int]]:
+def _ranked_pairs(trials: Trials, trades: Trades) -> list[tuple[int, int]]:
     """(layer to give a step, layer to take one from), each layer once, widest gap first."""
-    slope = trials.slopes(trades.keeps(levels), trades.step)
+    slope, levels = trials.slopes(trades.base, trades.step), trades.none
     layers = range(len(levels))
     ups = sorted((i for i in layers if trades.can(levels, i, 1)), key=lambda i: -slope[i])
     downs = sorted((i for i in layers if trades.can(levels, i, -1)), key=lambda i: slope[i])
@@ -256,10 +256,9 @@ def search_budget(
         start, reached = _on_target(held, start, target, bytes_)
     trades = Trades(allocation, start, recipe.step)
     if recipe.method == "evolution":
-        levels = evolve(search, trades, recipe, seed, progress)
+        found = evolve(search, trades, recipe, seed, progress)
     else:
-        levels = descend(search, trades, recipe, progress)
-    found = trades.keeps(levels)
+        found = descend(search, trades, recipe, progress)
     if target is not None and target.bytes_per_token is None and reached:
         lower, holds = _on_target(held, found, target, bytes_)
         found = lower if holds and bytes_.of(lower) <= bytes_.of(start) else start

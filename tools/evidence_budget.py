@@ -109,12 +109,13 @@ def compare(args: argparse.Namespace) -> None:
             table.held, table.search = trials, search
             trades = Trades(allocation, allocation.start, recipe.step)
             table.add(keep, "equal", allocation.start, allocation.start, "")
-            for name, run in {
+            searches = {
                 "greedy": lambda tell: descend(search, trades, recipe, tell),  # noqa: B023
                 "evolution": lambda tell: evolve(search, trades, recipe, args.seed, tell),  # noqa: B023
-            }.items():
+            }
+            for name in args.methods:
                 before, start = search.num_windows_scored, time.perf_counter()
-                keeps = trades.keeps(run(lambda *step: print(*step, file=sys.stderr)))
+                keeps = searches[name](lambda *step: print(*step, file=sys.stderr))
                 cost = search.num_windows_scored - before
                 print(f"{keep} {name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
                 table.add(keep, name, keeps, allocation.start, str(cost))
@@ -127,6 +128,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.4])
+    parser.add_argument("--methods", nargs="+", default=["greedy", "evolution"])
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--held-tokens", type=int, default=6144, help="of each text")
     parser.add_argument("--probe-tokens", type=int, default=512)
