@@ -281,9 +281,15 @@ def _speed(subject: _Subject, prompt_1T: torch.Tensor) -> dict[str, Any]:
 
 
 def _require_sparse_decoding(model: Any) -> None:
-    stats = model.hire_stats()
+    stats, hire = model.hire_stats(), model.config.hire
     counts = {f"layer {index}": each for index, each in stats["layers"].items()}
-    if model.config.hire["head"] is not None:
+    for name, each in counts.items():
+        if 0 < each["rows"] <= each["dense_rows"]:
+            raise InputError(
+                f"{name} selected in no decoded token: its estimates are NaN or inf, so the model "
+                "runs dense. Its predictor is damaged; convert again or fetch the folder again."
+            )
+    if hire["head"] is not None:
         counts["the head"] = stats["head"]
     for name, each in counts.items():
         if each["rows"] <= each["dense_rows"]:

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hireconvert.data import EvalWindows
+from hireconvert.errors import InputError
 from hireconvert.families import base_model
 from hireconvert.measures import (
     HeadReport,
@@ -89,16 +90,24 @@ def hidden_states(
 
 
 def _require_sparse(model: Any, shape_WT: torch.Size, dense_prefix: int) -> int:
-    """Rows that ran dense for being NaN or inf; RuntimeError unless all others selected."""
+    """Rows that ran dense for being NaN or inf, of those that were due to select.
+
+    Raises RuntimeError when rows did not come by, InputError when all of a layer's were NaN or inf.
+    """
     num_windows, length = shape_WT
-    nonfinite = 0
+    nonfinite, planned = 0, num_windows * min(dense_prefix, length)
     for index, counts in model.hire_stats()["layers"].items():
-        planned = num_windows * min(dense_prefix, length)
-        if counts["rows"] != num_windows * length or counts["dense_rows"] >= counts["rows"]:
+        if counts["rows"] != num_windows * length or counts["dense_rows"] < planned:
             raise RuntimeError(
                 f"layer {index} counted {counts['rows']} rows, {counts['dense_rows']} of them "
                 f"dense, expected {num_windows * length} with {planned} dense: the sparse path "
                 "did not run, so its quality was not measured"
+            )
+        if counts["dense_rows"] >= counts["rows"]:
+            raise InputError(
+                f"layer {index} selected in no row: its estimates or its activations are NaN or "
+                "inf in all of them, so the model runs dense. Its predictor is damaged; convert "
+                "again or fetch the folder again."
             )
         nonfinite += counts["dense_rows"] - planned
     return nonfinite
@@ -181,8 +190,8 @@ def evaluate_model(
     Each row of `windows.ids_WT` is scored from its second token on; `dense_prefix` is cut to half
     a window. `baseline_hidden_ND` is what `hidden_states` gives for the baseline, where that is
     known already. `progress` is called with steps done and steps in all. The model's scope is
-    restored. Raises InputError when the logits are made in an unknown way, RuntimeError when the
-    sparse path did not run (our bug).
+    restored. Raises InputError when the logits are made in an unknown way or a layer is NaN or inf
+    in every row, RuntimeError when the sparse path did not run (our bug).
     """
     ids_WT = windows.ids_WT
     dense_prefix = min(dense_prefix, ids_WT.shape[1] // 2)

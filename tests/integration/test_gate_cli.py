@@ -1,11 +1,13 @@
 """`eval` through the command line: several texts, a baseline, and a gate that catches sabotage."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from hireconvert.inspection import check_checksums
 from tests.cli import Cli
@@ -99,6 +101,19 @@ def test_a_disabled_sparse_path_is_named_as_not_measured(
     found = {each["limit"]: each["found"] for each in json.loads(ended.out)["gate"]["checks"]}
     assert found["kept"] is None and found["head_top1_agreement"] == 1.0
     assert "not measured" in ended.err
+
+
+def test_a_predictor_that_overflows_is_refused(
+    place: Path, tmp_path: Path, hireconvert: Cli, environment: dict[str, str]
+) -> None:
+    folder = Path(shutil.copytree(place / "good", tmp_path / "bad"))
+    path = folder / "hire" / "predictors.safetensors"
+    tensors = load_file(path)
+    tensors["layers.0.bias"].fill_(3e38)  # no NaN and no inf in the file, but in its products
+    save_file(tensors, path, {"format": "pt"})
+    ended = hireconvert(*judged(place, folder), environment=environment)
+    assert ended.code == 4 and "layer 0 selected in no row" in ended.err
+    assert ended.out == "" and "Traceback" not in ended.err
 
 
 def test_figures_are_the_same_with_and_without_the_cache(

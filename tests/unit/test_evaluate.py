@@ -302,6 +302,13 @@ def test_a_row_with_nan_is_counted() -> None:
     assert report.all_prefix.nonfinite_rows == 0  # the row runs dense anyway
 
 
+def test_a_layer_that_is_nan_in_every_row_is_the_models_fault() -> None:
+    model = hire_model(dense_model(), layer_spec(), None)
+    model.model.hire_layers[1].predictor_tensors["bias"].fill_(3e38)
+    with pytest.raises(InputError, match="layer 1 selected in no row"):
+        evaluate_model(model, None, windows())
+
+
 def test_report_is_json_and_scope_and_progress_are_kept() -> None:
     model = hire_model(dense_model(), layer_spec(), HEAD)
     model.set_hire_scope("decode", head=False)
