@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -80,7 +80,15 @@ class Difference(Section):
             yield "", "holds no limit; give min, low or both"
 
 
-class EveryTask(Difference):
+class SomeTasks(Difference):
+    """A limit on tasks that are not named one by one."""
+
+    kind: Literal["generated", "likelihood", "lm_eval"] | None = Field(
+        default=None, description="tasks of this kind only; null: all"
+    )
+
+
+class EveryTask(SomeTasks):
     """A limit on each task that the baseline is good enough at to lose something."""
 
     if_baseline_reaches: Share = Field(
@@ -119,7 +127,7 @@ class Gate(Section):
         default=None, description="mean KL divergence of the sparse head from the dense one, nats"
     )
     tasks: dict[str, Difference] = Field(default={}, description="limits on tasks by name")
-    tasks_mean: Difference | None = Field(default=None, description="mean over the tasks measured")
+    tasks_mean: SomeTasks | None = Field(default=None, description="mean over the tasks measured")
     every_task: EveryTask | None = Field(
         default=None, description="a limit on each task that `tasks` does not name"
     )
@@ -237,19 +245,24 @@ def _task_checks(gate: Gate, tasks: Results) -> Iterator[Check]:
     for name, limit in gate.tasks.items():
         yield from _difference(f"tasks.{name}", "", limit, tasks.get(name))
     if gate.tasks_mean is not None:
-        yield from _difference("tasks_mean", "", gate.tasks_mean, mean_difference(tasks))
+        meant = _of_kind(tasks, gate.tasks_mean)
+        yield from _difference("tasks_mean", "", gate.tasks_mean, mean_difference(meant))
     every = gate.every_task
     if every is None:
         return
-    strong = [
-        name
-        for name, task in tasks.items()
+    strong = {
+        name: task
+        for name, task in _of_kind(tasks, every).items()
         if name not in gate.tasks and (figure(task, "baseline") or 0.0) >= every.if_baseline_reaches
-    ]
-    for name in strong:
-        yield from _difference("every_task", name, every, tasks[name])
+    }
+    for name, task in strong.items():
+        yield from _difference("every_task", name, every, task)
     if not strong:
         yield from _difference("every_task", "", every, None)
+
+
+def _of_kind(tasks: Results, limit: SomeTasks) -> Results:
+    return {k: task for k, task in tasks.items() if limit.kind in (None, task.get("kind"))}
 
 
 def _difference(key: str, subject: str, limit: Difference, task: Any) -> Iterator[Check]:

@@ -21,8 +21,9 @@ from typing import Any
 import yaml
 from sabotage import SABOTAGES, spoiled
 
+from hireconvert.figures import figure
 from hireconvert.inspection import check_checksums, inspect_checkpoint
-from hireconvert.loading import read_config
+from hireconvert.loading import REPORT, read_config
 
 BREACHED = 3
 BAND = 0.01  # around the share that is kept
@@ -46,10 +47,12 @@ class Outcome:
 
 
 def gate_for(folder: Path) -> dict[str, Any]:
-    """LIMITS and a band around the share of neurons that the folder is set to keep."""
+    """LIMITS and a band around the share of neurons that the folder kept when it was made."""
     rows = inspect_checkpoint(folder)["layers"]
     shares = [row["kept"] / row["neurons"] if row["neurons"] else 1.0 for row in rows]
-    mean = sum(shares) / len(shares)
+    report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    measured = figure(report, "evaluation", "selection", "kept_overall")
+    mean = sum(shares) / len(shares) if measured is None else measured
     return {**LIMITS, "kept": {"min": round(mean - BAND, 4), "max": round(mean + BAND, 4)}}
 
 

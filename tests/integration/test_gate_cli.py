@@ -164,6 +164,36 @@ def test_each_text_has_figures_of_its_own(place: Path, tmp_path: Path, hireconve
     assert ended.code == 2 and "two texts are called one.txt" in ended.err
 
 
+def test_tasks_are_held_to_their_limits(place: Path, hireconvert: Cli, tmp_path: Path) -> None:
+    rows = [
+        {"id": number, "ctx": f"{number} and then", "cont": [" this", " that!"], "gold": number % 2}
+        for number in range(6)
+    ]
+    (tmp_path / "choice.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "gate.yaml").write_text(
+        "tasks: {choice: {low: -1.0}, absent: {min: -1.0}}\n"
+        "tasks_mean: {kind: likelihood, min: -1.0}\n"
+    )
+    arguments = ("eval", place / "good", "--tokens", "64", "--gate", tmp_path / "gate.yaml")
+    tasks = ("--tasks", tmp_path / "choice.jsonl", "--limit", "4", "--max-length", "400")
+    ended = hireconvert(*arguments, *tasks, "--json")
+    assert ended.code == 3, ended.err
+    result = json.loads(ended.out)
+    assert result["tasks"]["choice"]["num_items"] == 4
+    assert result["tasks"]["choice"]["sparse_rows"] > 0
+    found = {each["limit"]: each["passed"] for each in result["gate"]["checks"]}
+    assert found == {
+        "tasks.choice.low": True,
+        "tasks.absent.min": False,
+        "tasks_mean.min": True,
+        "dense_rows": True,
+    }
+    ended = hireconvert(*arguments, *tasks)
+    assert "choice" in ended.out and "3 of 4 limits kept" in ended.out
+    ended = hireconvert("eval", place / "good", "--tasks", "nonsense", "--max-length", "400")
+    assert ended.code == 2 and "nonsense" in ended.err
+
+
 def test_speed_is_measured_when_asked(place: Path, hireconvert: Cli, tmp_path: Path) -> None:
     (tmp_path / "gate.yaml").write_text("speed_ratio: {min: 1000}\n")
     arguments = ("eval", place / "good", "--tokens", "128", "--gate", tmp_path / "gate.yaml")

@@ -152,6 +152,23 @@ def test_tasks_too_hard_for_the_baseline_are_left_out() -> None:
     assert breach.found is None  # no task was left to hold the limit against
 
 
+def test_limits_for_one_kind_of_task() -> None:
+    results = {
+        **RESULTS,
+        "tasks": {
+            "piqa": {**task(-0.002, 0.01), "kind": "likelihood"},
+            "copying": {**task(-0.1, 0.02), "kind": "generated"},
+        },
+    }
+    likelihood = {"kind": "likelihood", "min": -0.005, "low": -0.013}
+    assert check(gate(tasks_mean=likelihood, every_task=likelihood), results) == []
+    generated = {**likelihood, "kind": "generated"}
+    found = check(gate(tasks_mean=generated, every_task=generated), results)
+    assert {each.subject for each in found} == {"", "copying"} and len(found) == 4
+    (breach,) = check(gate(tasks_mean={"kind": "lm_eval", "min": -1.0}), results)
+    assert breach.found is None
+
+
 def test_named_tasks_have_their_own_limit() -> None:
     limits = {"tasks": {"copying": {"low": -0.5}}, "every_task": {"low": -0.015}}
     assert check(gate(**limits), RESULTS) == []
@@ -198,6 +215,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         ("perplexity_increase: {}", "perplexity_increase: holds no limit"),
         ("tasks: {piqa: {}}", "tasks.piqa: holds no limit"),
         ("tasks: {piqa: {mim: 1}}", "tasks.piqa.mim: unknown key, did you mean min?"),
+        ("every_task: {kind: hard, low: 0}", "every_task.kind: 'hard' is not one of"),
         ("kl_mean: null", "holds no limit"),
         ("dense_rows: {max: 3}", "holds no limit"),
         ("tasks: {}", "holds no limit"),
