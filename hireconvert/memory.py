@@ -28,6 +28,7 @@ KEPT_WIDTHS, KEPT_NEURONS = 24, 8
 # Tensors of the size of a chunk of logits that live together.
 LOGITS_IN_TRAINING, LOGITS_IN_EVALUATION = 10, 5
 EVALUATION_LOGITS = 2**23  # elements of a chunk
+HEAD_ROWS, HEAD_VALUES = 16384, 8  # rows of the head copied at once, float32 values for each weight
 
 
 @dataclass(frozen=True)
@@ -130,21 +131,31 @@ def trained_numel(shapes: Shapes, recipe: FinetuneRecipe) -> tuple[int, int]:
 
 
 def _evaluating(shapes: Shapes, recipe: Recipe) -> int:
-    """The converted model with its predictors in float32, and what it is compared against."""
+    """The converted model, its predictors in float32, and what it is compared against.
+
+    On top comes the larger of what the head needs while its copy is made, and chunks of logits.
+    """
     if recipe.evaluate.num_tokens == 0:
         return 0
     config = shapes.config
     models = 2 if recipe.finetune is not None and shapes.layers else 1
-    predictors = sum(
-        shapes.matrices * layer["num_neurons"] * config.hidden_size
-        for layer in shapes.layers
-        if layer["predictor"]["kind"] != "lr"
-    )
-    head = config.vocab_size * head_width(config) if shapes.hire["head"] else 0
+    beside = sum(_beside_layer(shapes, layer) for layer in shapes.layers)
+    width = head_width(config) if shapes.hire["head"] else 0
     tokens = min(recipe.evaluate.num_tokens, recipe.data.num_held_tokens)
-    chunk = min(tokens * config.vocab_size, EVALUATION_LOGITS)
+    chunk = LOGITS_IN_EVALUATION * min(tokens * config.vocab_size, EVALUATION_LOGITS)
+    head = HEAD_VALUES * min(config.vocab_size, HEAD_ROWS) * width
     hidden = (2 + models) * tokens * config.hidden_size
-    return 4 * (models * shapes.numel + predictors + hidden + LOGITS_IN_EVALUATION * chunk) + head
+    kept = 4 * (models * shapes.numel + beside + hidden) + config.vocab_size * width
+    return kept + 4 * max(chunk, head)
+
+
+def _beside_layer(shapes: Shapes, layer: Mapping[str, Any]) -> int:
+    """Float32 values beside one layer's weights: its predictor, and the down matrix by rows."""
+    width, predictor = shapes.config.hidden_size, layer["predictor"]
+    outputs = shapes.matrices * layer["num_neurons"]
+    copies = 0 if predictor["kind"] == "lr" else outputs * width
+    factors = (predictor["rank"] or 0) * (outputs + width)
+    return copies + factors + layer["num_neurons"] * width
 
 
 # --------------------------------------------------------------------------- the budget search

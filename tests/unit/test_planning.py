@@ -14,7 +14,14 @@ from hireconvert.errors import InputError, UsageError
 from hireconvert.loading import KNOWN_HASHES, RUNTIME_FOLDER, runtime_versions
 from hireconvert.planning import Skeleton, make_skeleton, plan, planned_hire
 from hireconvert.runtime import RUNTIME_FILES
-from hireconvert.schema import FfnRecipe, HeadRecipe, PredictorRecipe, Recipe
+from hireconvert.schema import (
+    EvaluateRecipe,
+    FfnRecipe,
+    FinetuneRecipe,
+    HeadRecipe,
+    PredictorRecipe,
+    Recipe,
+)
 from hireconvert.version import __version__
 from hireconvert.workspace import file_sha256
 
@@ -186,3 +193,37 @@ def test_installed_runtime_is_known() -> None:
         assert __version__ in known[name, file_sha256(RUNTIME_FOLDER / name)]
     on_disk = {path.name for path in RUNTIME_FOLDER.glob("*.py")} - {"__init__.py"}
     assert on_disk == set(RUNTIME_FILES)
+
+
+# --------------------------------------------------------------------------- the finetune
+
+
+def tuned(**finetune: Any) -> Recipe:
+    """With a finetune and no evaluation, which would need more memory than a model this small."""
+    changes = {"finetune": FinetuneRecipe(**finetune), "evaluate": EvaluateRecipe(num_tokens=0)}
+    return recipe().model_copy(update=changes)
+
+
+def test_training_adds_disk_and_memory_by_what_is_trained() -> None:
+    bare, plain = skeleton("llama"), plan(skeleton("llama"), recipe())
+    ffn = plan(bare, tuned(parameters="ffn"))
+    state = 3 * 4 * (2 * 3 * 64 * 32)  # weights and two moments of both layers' three matrices
+    weights = table_bytes(bare.tensors)
+    assert ffn["disk_bytes"] - plain["disk_bytes"] == weights + 2 * state
+    norms = plan(bare, tuned(parameters="ffn_and_norms"))
+    assert norms["disk_bytes"] - ffn["disk_bytes"] == 2 * 3 * 4 * 5 * 32
+    low_rank = plan(bare, tuned(parameters="ffn", lora_rank=2))
+    factors = 3 * 4 * 2 * 3 * 2 * (64 + 32)
+    assert low_rank["disk_bytes"] - plain["disk_bytes"] == weights + 2 * factors
+    memory = [each["peak_memory_bytes"] for each in (low_rank, ffn, norms)]
+    assert memory == sorted(memory) and len(set(memory)) == 3
+    short, long = (plan(bare, tuned(window=window))["peak_memory_bytes"] for window in (1024, 2048))
+    kept = 4 * 2 * (24 * 32 + 8 * 64)  # float32, layers, widths and neurons
+    assert long - short == (kept + 4 * 10 * 100) * 1024
+
+
+def test_training_of_experts_plans_nothing() -> None:
+    mixture = skeleton("mixtral", num_experts_per_tok=2)
+    with_text, without = plan(mixture, tuned()), plan(mixture, recipe())
+    assert "nothing is trained" in " ".join(with_text["notes"])
+    assert with_text["disk_bytes"] == without["disk_bytes"]
