@@ -205,6 +205,16 @@ def test_speed_is_measured_when_asked(place: Path, hireconvert: Cli, tmp_path: P
     assert speed["ratio"] == speed["dense"]["median_ms"] / speed["converted"]["median_ms"]
 
 
+def test_a_baseline_that_reads_other_tokens(place: Path, tmp_path: Path, hireconvert: Cli) -> None:
+    other = save_tiny(tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["e"], vocabulary["t"] = vocabulary["t"], vocabulary["e"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    ended = hireconvert("eval", place / "good", "--baseline", other, "--tokens", "64")
+    assert ended.code == 4 and "other tokens" in ended.err and ended.out == ""
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
