@@ -109,6 +109,7 @@ class MaskedModel:
 
     @torch.no_grad()
     def __enter__(self) -> "MaskedModel":
+        prove_logits(self.model, self.ids_WT)
         for index, part in enumerate(self._parts):
             hook = part.down.module.register_forward_pre_hook(self._masking(index))
             self._hooks.append(hook)
@@ -117,7 +118,6 @@ class MaskedModel:
                 first = part.up.module if inline else layer_owner(self.model, self.layout, index)
                 hook = first.register_forward_pre_hook(self._catching(index), with_kwargs=True)
                 self._hooks.append(hook)
-        prove_logits(self.model, self.ids_WT)
         kept = self.ids_WT.numel() * self._vocabulary <= PROBABILITIES_KEPT
         self._dense = [self._dense_window(ids_T, kept) for ids_T in self.ids_WT]
         self._resumes = self._resuming_is_exact()

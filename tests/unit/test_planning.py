@@ -15,6 +15,7 @@ from hireconvert.loading import KNOWN_HASHES, RUNTIME_FOLDER, runtime_versions
 from hireconvert.planning import Skeleton, make_skeleton, plan, planned_hire
 from hireconvert.runtime import RUNTIME_FILES
 from hireconvert.schema import (
+    DataRecipe,
     EvaluateRecipe,
     FfnRecipe,
     FinetuneRecipe,
@@ -22,6 +23,7 @@ from hireconvert.schema import (
     PredictorRecipe,
     Recipe,
 )
+from hireconvert.schema_budget import BudgetRecipe
 from hireconvert.version import __version__
 from hireconvert.workspace import file_sha256
 
@@ -227,3 +229,21 @@ def test_training_of_experts_plans_nothing() -> None:
     with_text, without = plan(mixture, tuned()), plan(mixture, recipe())
     assert "nothing is trained" in " ".join(with_text["notes"])
     assert with_text["disk_bytes"] == without["disk_bytes"]
+
+
+@pytest.mark.parametrize("method", ["greedy", "evolution"])
+def test_a_budget_search_adds_memory_and_says_what_is_shown(method: str) -> None:
+    sizes = {"vocab_size": 4000, "num_hidden_layers": 12, "hidden_size": 64}
+    plain = recipe().model_copy(update={"data": DataRecipe(num_tokens=4096)})
+    assert plain.ffn is not None
+    plans = []
+    for num_tokens in (4096, 16384):
+        budget = BudgetRecipe(method=method, num_tokens=num_tokens)
+        ffn = plain.ffn.model_copy(update={"budget": budget})
+        plans.append(plan(skeleton("llama", **sizes), plain.model_copy(update={"ffn": ffn})))
+    first = plan(skeleton("llama", **sizes), plain)
+    memory = [one["peak_memory_bytes"] for one in (first, *plans)]
+    assert memory[0] < memory[1] < memory[2]
+    assert memory[1] - memory[0] > 1e8  # dense probabilities of two texts, logits at once
+    assert "budget search: shown with the shares it starts from" in plans[0]["notes"]
+    assert plans[0]["layers"] == first["layers"]
