@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hireconvert.measures import hire_layers, hire_scope
+from hireconvert.errors import InputError
+from hireconvert.measures import hire_scope
 
 Tick = Callable[[], None]  # one item is done
 
@@ -68,19 +69,32 @@ def require_sparse(model: Any, expected_rows: int | None) -> int:
     """Rows that ran sparse since the counts were reset, in the layer with fewest.
 
     `expected_rows` is how many each layer must have met; None where only some are known to be due.
-    Without sparse layers the sparse head's rows count. Raises RuntimeError when rows are missing or
-    all of a layer's ran dense.
+    A sparse head must have run where the view lets it; its rows count without sparse layers.
+    Raises RuntimeError when rows are missing or fell back, InputError when all of a layer's ran
+    dense for being NaN or inf.
     """
     stats = model.hire_stats()
-    counts = stats["layers"] if hire_layers(model) else {"head": stats["head"]}
-    sparse = {name: count["rows"] - count["dense_rows"] for name, count in counts.items()}
-    for name, count in counts.items():
-        missed = name != "head" and expected_rows is not None and count["rows"] != expected_rows
-        if missed or sparse[name] <= 0 or stats["dense_fallbacks"]:
+    counts = {f"layer {index}": each for index, each in stats["layers"].items()}
+    if stats["head"] and model.hire_state.sparse_head:
+        counts["head"] = stats["head"]
+    if not counts or stats["dense_fallbacks"]:
+        raise RuntimeError(
+            f"{stats['dense_fallbacks']} calls fell back to dense: the sparse path did not run, so "
+            "its quality was not measured"
+        )
+    for name, each in counts.items():
+        missed = name != "head" and expected_rows is not None and each["rows"] != expected_rows
+        if missed or each["rows"] == 0:
             expected = "some" if expected_rows is None else str(expected_rows)
             raise RuntimeError(
-                f"layer {name} counted {count['rows']} rows, {count['dense_rows']} of them dense, "
-                f"and {stats['dense_fallbacks']} calls fell back, expected {expected} rows: the "
-                "sparse path did not run, so its quality was not measured"
+                f"{name} counted {each['rows']} rows, expected {expected}: the sparse path did not "
+                "run, so its quality was not measured"
             )
-    return min(sparse.values())
+        if each["dense_rows"] >= each["rows"]:
+            raise InputError(
+                f"{name} selected in no row: its estimates are NaN or inf in all {each['rows']}, "
+                "so the model runs dense. Its predictor is damaged; convert again or fetch the "
+                "folder again."
+            )
+    sparse = {name: each["rows"] - each["dense_rows"] for name, each in counts.items()}
+    return min((sparse[name] for name in sparse if name != "head"), default=sparse.get("head", 0))

@@ -140,15 +140,17 @@ def _break_json(right: str, rng: random.Random) -> str:
 
 def _arithmetic(rng: random.Random) -> _Draft:
     total = rng.randint(2, 12)
-    asked, solved = [f"Start with {total}."], [f"Start with {total}."]
+    chain, steps = str(total), []
     for _ in range(rng.randint(2, 3)):
-        step = rng.randint(1, 6)
-        add = total <= step or rng.random() < 0.5
-        total += step if add else -step
-        asked.append(f"{'Add' if add else 'Subtract'} {step}.")
-        solved.append(f"{asked[-1][:-1]} to get {total}.")
-    answer = f" {' '.join(solved)} The result is {total}."
-    return _Draft(f"Question: {' '.join(asked)}\nAnswer:", answer, str(total))
+        number = rng.randint(1, 9)
+        add = total <= number or rng.random() < 0.5
+        step = f"{'+' if add else '-'} {number}"
+        after = total + number if add else total - number
+        chain += f" {step}"
+        steps.append(f"{total} {step} = {after}.")
+        total = after
+    answer = f" {' '.join(steps)} The result is {total}."
+    return _Draft(f"Question: What is {chain}?\nAnswer:", answer, str(total))
 
 
 def _python(rng: random.Random) -> _Draft:

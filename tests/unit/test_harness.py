@@ -145,13 +145,27 @@ def test_missing_and_dense_rows_are_found(model: Any) -> None:
         model(torch.arange(3, 10)[None])
         assert require_sparse(model, 7) == 7
         assert require_sparse(model, None) == 7
-        with pytest.raises(RuntimeError, match="expected 8 rows"):
+        with pytest.raises(RuntimeError, match="expected 8:"):
             require_sparse(model, 8)
     with view(model, "all"):
         model.set_hire_scope("all", dense_prefix=99)
         model(torch.arange(3, 10)[None])
-        with pytest.raises(RuntimeError, match="7 of them dense"):
+        with pytest.raises(InputError, match="layer 0 selected in no row"):
             require_sparse(model, 7)
+
+
+def test_a_head_that_did_not_run_is_found(dense: Any) -> None:
+    model = hire_model(dense, ffn=FFN, head={})
+    with view(model, "all"):
+        model(torch.arange(3, 10)[None])
+        assert require_sparse(model, 7) == 7  # the head is not due
+    with view(model, "decode"):
+        ids = torch.arange(3, 10)[None]
+        model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=300)
+        assert require_sparse(model, 2) == 2
+        model.get_output_embeddings().hire.counts.zero_()
+        with pytest.raises(RuntimeError, match="head counted 0 rows"):
+            require_sparse(model, 2)
 
 
 def test_a_sparse_head_alone_counts_in_generated_tasks_only(dense: Any, tmp_path: Path) -> None:
@@ -350,6 +364,6 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
 
 def test_the_suite_is_all_its_tasks() -> None:
     found = harness.open_tasks(["suite"], TOKENIZER, limit=2, max_length=4096)
-    assert [task.name for task in found] == ["copy", "retrieval", "json", "retrieval", "python"]
+    assert [task.name for task in found] == ["copy", "retrieval", "json", "arithmetic", "python"]
     with pytest.raises(UsageError):
         harness.open_tasks(["suite", "json"], TOKENIZER, limit=2, max_length=4096)
