@@ -265,6 +265,29 @@ def test_killed_again_and_again(jobs: Any, tmp_path: Path) -> None:
     assert contents(out) == job.finished
 
 
+def test_state_that_finds_no_room_is_told_and_resumed(jobs: Any, tmp_path: Path) -> None:
+    """The tiny model's file fits, its training state of three times the numbers does not."""
+    job, out, log = jobs("finetuned"), tmp_path / "out", tmp_path / "steps.json"
+    hooks = [["limit_file_size", 120_000, False], ["log_steps", str(log)]]
+    ended = job(out, hooks=hooks)
+    assert (ended.code, ended.out) == (4, ""), ended.err
+    assert "disk is full" in ended.err and "--resume" in ended.err
+    assert not out.exists()
+    assert job(out, "--resume").code == 0
+    assert contents(out) == job.finished
+    assert json.loads(log.read_text()) == [1, 2]  # the third step's checkpoint found no room
+
+
+def test_interrupted_while_training_keeps_the_last_checkpoint(jobs: Any, tmp_path: Path) -> None:
+    job, out, log = jobs("finetuned"), tmp_path / "out", tmp_path / "steps.json"
+    ended = job(out, hooks=[["signal_at_step", 4, "SIGINT"]])
+    assert (ended.code, ended.out) == (130, "") and "--resume" in ended.err
+    ended = job(out, "--resume", hooks=[["log_steps", str(log)]])
+    assert ended.code == 0, ended.err
+    assert json.loads(log.read_text()) == [4, 5, 6, 7, 8]
+    assert contents(out) == job.finished
+
+
 def test_training_state_of_another_recipe_is_refused(jobs: Any, tmp_path: Path) -> None:
     job, out = jobs("finetuned"), tmp_path / "out"
     assert job(out, hooks=[["signal_at_step", 4, "SIGKILL"]]).signal == signal.SIGKILL
