@@ -246,7 +246,9 @@ def search_budget(
 ) -> Found:
     """The list of the target, searched on the windows of `search` and judged on those of `held`.
 
-    Without a target the total is that of the recipe's shares. `reached` in the report is False
+    Without a target the total is that of the recipe's shares. What was searched is taken only
+    where the held-out text agrees that it is better (`agreed`): few tokens are easily learned by
+    heart. `reached` in the report is False
     where no list that reads fewer bytes than the dense model kept within a quality target; the
     list is then the best of those.
     """
@@ -259,9 +261,12 @@ def search_budget(
         found = evolve(search, trades, recipe, seed, progress)
     else:
         found = descend(search, trades, recipe, progress)
+    agreed = held.score(found).kl <= held.score(start).kl
     if target is not None and target.bytes_per_token is None and reached:
         lower, holds = _on_target(held, found, target, bytes_)
-        found = lower if holds and bytes_.of(lower) <= bytes_.of(start) else start
+        agreed = holds and bytes_.of(lower) <= bytes_.of(start)
+        found = lower
+    searched, found = found, found if agreed else start
     report = {
         "method": recipe.method,
         "target": None if target is None else target.model_dump(mode="json"),
@@ -269,7 +274,9 @@ def search_budget(
         "mean_keep": sum(found) / len(found),
         "bytes_per_token": bytes_.of(found),
         "start": _judged(start, search, held),
+        "searched": _judged(searched, search, held),
         "found": _judged(found, search, held),
+        "agreed": agreed,
         "windows_scored": search.num_windows_scored + held.num_windows_scored,
     }
     return Found(list(found), report)

@@ -49,8 +49,8 @@ class BudgetRecipe(Section):
     )
     generations: Count = Field(default=40, description="rounds of random trades (evolution)")
     offspring: Count = Field(default=8, description="lists tried in a generation (evolution)")
-    sweeps: Count = Field(default=8, description="times that slopes are taken, at most (greedy)")
-    num_tokens: Count = Field(default=4096, description="calibration tokens a list is scored on")
+    sweeps: Count = Field(default=6, description="times that slopes are taken, at most (greedy)")
+    num_tokens: Count = Field(default=8192, description="calibration tokens a list is scored on")
     probe_tokens: Count = Field(
         default=512, description="tokens on which offspring are compared before that (evolution)"
     )

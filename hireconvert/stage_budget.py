@@ -76,6 +76,8 @@ def told(report: Mapping[str, Any]) -> str:
         f"{found['kl_held']:.4f} (before the search {start['kl_held']:.4f}), perplexity "
         f"{found['perplexity_increase_held']:+.2%} ({start['perplexity_increase_held']:+.2%})"
     )
+    if not report["agreed"]:
+        line += "; the list searched did no better there and was not taken"
     if report["reached"]:
         return line
     aim = next(f"{key} {value:g}" for key, value in report["target"].items() if value is not None)

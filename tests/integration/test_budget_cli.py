@@ -58,7 +58,7 @@ def test_the_list_found_is_in_the_recipe_the_config_and_the_report(
     assert sum(shares) == pytest.approx(2.0, abs=1e-9)
     assert recipe["ffn"]["budget"]["mode"] == "list"
     assert report["budget"]["found"]["keep_fraction"] == shares
-    assert report["budget"]["found"]["kl_searched"] < report["budget"]["start"]["kl_searched"]
+    assert report["budget"]["searched"]["kl_searched"] < report["budget"]["start"]["kl_searched"]
     layers = config["hire"]["ffn"]["layers"]
     assert [layer["num_kept"] for layer in layers] == [int(share * 64 + 0.5) for share in shares]
     assert report["bytes_per_token"]["converted"] == report["budget"]["bytes_per_token"]

@@ -20,7 +20,7 @@ from hireconvert.budget import (
 )
 from hireconvert.errors import UsageError
 from hireconvert.families import base_model, ffn_parts, find_layout, num_layers, read_ffn_weights
-from hireconvert.masked import Estimate, MaskedModel
+from hireconvert.masked import Estimate, MaskedModel, Score
 from hireconvert.recipe import FfnRecipe
 from hireconvert.schema_budget import BudgetRecipe, BudgetTargetRecipe
 from tests.tiny import NEURONS, tiny_model, tokens
@@ -220,13 +220,35 @@ def search(
 @pytest.mark.parametrize("method", ["evolution", "greedy"])
 def test_search_beats_its_start_on_its_own_score_at_the_same_total(method: str) -> None:
     found, _, _ = search(FAST.model_copy(update={"method": method}))
-    start, end = found.report["start"], found.report["found"]
+    start, end = found.report["start"], found.report["searched"]
     assert start["keep_fraction"] == [0.4] * 3
     assert end["kl_searched"] < start["kl_searched"]
     assert sum(found.keep_fraction) == pytest.approx(1.2, abs=1e-9)
     assert found.report["mean_keep"] == pytest.approx(0.4, abs=1e-9)
-    assert set(found.keep_fraction) != {0.4}
+    assert set(end["keep_fraction"]) != {0.4}
+    assert sum(end["keep_fraction"]) == pytest.approx(1.2, abs=1e-9)
     assert found.report["reached"]
+
+
+@pytest.mark.parametrize("worse", [True, False])
+def test_held_out_text_decides_whether_the_list_is_taken(
+    worse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Trials.score
+
+    def score(self: Trials, keeps: Any, **options: Any) -> Any:
+        found = real(self, keeps, **options)
+        if self.name == "search":
+            return found
+        equal = len(set(keeps)) == 1
+        return Score((1.0 if equal is worse else 2.0,), found.nll_W)
+
+    monkeypatch.setattr(Trials, "score", score)
+    found, _, _ = search(FAST)
+    assert found.report["agreed"] is not worse
+    taken = found.report["start" if worse else "searched"]["keep_fraction"]
+    assert found.keep_fraction == found.report["found"]["keep_fraction"] == taken
+    assert found.report["searched"]["keep_fraction"] != [0.4] * 3
 
 
 @pytest.mark.parametrize("method", ["evolution", "greedy"])
@@ -323,7 +345,7 @@ def test_progress_is_counted_and_told(method: str, rounds: int) -> None:
     STEPS.clear()
     found, _, _ = search(FAST.model_copy(update={"method": method}))
     assert [step[:2] for step in STEPS] == [(n + 1, rounds) for n in range(len(STEPS))]
-    assert STEPS[-1][2] == f"KL {found.report['found']['kl_searched']:.5f}"
+    assert STEPS[-1][2] == f"KL {found.report['searched']['kl_searched']:.5f}"
 
 
 def test_layers_are_those_of_the_base_model() -> None:
