@@ -39,7 +39,7 @@ from hireconvert.runtime.hire_predict import Predictor
 from hireconvert.schema import FfnRecipe, FinetuneRecipe
 from hireconvert.scoring import layer_counts
 from hireconvert.student import Selection, Student, layer_outputs, selecting, trained_weights
-from hireconvert.workspace import rename_durably
+from hireconvert.workspace import fsync_path, rename_durably
 
 Progress = Callable[[int, int, str], None]
 # (layer, weights, inputs to fit on, held-out inputs) -> (LAYER, predictor tensors)
@@ -161,11 +161,16 @@ class _Trainer:
         self.step = 0
 
     def _frozen_copy(self) -> PreTrainedModel:
-        """The original; weights that are not trained are shared with the student."""
-        trained = {id(getattr(module, name)) for module, name in self.targets}
+        """The original; weights that stay as they are are shared with the student."""
+        weights = [getattr(module, name) for module, name in self.targets]
+        trained = {id(weight) for weight in weights if not self._updated(weight)}
         shared = {id(p): p for p in self.model.parameters() if id(p) not in trained}
         teacher = copy.deepcopy(self.model, shared)
         return teacher.requires_grad_(False).eval()
+
+    def _updated(self, weight: torch.Tensor) -> bool:
+        """Whether a low-rank update is trained in the weight's place."""
+        return self.recipe.lora_rank is not None and weight.dim() == 2
 
     def _make_trainable(self) -> list[nn.Parameter]:
         self.model.eval().requires_grad_(False)
@@ -173,7 +178,8 @@ class _Trainer:
         found: list[nn.Parameter] = []
         for module, name in self.targets:
             weight = getattr(module, name)
-            if self.recipe.lora_rank is not None and weight.dim() == 2:
+            if self._updated(weight):
+                assert self.recipe.lora_rank is not None
                 update = _LowRankUpdate(weight, self.recipe.lora_rank, generator).to(self.device)
                 parametrize.register_parametrization(module, name, update, unsafe=True)
                 found += list(update.parameters())
@@ -365,6 +371,7 @@ def _hidden(model: PreTrainedModel, ids_BT: torch.Tensor) -> torch.Tensor:
 def _write(path: Path, tensors: dict[str, torch.Tensor], facts: dict[str, str]) -> None:
     partial = path.with_suffix(".partial")
     save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, partial, facts)
+    fsync_path(partial)
     rename_durably(partial, path)
 
 

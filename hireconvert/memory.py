@@ -102,12 +102,13 @@ def _training(shapes: Shapes, recipe: FinetuneRecipe) -> int:
     """What a training step holds besides the student's weights.
 
     That is the teacher's copy of the trained weights, gradients and two moments; with low-rank
-    updates the products in place of the weights and their gradients. Checkpoints copy nothing.
+    updates the products in place of the weights and their gradients, and no copy. Checkpoints copy
+    nothing.
     """
     trained, factors = trained_numel(shapes, recipe)
     weights = trained + 3 * trained
     if recipe.lora_rank is not None:
-        weights = trained + 2 * trained + 4 * factors
+        weights = 2 * trained + 4 * factors
     vocabulary, tokens = shapes.config.vocab_size, recipe.window
     per_token = shapes.config.num_hidden_layers * (
         KEPT_WIDTHS * shapes.config.hidden_size + KEPT_NEURONS * shapes.neurons

@@ -67,4 +67,4 @@ def test_planned_peak_holds_within_a_fifth(case: str, model: Path, tmp_path: Pat
     planned = make_plan(str(model), load_recipe("tiny-ci", overrides))["peak_memory_bytes"]
     measured = peak_of("convert", model, tmp_path / "out", "-r", "tiny-ci", *sets)
     assert measured / 1.2 < planned < measured * 1.2, (planned, measured)
-    assert measured > 1.8 * LIBRARIES_BYTES  # or the libraries alone would pass
+    assert measured > 1.7 * LIBRARIES_BYTES  # or the libraries alone would pass
