@@ -274,7 +274,7 @@ class FinetuneRecipe(Section):
     num_tokens: Count = Field(default=262144, description="tokens to train on")
     window: Annotated[int, In(2)] = Field(default=512, description="tokens per packed window")
     step_windows: Count = Field(default=2, description="windows per optimizer step")
-    learning_rate: Positive = Field(default=2.0e-4, description="peak learning rate")
+    learning_rate: Positive = Field(default=5.0e-5, description="peak learning rate")
     warmup: Annotated[float, In(0, 1)] = Field(
         default=0.03, description="share of the steps over which the learning rate rises"
     )

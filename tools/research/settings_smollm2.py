@@ -61,19 +61,22 @@ def distilled() -> list[dict[str, Any]]:
 
 
 ESSENTIAL = (
+    "q4 inputs 1",
+    "q3 inputs 1",
+    "q2+r48 inputs 1",
+    "q4 inputs 0.6",
+    "q4 inputs 0.5",
     "q3 inputs 0.5",
+    "q3 inputs 0.4",
     "lr128",
+    "lr128 distilled",
+    "q2+r48 inputs 1 distilled",
+    "q4 inputs 1 uncentred",
+    "q3 inputs 0.5 uncentred",
     "q4 groups 4 common 0",
     "q4 groups 8 common 0",
     "q4 groups 16 common 0",
     "q4 groups 1 common 0.1",
-    "q4 inputs 0.5",
-    "q2+r48 inputs 0.5",
-    "q3 inputs 0.4",
-    "q4 groups 4 common 0.1",
-    "lr256 8 bits",
-    "lr128 distilled",
-    "q4 inputs 0.6",
     "q4 group scores 4 common 0",
 )
 
