@@ -64,7 +64,25 @@ def steps(data: Path, out: Path) -> list[Step]:
     parity = out / "parity.md"
     script = _python("tools/evidence_parity.py", "--model", out / "smollm2", "--out", parity)
     found.append(Step("parity", (script,), parity, parity))
-    return found
+    return [*found, *_quality_steps(data, out)]
+
+
+def _quality_steps(data: Path, out: Path) -> list[Step]:
+    """Budgets per layer, and the gate on a converted model and on spoiled copies of it."""
+    budget, gate = out / "budget.md", out / "gate.md"
+    run = ("--model", out / "smollm2", "--data", data, "--out", budget, "--keep", 0.5, 0.4)
+    search = _python("tools/evidence_budget.py", *run)
+    source, hire = "models/smollm2.gguf", out / "hire_smollm2"
+    convert = (
+        *(sys.executable, "-m", "hireconvert", "convert", source, str(hire)),
+        *("--recipe", "smollm2-135m", "--overwrite"),
+    )
+    run = ("--model", hire, "--baseline", source, "--out", gate)
+    check = _python("tools/evidence_gate.py", *run)
+    return [
+        Step("budget-smollm2", (search,), out / "budget.done", budget),
+        Step("gate-smollm2", (convert, check), out / "gate.done", gate),
+    ]
 
 
 def _tables(results: Path) -> tuple[str, ...]:
