@@ -115,7 +115,8 @@ def main() -> None:
         f"Decoding token by token against one pass, {windows_WT.numel()} tokens, 1 thread.",
         "HiRE: 4 bits, keep 0.5, over 1.19, candidates; scope `all` with dense_prefix 1.",
         "",
-        "| dtype | model | token by token | one pass | difference | 95 % interval | mean abs, nats |",
+        "| dtype | model | token by token | one pass | difference | 95 % interval "
+        "| mean abs, nats |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]
     for name in arguments.dtypes.split(","):
