@@ -7,12 +7,16 @@ They are no wall against an adversary.
 import json
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Literal
 
 from hireconvert.errors import InputError
@@ -99,7 +103,7 @@ def run_python(source: str, limits: Limits | None = None) -> Outcome:
         "limits": _resource_limits(limits),
     }
     with (
-        tempfile.TemporaryDirectory(prefix="hire-sandbox-") as folder,
+        _scratch_folder() as folder,
         tempfile.TemporaryFile() as out,
         tempfile.TemporaryFile() as err,
     ):
@@ -110,6 +114,32 @@ def run_python(source: str, limits: Limits | None = None) -> Outcome:
     finished = code == 0 and stdout.endswith("\n" + end)
     status = "finished" if finished else _status(code, stderr)
     return Outcome(status, stdout.removesuffix("\n" + end), stderr, seconds)
+
+
+def require_programs() -> None:
+    """Raise InputError unless programs run here: else all would fail, those of two models alike."""
+    outcome = run_python("pass")
+    if outcome.status != "finished":
+        raise InputError(
+            f"generated programs cannot run on this machine: an empty one ended as "
+            f"{outcome.status} ({outcome.stderr[-200:].strip()}). Leave the task `python` out."
+        )
+
+
+@contextmanager
+def _scratch_folder() -> Iterator[str]:
+    folder = tempfile.mkdtemp(prefix="hire-sandbox-")
+    try:
+        yield folder
+    finally:
+        _remove(folder)
+
+
+def _remove(folder: str) -> None:
+    with suppress(RecursionError):
+        shutil.rmtree(folder, ignore_errors=True)
+    if Path(folder).exists():  # folders nested deeper than Python follows
+        subprocess.run(["rm", "-rf", folder], stderr=subprocess.DEVNULL, check=False)
 
 
 def _resource_limits(limits: Limits) -> dict[str, int]:
@@ -128,7 +158,8 @@ def _run_child(
 ) -> int | None:
     """The child's return code, or None after it was killed at the time limit."""
     child = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _CHILD],
+        # Not -I, which ignores the hash seed: sets would be ordered by chance.
+        [sys.executable, "-s", "-S", "-P", "-c", _CHILD],
         stdin=subprocess.PIPE,
         stdout=files[0],
         stderr=files[1],
@@ -140,9 +171,11 @@ def _run_child(
         child.communicate(job.encode(), timeout=limit)
         return child.returncode
     except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.communicate()
         return None
+    finally:  # an interrupt leaves no program behind either
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.communicate()
 
 
 def _status(code: int | None, stderr: str) -> Status:

@@ -15,6 +15,7 @@ from typing import Any
 
 from hireconvert.errors import UsageError
 from hireconvert.programs import Program, draw_program, solves
+from hireconvert.sandbox import require_programs
 
 __all__ = ["TASKS", "Item", "build_items", "fingerprint", "grade"]
 
@@ -226,7 +227,7 @@ def _same_text(item: Item, answer: str) -> bool:
 def _same_json(item: Item, answer: str) -> bool:
     try:
         return bool(json.loads(answer) == json.loads(item.expected))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -258,8 +259,10 @@ def build_items(
     """The task's first `num_items` items for a seed, prompt and answer within `max_length` tokens.
 
     Item i is the same whatever the number of items. Raises UsageError when a prompt with few
-    examples is longer than `max_length`.
+    examples is longer than `max_length`, InputError where the programs of `python` cannot run.
     """
+    if task == "python":
+        require_programs()
     return [_build(task, tokenizer, f"{task} {seed} {i}", max_length) for i in range(num_items)]
 
 

@@ -1,13 +1,16 @@
 """Limits of the process that runs generated programs."""
 
 import os
+import signal
+import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hireconvert.errors import InputError
-from hireconvert.sandbox import Limits, run_python
+from hireconvert.sandbox import Limits, require_programs, run_python
 
 SHORT = Limits(seconds=1.0, memory=256 * 2**20, file_size=2**16)
 
@@ -81,3 +84,40 @@ def test_other_systems_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hireconvert.sandbox.os.name", "nt")
     with pytest.raises(InputError, match="Linux or macOS"):
         run_python("1")
+
+
+def test_sets_have_the_same_order_every_time() -> None:
+    orders = {run_python("print(set('abcdefgh'))", SHORT).stdout for _ in range(3)}
+    assert len(orders) == 1
+
+
+def test_folders_nested_too_deep_to_remove_in_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    source = "import os\nfor _ in range(3000):\n    os.mkdir('a')\n    os.chdir('a')"
+    assert run_python(source, SHORT).status == "finished"
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_leaves_no_program_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    children = []
+
+    class Interrupted(subprocess.Popen[bytes]):
+        def communicate(self, *args: Any, **kwargs: Any) -> Any:
+            if self in children:
+                return super().communicate(*args, **kwargs)
+            children.append(self)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_python("import time; time.sleep(60)", SHORT)
+    assert children[0].returncode == -signal.SIGKILL
+
+
+def test_machines_without_programs_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_programs()
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with pytest.raises(InputError, match="an empty one ended as exited"):
+        require_programs()
