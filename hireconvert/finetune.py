@@ -278,10 +278,16 @@ class _Trainer:
 
     @torch.no_grad()
     def _fit_predictors(self, student: Student, fit: Fit, folder: Path | None) -> None:
-        """Fit every layer's predictor on what the student's layers receive now; they stay so."""
+        """Fit every layer's predictor on what the student's layers receive now; they stay so.
+
+        They receive it while the recipe's own share is kept, whatever the step before it kept: a
+        run that continues here has made no such step.
+        """
+        student.selection.progress, student.selection.dense_prefix = 1.0, 0
         rows: list[list[torch.Tensor]] = [[] for _ in student.layers]
         wanted = math.ceil(FIT_ROWS / self.windows_WT.shape[1])
         for layer in student.layers:
+            layer.refresh()
             layer.wants_input = True
         for ids_T in self.windows_WT[:wanted]:
             student.outputs.clear()
@@ -338,14 +344,14 @@ class _Trainer:
         self.step = int(facts["step"])
         self.losses, self.kept = json.loads(facts["losses"]), json.loads(facts["kept"])
         with torch.no_grad():
-            for index, parameter in enumerate(self.parameters):
-                parameter.copy_(tensors[f"weight.{index}"])
-        names = {name.partition(".")[0] for name in tensors} - {"weight"}
-        state = {
-            index: {name: tensors[f"{name}.{index}"] for name in names}
-            for index in range(len(self.parameters))
-            if names
-        }
+            for place, parameter in enumerate(self.parameters):
+                parameter.copy_(tensors[f"weight.{place}"])
+        # A weight that the loss does not reach, such as the last norm's under features, has none.
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for key, tensor in tensors.items():
+            name, _, index = key.partition(".")
+            if name != "weight":
+                state.setdefault(int(index), {})[name] = tensor
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         if self.step >= self.plan.predicted_from and (folder / PREDICTORS).exists():

@@ -208,6 +208,7 @@ def test_training_lowers_the_loss_it_minimises(loss: dict[str, float]) -> None:
         {"lora_rank": 4, "anneal": 0.5},
         {"parameters": "all_but_embeddings"},
         {"precision": "bfloat16"},
+        {"loss": FinetuneLossRecipe(kl=0.0, features=1.0)},  # reaches no last norm
     ],
     ids=str,
 )
@@ -245,6 +246,27 @@ def test_a_continued_run_gives_the_weights_of_one_that_was_never_stopped(
     assert {name for name, _ in again.named_parameters()} == {
         name for name, _ in tiny_model("llama").named_parameters()
     }
+
+
+@pytest.mark.parametrize("changes", [{"dense_prefix": 0.9}, {"anneal": 1.0}], ids=str)
+def test_a_run_killed_while_predictors_are_fitted_continues_to_the_same_weights(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last checkpoint holds the very step from which predictors select."""
+    changes |= {"mask": "oracle_then_predicted", "checkpoint_steps": 3}
+    whole, _ = train(**changes)
+
+    class Killed(Exception):
+        pass
+
+    def kill(*_args: Any) -> Any:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setitem(globals(), "_fit", kill)
+        train(tmp_path, **changes)
+    assert (tmp_path / CHECKPOINT).exists() and not (tmp_path / PREDICTORS).exists()
+    assert equal(whole, train(tmp_path, **changes)[0])
 
 
 def _fit(index: int, weights: Any, fit_ND: Any, held_ND: Any) -> tuple[Any, Any]:
