@@ -32,12 +32,13 @@ def trained_weights(
         for index in range(num_layers(model))
         for part in ffn_parts(model, layout, index).matrices()
     }
-    embeddings = {model.get_input_embeddings(), model.get_output_embeddings()}
     found = []
     for module in base_model(model).modules():
-        norm = type(module).__name__.lower().endswith("norm")
+        norm = "norm" in type(module).__name__.lower()  # LayerNorm, LlamaRMSNorm, LayerNorm1P
         wanted = module in ffn_modules or (norm and parameters == "ffn_and_norms")
-        if wanted or (parameters == "all_but_embeddings" and module not in embeddings):
+        # Learned positions are embeddings too; the output head lies outside the base model.
+        other = parameters == "all_but_embeddings" and not isinstance(module, nn.Embedding)
+        if wanted or other:
             found += [(module, name) for name, _ in module.named_parameters(recurse=False)]
     return found
 

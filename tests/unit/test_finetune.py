@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import NemotronConfig, NemotronForCausalLM
 
 from hireconvert.distill import distill_layer
 from hireconvert.families import find_layout, num_layers
@@ -13,7 +14,7 @@ from hireconvert.finetune import CHECKPOINT, PREDICTORS, finetune
 from hireconvert.measures import hire_layers, hire_scope
 from hireconvert.objectives import LogitsLoss, feature_loss
 from hireconvert.schema import FfnRecipe, FinetuneLossRecipe, FinetuneRecipe, PredictorRecipe
-from hireconvert.student import Selection, selecting
+from hireconvert.student import Selection, selecting, trained_weights
 from tests.tiny import FAMILIES, hire_model, tiny_model, tokens
 
 FFN = FfnRecipe(keep_fraction=0.25, over_select=1.5)
@@ -287,6 +288,31 @@ def test_what_is_trained_follows_the_recipe() -> None:
     assert torch.equal(both.model.embed_tokens.weight, native.model.embed_tokens.weight)
     embedding = native.model.embed_tokens.weight.numel()
     assert report["num_trained"] == sum(p.numel() for p in native.parameters()) - embedding
+
+
+@pytest.mark.parametrize("family", ["llama_bias", "opt", "gpt2"])
+def test_all_but_embeddings_leaves_out_the_head_and_learned_positions(family: str) -> None:
+    model = tiny_model(family)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    weights = trained_weights(model, find_layout(model), "all_but_embeddings")
+    trained = {names[id(getattr(module, name))] for module, name in weights}
+    left = {name for name in names.values() if name not in trained}
+    assert left == {
+        name
+        for name in names.values()
+        if any(part in name for part in ("embed_", "wte", "wpe", "lm_head"))
+    }
+
+
+def test_every_kind_of_norm_is_found() -> None:
+    config = NemotronConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
+    model = NemotronForCausalLM(config).eval()
+    weights = trained_weights(model, find_layout(model), "ffn_and_norms")
+    kinds = {type(module).__name__ for module, _ in weights}
+    assert kinds == {"Linear", "NemotronLayerNorm1P"}
 
 
 def test_the_seed_of_a_run_decides_its_weights() -> None:
