@@ -4,6 +4,7 @@ The only file that prints and that catches HireError. Verbs import what they nee
 because Transformers takes seconds to import and `--help` should not.
 """
 
+import io
 import json
 import os
 import shutil
@@ -56,6 +57,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on s
 def main() -> NoReturn:
     """Run the command line and exit with its code."""
     _quiet_libraries()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what folders hold may be no text
     try:
         app()
     except HireError as error:
@@ -206,10 +209,12 @@ def evaluate(
     """
     from hireconvert.assessment import Request, assess
     from hireconvert.gate import checks, load_gate
-    from hireconvert.junit import write_junit
+    from hireconvert.junit import check_target, write_junit
 
     if junit is not None and gate is None:
         raise UsageError("--junit reports on a gate: give --gate FILE as well.")
+    if junit is not None:
+        check_target(junit)
     limits = None if gate is None else load_gate(gate)
     request = Request(
         texts=tuple(text or ()),
@@ -231,11 +236,12 @@ def evaluate(
     breached = [each for each in found if not each.passed]
     if limits is not None:
         result["gate"] = {"passed": not breached, "checks": [each.to_dict() for each in found]}
-    if junit is not None:
-        write_junit(junit, found, seconds=result["seconds"])
     _show(result, as_json, render_eval.assessment)
     if breached:
         _err().print(render_eval.breaches(breached))
+    if junit is not None:
+        write_junit(junit, found, seconds=result["seconds"])
+    if breached:
         raise GateError(f"{len(breached)} of {len(found)} limits of {gate} were breached.")
 
 

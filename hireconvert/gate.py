@@ -253,12 +253,18 @@ def _task_checks(gate: Gate, tasks: Results) -> Iterator[Check]:
     strong = {
         name: task
         for name, task in _of_kind(tasks, every).items()
-        if name not in gate.tasks and (figure(task, "baseline") or 0.0) >= every.if_baseline_reaches
+        if name not in gate.tasks and _reaches(task, every.if_baseline_reaches)
     }
     for name, task in strong.items():
         yield from _difference("every_task", name, every, task)
     if not strong:
         yield from _difference("every_task", "", every, None)
+
+
+def _reaches(task: Any, share: float) -> bool:
+    """Whether the baseline is accurate enough; one that is unknown is no reason to leave out."""
+    found = figure(task, "baseline")
+    return found is None or found >= share
 
 
 def _of_kind(tasks: Results, limit: SomeTasks) -> Results:

@@ -1,5 +1,6 @@
 """A gate's outcome as JUnit XML, the form in which CI systems show tests."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,14 @@ from hireconvert.workspace import write_atomically
 
 # What XML 1.0 cannot hold, escaped or not.
 _FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def check_target(path: Path) -> None:
+    """Raise UsageError when `path` can be seen not to be writable, before minutes of measuring."""
+    if path.is_dir():
+        raise UsageError(f"cannot write {path}: it is a folder; name a file.")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UsageError(f"cannot write {path}: {path.parent} is no folder that can be written to.")
 
 
 def write_junit(path: Path, checks: Sequence[Check], *, seconds: float) -> None:

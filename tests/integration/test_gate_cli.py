@@ -219,6 +219,8 @@ def test_a_baseline_that_reads_other_tokens(place: Path, tmp_path: Path, hirecon
     ("flags", "code", "message"),
     [
         (("--junit", "x.xml"), 2, "--gate"),
+        (("--gate", "gate.yaml", "--junit", "."), 2, "it is a folder"),
+        (("--gate", "gate.yaml", "--junit", "absent/x.xml"), 2, "absent is no folder"),
         (("--gate", "absent.yaml"), 2, "absent.yaml: the gate cannot be read"),
         (("--baseline", "no/such/model"), 4, "does not exist"),
         (("--baseline", "GOOD"), 4, "already converted"),
