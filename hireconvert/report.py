@@ -63,11 +63,13 @@ def write_report(folder: Path, evaluations: Sequence[Path], target: Path) -> Non
         raise UsageError(
             f"{target} lies in {folder}, whose checksums it would break; name a file outside."
         )
+    if target.is_dir():
+        raise UsageError(f"cannot write {target}: it is a folder; name a file.")
     subject = _read(folder, evaluations)
     title = _title(subject)
     content = webpage.page(title, webpage.joined(_sections(subject, title)))
     try:
-        write_atomically(target, content.encode())
+        write_atomically(target, content.encode(errors="replace"))  # lone surrogates
     except OSError as error:
         raise UsageError(f"cannot write {target}: {error.strerror}.") from error
 

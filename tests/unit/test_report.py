@@ -238,7 +238,9 @@ def test_a_hostile_folder_injects_nothing(folder: Path, tmp_path: Path) -> None:
         assert not [each for each in drawing.iter() if each.tag.endswith("script")]
 
 
-@pytest.mark.parametrize("value", [None, 3, "text", [], [1], {}, {"a": 1}, True, -1e308, 10**400])
+@pytest.mark.parametrize(
+    "value", [None, 3, "text", [], [1], {}, {"a": 1}, True, -1e308, 10**400, "\ud800"]
+)
 def test_values_of_the_wrong_kind_are_left_out(folder: Path, tmp_path: Path, value: Any) -> None:
     trees = [{**EVALUATION, key: value} for key in EVALUATION if key != "texts"]
     broken = {"wiki.txt": value, "other": {**TEXT, "increase": value, "all": value}}
@@ -259,8 +261,9 @@ def test_files_that_are_no_evaluation(folder: Path, tmp_path: Path) -> None:
 def test_where_a_page_may_not_lie(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="checksums"):
         write_report(folder, [], folder / "page.html")
-    with pytest.raises(UsageError, match="cannot write"):
-        write_report(folder, [], tmp_path / "absent" / "page.html")
+    for target in (tmp_path / "absent" / "page.html", tmp_path, Path()):
+        with pytest.raises(UsageError, match="cannot write"):
+            write_report(folder, [], target)
 
 
 def test_without_matplotlib(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
