@@ -7,7 +7,8 @@ Shape suffixes: W windows, T tokens of a window.
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,12 +89,11 @@ def choose(
     `overrides` change every recipe tried; temporary files lie on the disk of `out` and are
     removed. Raises whatever opening the model and reading its text raise.
     """
-    work = next(folder for folder in out.expanduser().resolve().parents if folder.is_dir())
-    with tempfile.TemporaryDirectory(dir=work, prefix="hireconvert-auto-") as folder:
+    with _temporary(out) as folder:
         with reporter.stage("reading the model"):
             checkpoint = open_checkpoint(
                 source.model,
-                work=Path(folder),
+                work=folder,
                 revision=source.revision,
                 trust_remote_code=source.trust_remote_code,
             )
@@ -112,6 +112,21 @@ def choose(
     return Choice(chosen.recipe, tuple(tried), chosen, max_kl, _advice(chosen, tried, max_kl))
 
 
+@contextmanager
+def _temporary(out: Path) -> Iterator[Path]:
+    """A folder on the disk of `out`, removed in the end. Raises InputError where none can be."""
+    work = next(folder for folder in out.expanduser().resolve().parents if folder.is_dir())
+    try:
+        folder = tempfile.TemporaryDirectory(dir=work, prefix="hireconvert-auto-")
+    except OSError as error:
+        raise InputError(
+            f"cannot write beside OUT, in {work}: {error.strerror}. Choose an OUT in a folder you "
+            "may write to."
+        ) from error
+    with folder as name:
+        yield Path(name)
+
+
 def _tried(
     checkpoint: DenseCheckpoint,
     skeleton: Skeleton,
@@ -123,7 +138,7 @@ def _tried(
     first = load_recipe(CANDIDATES[0][0], overrides)
     tried, limit = [], dense_bytes(skeleton.tensors, skeleton.config)
     if first.head is not None:
-        plain = load_recipe(WITHOUT_FFN, [one for one in overrides if not one.startswith("ffn.")])
+        plain = load_recipe(WITHOUT_FFN, [one for one in overrides if not _of_ffn(one)])
         limit = _bytes(skeleton, plain)
         tried.append(Tried(WITHOUT_FFN, None, limit, 0.0, plain))
     if first.ffn is None or not converts_ffn(skeleton, first):
@@ -153,6 +168,11 @@ def _tried(
             tried.append(Tried(name, None, _rounded_bytes(skeleton, bits, block), kl, None))
             advance(f"{name}: KL {kl:.4f}")
     return tried
+
+
+def _of_ffn(override: str) -> bool:
+    """Whether it changes what a recipe without an FFN does not have."""
+    return override.partition("=")[0].strip().partition(".")[0] in ("ffn", "finetune")
 
 
 def _with_keep(recipe: Recipe, keep: float) -> Recipe:

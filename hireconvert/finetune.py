@@ -32,7 +32,7 @@ from hireconvert.families import (
     num_layers,
     read_ffn_weights,
 )
-from hireconvert.measures import head_logits
+from hireconvert.measures import head_logits, prove_logits
 from hireconvert.objectives import LogitsLoss, feature_loss
 from hireconvert.recipe import per_layer
 from hireconvert.runtime.hire_predict import Predictor
@@ -71,7 +71,11 @@ def finetune(
     ones that fill no step are left out. `checkpoint` is an existing folder that keeps the state of
     training: a run that finds one there continues from it. `fit` makes a layer's predictor and is
     needed where predictors select. `progress` is called with steps done, steps in all and the loss.
+    Raises InputError where the loss would be of other logits than the model's.
     """
+    if recipe.loss.kl or recipe.loss.lm:
+        with torch.no_grad():
+            prove_logits(model, windows_WT)
     trainer = _Trainer(model, layout, windows_WT, recipe, ffn, seed)
     return trainer.run(checkpoint, fit, progress)
 

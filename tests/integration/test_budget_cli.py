@@ -181,6 +181,26 @@ def test_auto_chooses_by_the_limit_and_says_what_it_tried(
     assert "plain quantization would serve better: dense, 4 bits" in table
 
 
+def test_auto_takes_what_is_said_of_the_finetune(
+    hireconvert: Cli, inputs: dict[str, str], tmp_path: Path
+) -> None:
+    """Without an FFN there is nothing to train: that candidate goes without the section."""
+    sets = ("--set", inputs["data"], "--set", "finetune.num_tokens=1024")
+    arguments = ("convert", inputs["model"], tmp_path / "out", "--auto", "--max-kl", "1e-9", *sets)
+    ended = hireconvert(*arguments, "--dry-run", "--json")
+    assert ended.code == 0, ended.err
+    assert json.loads(ended.out)["recipe"] == "lossless"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that takes no files")
+def test_auto_beside_a_folder_that_cannot_be_written_says_so(
+    hireconvert: Cli, inputs: dict[str, str]
+) -> None:
+    ended = hireconvert("convert", inputs["model"], "/proc/out", "--auto", "--dry-run")
+    assert ended.code == 4
+    assert "cannot write beside OUT, in /proc" in ended.err
+
+
 def test_auto_says_when_nothing_keeps_within_the_limit(
     hireconvert: Cli, inputs: dict[str, str], tmp_path: Path
 ) -> None:

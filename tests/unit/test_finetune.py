@@ -9,6 +9,7 @@ import torch
 from transformers import NemotronConfig, NemotronForCausalLM
 
 from hireconvert.distill import distill_layer
+from hireconvert.errors import InputError
 from hireconvert.families import find_layout, num_layers
 from hireconvert.finetune import CHECKPOINT, PREDICTORS, finetune
 from hireconvert.measures import hire_layers, hire_scope
@@ -313,6 +314,20 @@ def test_every_kind_of_norm_is_found() -> None:
     weights = trained_weights(model, find_layout(model), "ffn_and_norms")
     kinds = {type(module).__name__ for module, _ in weights}
     assert kinds == {"Linear", "NemotronLayerNorm1P"}
+
+
+def test_logits_that_are_not_the_heads_are_refused_before_training() -> None:
+    model = tiny_model("llama")
+    forward = model.forward
+
+    def doubled(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        output.logits = 2 * output.logits
+        return output
+
+    model.forward = doubled
+    with pytest.raises(InputError, match="its logits are not its head's output"):
+        finetune(model, find_layout(model), tokens(4, 16), recipe=recipe(), ffn=FFN, seed=0)
 
 
 def test_the_seed_of_a_run_decides_its_weights() -> None:
