@@ -17,6 +17,7 @@ from hireconvert.accounting import (
     token_bytes,
 )
 from hireconvert.errors import InputError
+from hireconvert.figures import figure
 from hireconvert.headers import read_headers
 from hireconvert.loading import (
     CHECKSUMS,
@@ -69,11 +70,13 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     check_tensors(folder, config)
     tensors = dense_table(folder)
     dtype, _ = head_entry(tensors, text.vocab_size)
-    measured = {row["layer"]: row for row in _report(folder).get("layers", [])}
+    measured = _measured_layers(folder)
     rows = layer_rows(hire, text.hidden_size, ITEM_BYTES[dtype])
     for row in rows:
         found = measured.get(row["layer"], {})
-        row["recall"], row["kept_per_token"] = found.get("recall"), found.get("kept")
+        row["recall"] = figure(found, "recall")
+        spread = [figure(found, "kept", end) for end in ("p10", "p90")]
+        row["kept_per_token"] = None if None in spread else found["kept"]
     return {
         "architecture": raw["architectures"][0],
         "model_type": raw["model_type"],
@@ -86,12 +89,19 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     }
 
 
+def _measured_layers(folder: Path) -> dict[int, dict[str, Any]]:
+    """What the report tells of each layer; rows that tell of none are left out."""
+    rows = _report(folder).get("layers")
+    found = [row for row in (rows if isinstance(rows, list) else []) if isinstance(row, dict)]
+    return {row["layer"]: row for row in found if isinstance(row.get("layer"), int)}
+
+
 def _report(folder: Path) -> dict[str, Any]:
     try:
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{folder / REPORT} is not JSON: {error}") from error
     return report if isinstance(report, dict) else {}
 

@@ -200,3 +200,16 @@ def test_changed_bytes(folder: Path) -> None:
             found = (position, bytes(content[max(0, position - 40) : position + 40]))
             raise AssertionError(found) from error
     assert seen["refused"] > 40, seen
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        {"recipe": "\ud800", "layers": 5},
+        {"layers": [3, {}, {"layer": []}, {"layer": 0, "recall": "high", "kept": {"p10": None}}]},
+    ],
+)
+def test_reports_of_any_kind_are_inspected(folder: Path, report: Any, hireconvert: Cli) -> None:
+    (folder / "hire_report.json").write_text(json.dumps(report))
+    ended = hireconvert("inspect", folder)
+    assert ended.code == 0, ended.err
