@@ -23,7 +23,7 @@ from hireconvert.baselines import Baseline, cache_folder, kept_states, open_base
 from hireconvert.data import EvalWindows, evaluation_windows
 from hireconvert.errors import InputError, UsageError
 from hireconvert.evaluate import EvalReport, builtin_text, evaluate_model, hidden_states
-from hireconvert.harness import DEFAULT_MAX_LENGTH, run_tasks
+from hireconvert.harness import DEFAULT_MAX_LENGTH, TaskRequest, run_tasks
 from hireconvert.inspection import inspect_checkpoint
 from hireconvert.loading import CHECKSUMS, load
 from hireconvert.measures import ViewReport
@@ -248,10 +248,7 @@ def _tasks(subject: _Subject, request: Request) -> dict[str, Any] | None:
             subject.model,
             None if baseline is None else baseline.model,
             subject.tokenizer,
-            request.tasks,
-            limit=request.limit,
-            seed=request.seed,
-            max_length=request.max_length,
+            TaskRequest(request.tasks, request.limit, request.seed, request.max_length),
             progress=steps(advance, _STEPS),
         )["tasks"]
     return found

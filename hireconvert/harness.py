@@ -1,7 +1,7 @@
 """Tasks, both models on the same items: what each solves, and the paired difference."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +24,32 @@ DEFAULT_MAX_LENGTH = 1024
 _KNOWN = f"tasks are {', '.join(TASKS)}, {SUITE}, a .jsonl or .jsonl.gz file, {LM_EVAL}NAME"
 
 
+@dataclass(frozen=True)
+class TaskRequest:
+    """Which tasks and which of their items, as `open_tasks` takes them."""
+
+    names: Sequence[str]
+    limit: int | None = None
+    seed: int = 0
+    max_length: int = DEFAULT_MAX_LENGTH
+
+
 def run_tasks(
     model: Any,
     baseline: Any | None,
     tokenizer: Any,
-    names: Sequence[str],
+    request: TaskRequest,
     *,
-    limit: int | None = None,
-    seed: int = 0,
-    max_length: int = DEFAULT_MAX_LENGTH,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
     """`{"tasks": {name: figures}}` of a HiRE model against a baseline (None: its dense view).
 
-    `names` are those of `open_tasks`, and so are the errors. `progress` is called with items
+    Errors are those of `open_tasks`. `progress` is called with items
     answered and items in all, those of both models. RuntimeError when the sparse path did not run.
     """
-    _check_length(max_length, [model, baseline])
-    tasks = open_tasks(names, tokenizer, limit=limit, seed=seed, max_length=max_length)
+    tasks = open_tasks(**vars(request), tokenizer=tokenizer)
+    if any(isinstance(task, GeneratedTask) for task in tasks):
+        _check_length(request.max_length, [model, baseline])
     total, done = 2 * sum(task.num_items for task in tasks), 0
 
     def tick() -> None:
@@ -54,7 +62,7 @@ def run_tasks(
     for task in tasks:
         dense = task.answer(dense_model, tokenizer, sparse=False, tick=tick)
         converted = task.answer(model, tokenizer, sparse=True, tick=tick)
-        results[task.name] = compare(task, dense, converted, seed=seed)
+        results[task.name] = compare(task, dense, converted, seed=request.seed)
     return {"tasks": results}
 
 
@@ -127,5 +135,6 @@ def _check_length(max_length: int, models: Sequence[Any]) -> None:
         most = getattr(config, "max_position_embeddings", None)
         if most is not None and max_length > most:
             raise UsageError(
-                f"items of {max_length} tokens were asked for, but the model has {most} positions."
+                f"items of {max_length} tokens were asked for, but the model has {most} positions; "
+                "allow no longer ones (--max-length)."
             )

@@ -13,7 +13,6 @@ import torch
 from hireconvert import decoding, harness, likelihood
 from hireconvert.answers import require_sparse, view
 from hireconvert.errors import HireError, InputError, UsageError
-from hireconvert.harness import run_tasks
 from hireconvert.likelihood import Question, read_task, score_continuations
 from hireconvert.suite import build_items, grade
 from tests.tiny import hire_model
@@ -36,6 +35,14 @@ def dense() -> Any:
 @pytest.fixture(scope="module")
 def model(dense: Any) -> Any:
     return hire_model(dense, ffn=FFN)
+
+
+def run_tasks(
+    model: Any, baseline: Any, tokenizer: Any, names: list[str], **options: Any
+) -> dict[str, Any]:
+    progress = options.pop("progress", lambda done, total: None)
+    request = harness.TaskRequest(names, **options)
+    return harness.run_tasks(model, baseline, tokenizer, request, progress=progress)
 
 
 def write(path: Path, rows: list[Any]) -> Path:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hireconvert.errors import InputError
-from hireconvert.harness import run_tasks
+from hireconvert.harness import TaskRequest, run_tasks
 from hireconvert.lmeval import find_tasks
 from tests.tiny import hire_model
 from tests.tiny_files import tiny_llama, tiny_tokenizer
@@ -80,7 +80,11 @@ def test_both_models_answer_the_same_items(
     name = local(tmp_path, body)
     seen: list[int] = []
     figures = run_tasks(
-        model, dense, TOKENIZER, [name], limit=4, progress=lambda done, total: seen.append(done)
+        model,
+        dense,
+        TOKENIZER,
+        TaskRequest([name], limit=4),
+        progress=lambda done, total: seen.append(done),
     )["tasks"]["parity"]
     assert (figures["kind"], figures["metric"], figures["num_items"]) == ("lm_eval", metric, 4)
     assert figures["sparse_rows"] > 0 and seen == list(range(1, 9))
@@ -101,7 +105,7 @@ def test_a_scope_that_is_off_is_not_measured(
     monkeypatch.setattr(type(model), "set_hire_scope", lambda self, scope, **options: None)
     monkeypatch.setattr(model.hire_state, "scope", "off")
     with pytest.raises(RuntimeError, match="the sparse path did not run"):
-        run_tasks(model, None, TOKENIZER, [local(tmp_path, body)], limit=2)
+        run_tasks(model, None, TOKENIZER, TaskRequest([local(tmp_path, body)], limit=2))
     assert logging.getLogger("lm_eval").level != logging.ERROR
 
 
