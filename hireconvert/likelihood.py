@@ -110,7 +110,7 @@ def read_task(path: Path, *, limit: int | None = None, seed: int = 0) -> Likelih
     try:
         with opener(path, "rt", encoding="utf-8") as lines:
             rows = [json.loads(line) for line in lines if line.strip()]
-    except (OSError, EOFError, zlib.error, ValueError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON lines: {error}") from error
     questions = [_question(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
     metric = _metric(questions)

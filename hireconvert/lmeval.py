@@ -100,6 +100,10 @@ def find_tasks(spec: str, *, limit: int | None = None, seed: int = 0) -> list[Lm
         raise InputError(f"lm_eval has no task '{spec}'; `lm-eval ls tasks` lists them.")
     try:
         leaves: dict[str, Any] = manager.load([spec])["tasks"]
+    except ImportError as error:
+        raise InputError(
+            f"lm_eval task '{spec}' needs a package that is not installed: {error}"
+        ) from error
     except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
         if local:
             raise InputError(f"lm_eval task file {spec} cannot be used: {error}") from error
