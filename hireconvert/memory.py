@@ -172,7 +172,7 @@ def _searching(shapes: Shapes, recipe: Recipe) -> int:
     """Bytes of a budget search: dense probabilities of two texts, logits, and either what the
     layers returned in four passes or, for slopes, what a pass back needs of one window."""
     budget, config = search_of(recipe), shapes.config
-    if budget is None:
+    if budget is None or not shapes.layers:
         return 0
     rows, layers, width = budget.num_tokens, config.num_hidden_layers, config.hidden_size
     kept = sum(

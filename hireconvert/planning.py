@@ -139,6 +139,8 @@ def plan(skeleton: Skeleton, recipe: Recipe, *, source_bytes: int = 0) -> dict[s
     """The plan; `source_bytes` is what opening the model writes. Raises UsageError, InputError."""
     config, tensors = skeleton.config, skeleton.tensors
     hire = planned_hire(skeleton, recipe)
+    if needs_text(hire):
+        _check_windows(skeleton, recipe)
     dtype, _ = head_entry(tensors, config.vocab_size)
     predictors = table_bytes(hire_tensors(hire, config.hidden_size, head_width(config)))
     shapes = Shapes(skeleton.model, skeleton.layout, tensors, hire)
@@ -174,6 +176,27 @@ def make_plan(
     result = plan(skeleton, recipe, source_bytes=source.disk_bytes)
     result["notes"] = [*source.warnings, *result["notes"]]
     return {**result, "estimated_seconds": round(_seconds(skeleton, result, recipe), 3)}
+
+
+def _check_windows(skeleton: Skeleton, recipe: Recipe) -> None:
+    """Raise UsageError for windows longer than a model with learned positions can read."""
+    inputs = skeleton.model.get_input_embeddings()
+    most: int = getattr(skeleton.config, "max_position_embeddings", None) or 0
+    learned = any(
+        isinstance(module, nn.Embedding)
+        and module is not inputs
+        and module.num_embeddings in (most, most + 2)  # OPT's table has two rows more
+        for module in skeleton.model.modules()
+    )
+    windows = {"data.window": recipe.data.window}
+    if recipe.finetune is not None:
+        windows["finetune.window"] = recipe.finetune.window
+    for key, window in windows.items():
+        if learned and window > most:
+            raise UsageError(
+                f"{key}: {window} tokens, but the model has learned only {most} positions; give "
+                f"at most {most} (--set {key}={most})."
+            )
 
 
 def needs_text(hire: Mapping[str, Any]) -> bool:
@@ -225,13 +248,15 @@ def _notes(skeleton: Skeleton, recipe: Recipe) -> list[str]:
         notes.append("mixture of experts: the FFN stays dense, only the head is converted")
         if recipe.finetune is not None:
             notes.append("mixture of experts: nothing is trained (finetune)")
+        if search_of(recipe) is not None:
+            notes.append("mixture of experts: nothing is searched (ffn.budget)")
     predictors: Sequence[Any] = []
-    if recipe.ffn is not None:
+    if recipe.ffn is not None and not skeleton.moe:
         given = recipe.ffn.predictor
         predictors = given if isinstance(given, list) else [given]
     if any(predictor.kind == "auto" for predictor in predictors):
         notes.append("predictor kind auto: shown as q; the kind is chosen on the text")
-    if search_of(recipe) is not None:
+    if search_of(recipe) is not None and not skeleton.moe:
         notes.append("budget search: shown with the shares it starts from")
     if recipe.head is not None and recipe.head.certified:
         notes.append("certified head: counted at certify_top rows; a token may need more")

@@ -247,3 +247,35 @@ def test_a_budget_search_adds_memory_and_says_what_is_shown(method: str) -> None
     assert memory[1] - memory[0] > 1e8  # dense probabilities of two texts, logits at once
     assert "budget search: shown with the shares it starts from" in plans[0]["notes"]
     assert plans[0]["layers"] == first["layers"]
+
+
+def test_a_budget_search_of_experts_plans_nothing() -> None:
+    mixture, plain = skeleton("mixtral", num_experts_per_tok=2), recipe()
+    assert plain.ffn is not None
+    ffn = plain.ffn.model_copy(update={"budget": BudgetRecipe(mode="search")})
+    head = HeadRecipe(kind="lr", rank=8)  # takes statistics, as a search would
+    plain = plain.model_copy(update={"head": head})
+    searched = plan(mixture, plain.model_copy(update={"ffn": ffn}))
+    assert searched["peak_memory_bytes"] == plan(mixture, plain)["peak_memory_bytes"]
+    assert [note for note in searched["notes"] if "search" in note] == [
+        "mixture of experts: nothing is searched (ffn.budget)"
+    ]
+
+
+# --------------------------------------------------------------------------- length of windows
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_windows_must_fit_learned_positions(family: str) -> None:
+    positions = {"gpt2": "n_positions", "opt": "max_position_embeddings"}[family]
+    model = skeleton(family, **{positions: 1024})
+    plan(model, tuned(window=1024))
+    for wanted in (tuned(window=1025), recipe().model_copy(update={"data": LONG})):
+        with pytest.raises(UsageError, match="1025 tokens, but the model has learned only 1024"):
+            plan(model, wanted)
+    headless = Recipe(name="test", head=HeadRecipe(), data=LONG)
+    plan(model, headless)  # reads no text
+    plan(skeleton("llama", max_position_embeddings=1024), tuned(window=1025))
+
+
+LONG = DataRecipe(num_tokens=4096, num_held_tokens=4096, window=1025)
