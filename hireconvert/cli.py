@@ -149,12 +149,15 @@ def convert(
     from hireconvert.pipeline import convert as run
     from hireconvert.planning import make_plan
     from hireconvert.recipe import load_recipe
+    from hireconvert.workspace import check_out_folder
 
     limit = kl_limit(recipe, auto, max_kl)
     source, changes = (model, revision, trust_remote_code), overrides or []
     reporter = render.make_reporter(_err())
     try:
         if recipe is None:
+            if not dry_run:  # minutes of trying come before what `run` checks
+                check_out_folder(out.expanduser(), resume=resume, overwrite=overwrite)
             chosen = _chosen(source, changes, reporter, max_kl=limit, out=out)
         else:
             chosen = load_recipe(recipe, changes)

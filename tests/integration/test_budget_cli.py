@@ -201,6 +201,15 @@ def test_auto_beside_a_folder_that_cannot_be_written_says_so(
     assert "cannot write beside OUT, in /proc" in ended.err
 
 
+def test_auto_refuses_a_full_out_before_it_tries_anything(
+    hireconvert: Cli, inputs: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.txt").write_text("kept")
+    ended = hireconvert("convert", inputs["model"], tmp_path, "--auto")
+    assert ended.code == 2 and "is not empty" in ended.err
+    assert "reading the model" not in ended.err
+
+
 def test_auto_says_when_nothing_keeps_within_the_limit(
     hireconvert: Cli, inputs: dict[str, str], tmp_path: Path
 ) -> None:
