@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from .hire_predict import Predictor, unit_scores
+from .hire_predict import Predictor, unit_scores, varies
 from .hire_select import candidate_mask, kept_mask, row_candidates, row_kept
 
 COUNTER_NAMES = ("calls", "rows", "kept", "candidates", "dense_rows")
@@ -279,7 +279,8 @@ class SparseFfn(nn.Module):
         if not compiling and not bool(finite):
             return self._dense_row(x_1D)
         candidates = kept = _number(index_C, counts_C)
-        if spec["keep"] == "top_k" and spec["num_kept"] < spec["num_candidates"]:
+        fewer = varies(spec) or spec["num_kept"] < spec["num_candidates"]
+        if spec["keep"] == "top_k" and fewer:
             chosen_K, counts_K = row_kept(spec, unit_1S, score_1C.nan_to_num())
             h_1C, index_C = _zeroed(h_1C[:, chosen_K], counts_K), index_C[chosen_K]
             kept = _number(chosen_K, counts_K)

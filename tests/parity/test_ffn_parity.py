@@ -313,6 +313,18 @@ def test_a_threshold_over_every_candidate_keeps_what_reaches_it(family):
         assert relative(gathered_rows(layer, x_ND[:24]), expected[:24]) < TOLERANCE
 
 
+def test_a_level_holds_where_as_many_are_candidates_as_are_kept_on_average():
+    native = tiny_model("llama")
+    model = hire_model(native, ffn={"selection": "threshold", "over_select": 1.5})
+    x_ND = layer_inputs(native)[0][:6]
+    (layer, *_) = sparse_layers(model)
+    layer.spec["num_candidates"] = layer.spec["num_kept"]  # the format allows it
+    with torch.no_grad():
+        twin = layer.masked(x_ND)
+    assert int(layer.counts[2]) < 6 * layer.spec["num_kept"]  # the level left some out
+    assert relative(gathered_rows(layer, x_ND), twin) < TOLERANCE
+
+
 @pytest.mark.parametrize("keep", ["top_k", "candidates"])
 @pytest.mark.parametrize("family", ["llama", "llama_bias", "opt", "phi3"])
 def test_a_row_may_keep_nothing_or_every_candidate(family, keep):
