@@ -223,7 +223,7 @@ def evaluate(
         texts=tuple(text or ()),
         num_tokens=tokens,
         baseline=baseline,
-        tasks=tuple(name for names in tasks or () for name in names.split(",")),
+        tasks=tuple(name.strip() for names in tasks or () for name in names.split(",")),
         limit=limit,
         seed=seed,
         max_length=max_length,

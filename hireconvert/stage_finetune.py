@@ -177,6 +177,6 @@ def _write_weights(run: Run, folder: Path) -> None:
                 "finetune.learning_rate, then start again with --overwrite."
             )
     folder.mkdir()
-    stored.save_pretrained(folder, max_shard_size=f"{run.recipe.output.max_shard_gb}GB")
+    stored.save_pretrained(folder)  # the export cuts files to the recipe's size
     copy_companions(run.checkpoint.folder, folder)
     write_json(folder / "config.json", run.checkpoint.config)
