@@ -19,6 +19,7 @@ from hireconvert.data import EvalWindows
 from hireconvert.errors import InputError
 from hireconvert.families import base_model
 from hireconvert.measures import (
+    LOGITS_AT_ONCE,
     HeadReport,
     PairedFigures,
     SelectionReport,
@@ -28,14 +29,12 @@ from hireconvert.measures import (
     hire_layers,
     hire_scope,
     layer_inputs,
+    logit_chunks,
     prove_logits,
     selection_report,
 )
 
 Progress = Callable[[int, int], None]
-
-# Logits held at once, in elements; a handful of float32 tensors of this size live together.
-_LOGITS_AT_ONCE = 2**23
 
 
 @dataclass(frozen=True)
@@ -138,8 +137,7 @@ def _compare(
 
 
 def _chunks(num_rows: int, model: Any) -> list[slice]:
-    size = max(1, _LOGITS_AT_ONCE // model.get_output_embeddings().weight.shape[0])
-    return [slice(start, start + size) for start in range(0, num_rows, size)]
+    return logit_chunks(num_rows, model.get_output_embeddings().weight.shape[0], LOGITS_AT_ONCE)
 
 
 # --------------------------------------------------------------------------- the whole

@@ -22,12 +22,17 @@ import torch
 from hireconvert.answers import Answers, Tick, require_sparse, view
 from hireconvert.errors import InputError
 from hireconvert.families import base_model
-from hireconvert.measures import head_logits, hire_layers, prove_logits
+from hireconvert.measures import (
+    LOGITS_AT_ONCE,
+    head_logits,
+    hire_layers,
+    logit_chunks,
+    prove_logits,
+)
 from hireconvert.sampling import adds_bos
 from hireconvert.suite import fingerprint
 
 _TOKENS_AT_ONCE = 2048
-_LOGITS_AT_ONCE = 2**23
 
 
 @dataclass(frozen=True)
@@ -240,10 +245,9 @@ def _score_batch(
 
 def _score(model: Any, hidden_ND: torch.Tensor, targets: tuple[int, ...]) -> Score:
     target_N = torch.tensor(targets, device=hidden_ND.device)
-    size = max(1, _LOGITS_AT_ONCE // model.get_output_embeddings().weight.shape[0])
+    vocabulary = model.get_output_embeddings().weight.shape[0]
     total, greedy = 0.0, True
-    for start in range(0, len(targets), size):
-        part = slice(start, start + size)
+    for part in logit_chunks(len(targets), vocabulary, LOGITS_AT_ONCE):
         log_NV = head_logits(model, hidden_ND[part]).log_softmax(-1)
         total += float(log_NV.gather(1, target_N[part, None]).double().sum())
         greedy = greedy and bool((log_NV.argmax(-1) == target_N[part]).all())

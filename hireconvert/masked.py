@@ -17,11 +17,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from hireconvert.families import Layout, base_model, ffn_parts, layer_owner, num_layers
-from hireconvert.measures import head_logits, prove_logits
+from hireconvert.measures import LOGITS_AT_ONCE, head_logits, logit_chunks, prove_logits
 from hireconvert.quantize import GridFormat, decode_codes, fit_grid, round_codes
 from hireconvert.scoring import kth_score
 
-LOGITS_AT_ONCE = 2**23  # elements; a few float32 tensors of this size live together
 PROBABILITIES_KEPT = 2**27  # elements of dense probabilities kept in memory; beyond, computed anew
 Active = tuple[int, ...]
 
@@ -275,8 +274,7 @@ class MaskedModel:
         return int(self.model.get_output_embeddings().weight.shape[0])
 
     def _chunks(self, num_rows: int) -> list[slice]:
-        size = max(1, LOGITS_AT_ONCE // self._vocabulary)
-        return [slice(start, start + size) for start in range(0, num_rows, size)]
+        return logit_chunks(num_rows, self._vocabulary, LOGITS_AT_ONCE)
 
     def _dense_window(self, ids_T: torch.Tensor, kept: bool) -> _Dense:
         hidden_ND, _ = self._run(ids_T, self.neurons, [])

@@ -25,6 +25,8 @@ from hireconvert.runtime.hire_predict import (
 from hireconvert.runtime.hire_select import candidate_mask, kept_mask
 from hireconvert.scoring import as_many_best, shares
 
+# Logits held at once, in elements; a handful of float32 tensors of this size live together.
+LOGITS_AT_ONCE = 2**23
 _HEAD_ROWS_AT_ONCE = 16384
 _REFERENCE_POSITIONS_AT_ONCE = 64
 _RECALL_ROWS_PER_WINDOW = 64
@@ -141,6 +143,12 @@ def scale_and_cap(model: Any, z: torch.Tensor) -> torch.Tensor:
 def head_logits(model: Any, x_ND: torch.Tensor) -> torch.Tensor:
     """The model's logits float32 [N, V] for what its head receives, [N, D]."""
     return scale_and_cap(model, model.get_output_embeddings()(x_ND)).float()
+
+
+def logit_chunks(num_rows: int, vocabulary: int, at_once: int) -> list[slice]:
+    """Runs of rows whose logits hold `at_once` elements at most, and one row at least."""
+    size = max(1, at_once // vocabulary)
+    return [slice(start, start + size) for start in range(0, num_rows, size)]
 
 
 def prove_logits(model: Any, ids_WT: torch.Tensor) -> None:

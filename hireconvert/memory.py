@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from hireconvert.accounting import TensorTable, head_width
 from hireconvert.families import Layout
-from hireconvert.masked import LOGITS_AT_ONCE, PROBABILITIES_KEPT
+from hireconvert.masked import PROBABILITIES_KEPT
+from hireconvert.measures import LOGITS_AT_ONCE
 from hireconvert.objectives import LOGITS_AT_ONCE as TRAINING_LOGITS
 from hireconvert.recipe import Recipe
 from hireconvert.schema import FinetuneRecipe
@@ -27,7 +28,6 @@ LIBRARIES_BYTES = 450_000_000  # Python with torch and transformers loaded
 KEPT_WIDTHS, KEPT_NEURONS = 24, 8
 # Tensors of the size of a chunk of logits that live together.
 LOGITS_IN_TRAINING, LOGITS_IN_EVALUATION = 10, 5
-EVALUATION_LOGITS = 2**23  # elements of a chunk
 HEAD_ROWS, HEAD_VALUES = 16384, 8  # rows of the head copied at once, float32 values for each weight
 
 
@@ -143,7 +143,7 @@ def _evaluating(shapes: Shapes, recipe: Recipe) -> int:
     beside = sum(_beside_layer(shapes, layer) for layer in shapes.layers)
     width = head_width(config) if shapes.hire["head"] else 0
     tokens = min(recipe.evaluate.num_tokens, recipe.data.num_held_tokens)
-    chunk = LOGITS_IN_EVALUATION * min(tokens * config.vocab_size, EVALUATION_LOGITS)
+    chunk = LOGITS_IN_EVALUATION * min(tokens * config.vocab_size, LOGITS_AT_ONCE)
     head = HEAD_VALUES * min(config.vocab_size, HEAD_ROWS) * width
     hidden = (2 + models) * tokens * config.hidden_size
     kept = 4 * (models * shapes.numel + beside + hidden) + config.vocab_size * width

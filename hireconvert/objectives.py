@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from hireconvert.measures import logit_chunks
+
 Head = Callable[[torch.Tensor], torch.Tensor]
 
 # Logits held at once, in elements: four float32 tensors of this size live together.
@@ -62,9 +64,7 @@ class LogitsLoss:
         self.student_head, self.teacher_head = student_head, teacher_head
         self.teacher_ND, self.target_N = teacher_ND, target_N
         self.kl, self.lm = kl, lm
-        size = max(1, LOGITS_AT_ONCE // vocabulary)
-        count = len(target_N)
-        self.chunks = [slice(start, start + size) for start in range(0, count, size)]
+        self.chunks = logit_chunks(len(target_N), vocabulary, LOGITS_AT_ONCE)
 
     def __call__(self, hidden_ND: torch.Tensor, rows: slice) -> torch.Tensor:
         """This chunk's share of the mean."""

@@ -20,8 +20,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hireconvert.data import evaluation_windows
-from hireconvert.families import base_model, find_layout, num_layers
-from hireconvert.measures import head_logits
+from hireconvert.evaluate import hidden_states
+from hireconvert.families import find_layout, num_layers
+from hireconvert.measures import PairedFigures, head_logits
 from hireconvert.paired import perplexity_ratio
 from hireconvert.schema import FfnRecipe
 from hireconvert.scoring import layer_counts
@@ -52,14 +53,10 @@ def oracle(model: Any, keep: float) -> Iterator[None]:
 
 
 @torch.no_grad()
-def hidden_states(model: Any, ids_WT: torch.Tensor, keep: float) -> torch.Tensor:
+def selected_states(model: Any, ids_WT: torch.Tensor, keep: float) -> torch.Tensor:
     """What the head receives, [N, D]."""
     with oracle(model, keep):
-        rows = [
-            base_model(model)(input_ids=ids_T[None], use_cache=False).last_hidden_state[0, :-1]
-            for ids_T in ids_WT
-        ]
-    return torch.cat(rows)
+        return hidden_states(model, ids_WT)
 
 
 @torch.no_grad()
@@ -67,23 +64,17 @@ def figures(
     model: Any, dense_ND: torch.Tensor, arm_ND: torch.Tensor, ids_WT: torch.Tensor
 ) -> dict[str, Any]:
     """Perplexity over the original's with its interval, mean KL, and agreement of arg-maxes."""
-    target_N = ids_WT[:, 1:].flatten()
-    own, nll, kl, same = [], [], [], []
+    target_N, own, arm = ids_WT[:, 1:].flatten(), PairedFigures(), PairedFigures()
     for start in range(0, len(target_N), CHUNK):
         rows = slice(start, start + CHUNK)
         dense_NV = head_logits(model, dense_ND[rows]).log_softmax(-1)
         arm_NV = head_logits(model, arm_ND[rows]).log_softmax(-1)
-        own.append(-dense_NV.gather(1, target_N[rows, None])[:, 0])
-        nll.append(-arm_NV.gather(1, target_N[rows, None])[:, 0])
-        kl.append((dense_NV.exp() * (dense_NV - arm_NV)).sum(-1))
-        same.append((dense_NV.argmax(-1) == arm_NV.argmax(-1)).float())
+        own.add(dense_NV, dense_NV, target_N[rows])
+        arm.add(dense_NV, arm_NV, target_N[rows])
     lengths = [ids_WT.shape[1] - 1] * len(ids_WT)
-    ratio = perplexity_ratio(torch.cat(nll).numpy(), torch.cat(own).numpy(), lengths)
-    return {
-        "ratio": ratio,
-        "kl": float(torch.cat(kl).mean()),
-        "same": float(torch.cat(same).mean()),
-    }
+    report = arm.report(0)
+    ratio = perplexity_ratio(report.nll_N.numpy(), own.report(0).nll_N.numpy(), lengths)
+    return {"ratio": ratio, "kl": report.kl_mean, "same": report.top1_agreement}
 
 
 def row(label: str, keep: float, found: dict[str, dict[str, Any]]) -> str:
@@ -116,7 +107,7 @@ def main() -> None:
         name: evaluation_windows(text, tokenizer, num_tokens=1024 * arguments.windows).ids_WT
         for name, text in texts(arguments.data).items()
     }
-    dense = {name: hidden_states(models[0], ids_WT, 1.0) for name, ids_WT in windows.items()}
+    dense = {name: selected_states(models[0], ids_WT, 1.0) for name, ids_WT in windows.items()}
     tokens = {name: ids_WT.numel() for name, ids_WT in windows.items()}
     heads = [f"{name}: perplexity % (95 %) | KL | same top 1 %" for name in windows]
     lines = [
@@ -130,7 +121,7 @@ def main() -> None:
         arms += [("original", models[0], keep), ("trained", models[1], keep)]
     for label, model, keep in arms:
         found = {
-            name: figures(models[0], dense[name], hidden_states(model, ids_WT, keep), ids_WT)
+            name: figures(models[0], dense[name], selected_states(model, ids_WT, keep), ids_WT)
             for name, ids_WT in windows.items()
         }
         lines.append(row(label, keep, found))

@@ -328,7 +328,7 @@ def test_report_is_json_and_scope_and_progress_are_kept() -> None:
 def test_logits_come_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     model = hire_model(dense_model(), layer_spec(), None)
     whole = evaluate_model(model, None, windows())
-    monkeypatch.setattr(evaluate, "_LOGITS_AT_ONCE", 7 * VOCABULARY)
+    monkeypatch.setattr(evaluate, "LOGITS_AT_ONCE", 7 * VOCABULARY)
     sizes: list[int] = []
     model.lm_head.register_forward_hook(lambda _m, args, _o: sizes.append(args[0][..., 0].numel()))
     parts = evaluate_model(model, None, windows())
