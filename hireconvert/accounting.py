@@ -9,8 +9,8 @@ from math import ceil, prod
 from typing import Any, TypeAlias
 
 from hireconvert.errors import InputError
-from hireconvert.runtime.hire_config import expected_tensors, head_tensor_shapes
-from hireconvert.runtime.hire_predict import layer_bytes, num_active, varies
+from hireconvert.runtime.hire_config import down_tensors, expected_tensors, head_tensor_shapes
+from hireconvert.runtime.hire_predict import FFN_PARTS, layer_bytes, num_active, varies
 
 ITEM_BYTES = {"U8": 1, "I8": 1, "F8_E4M3": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8, "I64": 8}
 TensorTable: TypeAlias = dict[str, tuple[str, tuple[int, ...]]]
@@ -32,6 +32,12 @@ def predictor_table(predictor: Mapping[str, Any], width: int, outputs: int) -> T
     return {name: (dtypes.get(name, "F32"), shape) for name, shape in shapes.items()}
 
 
+def down_table(layer: Mapping[str, Any], width: int) -> TensorTable:
+    """As `predictor_table`, of the copy that counts for neurons not selected; none without it."""
+    shapes = down_tensors(layer.get("unselected"), layer["num_neurons"], width)
+    return {name: ("U8" if "planes" in name else "F16", shape) for name, shape in shapes.items()}
+
+
 def _layers(hire: Mapping[str, Any]) -> list[Mapping[str, Any] | None]:
     return list(hire["ffn"]["layers"]) if hire["ffn"] else []
 
@@ -50,8 +56,8 @@ def hire_tensors(hire: Mapping[str, Any], width: int, head_width: int) -> Tensor
     for index, layer in enumerate(_layers(hire)):
         if layer is not None:
             outputs = num_outputs(layer, gated=num_matrices(hire) == 3)
-            for name, entry in predictor_table(layer["predictor"], width, outputs).items():
-                table[f"layers.{index}.{name}"] = entry
+            own = predictor_table(layer["predictor"], width, outputs) | down_table(layer, width)
+            table |= {f"layers.{index}.{name}": entry for name, entry in own.items()}
     if hire["head"]:
         shapes = head_tensor_shapes(hire["head"], head_width)
         table |= {name: ("F32", shape) for name, shape in shapes.items()}
@@ -128,7 +134,7 @@ def layer_rows(hire: Mapping[str, Any], width: int, weight_bytes: int) -> list[d
                 "bits": predictor["bits"] if predictor["kind"] != "lr" else None,
                 "inputs": predictor["num_inputs"],
                 "predictor_bytes": read["predictor"],
-                "read_bytes": read["predictor"] + read["candidates"] + read["kept"],
+                "read_bytes": sum(read[part] for part in FFN_PARTS),
                 "dense_bytes": read["dense"],
             }
         )
@@ -162,7 +168,7 @@ def token_bytes(hire: Mapping[str, Any], tensors: TensorTable, config: Any) -> d
     rows = [
         layer_bytes(layer, config.hidden_size, num_matrices(hire), weight_bytes) for layer in layers
     ]
-    parts = {key: sum(row[key] for row in rows) for key in ("predictor", "candidates", "kept")}
+    parts = {key: sum(row[key] for row in rows) for key in FFN_PARTS}
     ffn_dense, ffn = sum(row["dense"] for row in rows), sum(parts.values())
     head_dense = head_bytes(None, shape_VD, weight_bytes)
     head = head_bytes(hire["head"], shape_VD, weight_bytes)

@@ -28,6 +28,7 @@ from hireconvert.fitting import (
 from hireconvert.quantize import (
     GridFormat,
     decode_codes,
+    encode_down,
     encode_factor,
     encode_matrix,
     feedback_codes,
@@ -136,6 +137,8 @@ def distill_layer(
         spec, tensors, report = _cheapest(job, predictor)
     else:
         spec, tensors, report = _fitted(job, predictor)
+    if recipe.unselected is not None:
+        tensors |= encode_down(weights.down_FD, GridFormat(**recipe.unselected.model_dump()))
     return LayerResult(spec, tensors, permutation_F, report)
 
 
@@ -314,13 +317,9 @@ def _trained(
         return float(report["recall"])
 
     training = Training(**recipe.distill.model_dump(), seed=job.seed)
+    rows = job.fit_ND.shape[0]
     result = train_factors(
-        start,
-        batch,
-        log_scores,
-        num_rows=job.fit_ND.shape[0],
-        held_recall=held_recall,
-        training=training,
+        start, batch, log_scores, num_rows=rows, held_recall=held_recall, training=training
     )
     report = {"distill_losses": result.losses, "distill_recalls": result.held_recall}
     return (result.factor_in_RD, result.factor_out_MR), result.bias_M, report

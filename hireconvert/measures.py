@@ -241,7 +241,7 @@ def _layer_recall(model: Any, index: int, x_ND: torch.Tensor) -> _Recall:
     spec, weights = layer.spec, read_ffn_weights(model, model.config.hire["layout"], index)
     group, common = spec["group_size"], spec["num_common"]
     score_NF = layer.scores(hidden_activations(weights, x_ND), weights.down_FD.norm(dim=1))
-    estimate_NS = layer.estimated_units(x_ND.to(model.device)).cpu().nan_to_num()
+    estimate_NS = layer.estimated(x_ND.to(model.device))[0].cpu().nan_to_num()
     kept_NF = kept_mask(spec, candidate_mask(spec, estimate_NS), estimate_NS, score_NF)
     kept_NS = kept_NF[:, common:].unflatten(-1, (-1, group))[..., 0]
     exact_NS = unit_scores(score_NF[:, common:], group)

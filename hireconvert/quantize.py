@@ -151,6 +151,17 @@ def encode_matrix(codes_MD: torch.Tensor, grid: Grid) -> dict[str, torch.Tensor]
     return tensors
 
 
+def encode_down(down_FD: torch.Tensor, form: GridFormat) -> dict[str, torch.Tensor]:
+    """The tensors of a low-bit copy of the neurons' output vectors, every weight at its nearest.
+
+    Feedback of rounding errors under the hidden values' moments, least-squares corrections and
+    shrinking neurons by the trust in their estimates bought nothing (docs/log.md, 2026-11-22).
+    """
+    grid = fit_grid(down_FD.float(), form)
+    tensors = encode_matrix(round_codes(down_FD.float(), grid), grid)
+    return {f"down_{name}": tensor for name, tensor in tensors.items()}
+
+
 def decode_codes(codes_MD: torch.Tensor, grid: Grid) -> torch.Tensor:
     """float32 [M, D], the value of every code."""
     scale_MD, offset_MD = expand_grid(grid, codes_MD.shape)

@@ -142,6 +142,16 @@ class PredictorRecipe(Section):
             yield "soften", "group_scores predicts no gate and up values to soften; use one of them"
 
 
+class UnselectedRecipe(Section):
+    """A low-bit copy of the down projection, through which neurons left out count by estimate."""
+
+    bits: Literal[2, 3, 4, 8] = Field(default=4, description="bits per weight of the copy")
+    block: Count = Field(default=32, description="weights per scale")
+    symmetric: bool = Field(
+        default=False, description="codes around zero; otherwise each block has an offset"
+    )
+
+
 class FfnRecipe(Section):
     """The FFN: which share of the neurons a token keeps, and how they are found."""
 
@@ -169,6 +179,10 @@ class FfnRecipe(Section):
         description="keep keep_fraction always, or on average: what reaches a level of score, of "
         "standard deviations above the token's mean, or of the token's squared scores",
     )
+    unselected: UnselectedRecipe | None = Field(
+        default=None,
+        description="neurons that are not kept count by their estimated values; null: as zero",
+    )
     group_size: Count = Field(default=1, description="neurons selected together")
     common_path: Annotated[float, In(0, 1, open_high=True)] = Field(
         default=0.0, description="share of the neurons that is always active, in [0, 1)"
@@ -190,6 +204,8 @@ class FfnRecipe(Section):
                 yield f"{key}.group_scores", "needs ffn.group_size above 1"
             if predictor.group_scores and self.selection in ("mean_std", "score_mass"):
                 yield "selection", f"{self.selection} needs neuron scores, not {key}.group_scores"
+            if predictor.group_scores and self.unselected is not None:
+                yield "unselected", f"needs estimates of neurons, not {key}.group_scores"
 
     def _budget_problems(self, budget: BudgetRecipe) -> Iterator[Problem]:
         listed = isinstance(self.keep_fraction, list)

@@ -18,6 +18,7 @@ from hireconvert.errors import UsageError
 from hireconvert.families import FfnWeights
 from hireconvert.recipe import FfnRecipe, HeadRecipe, PredictorRecipe
 from hireconvert.runtime.hire_predict import (
+    FFN_PARTS,
     Predictor,
     layer_bytes,
     members_mask,
@@ -68,6 +69,8 @@ def layer_counts(num_neurons: int, recipe: FfnRecipe, keep_fraction: float) -> d
     if recipe.selection != "fixed":
         rule = {"rule": recipe.selection, "level": None, "mean_kept": counts["num_kept"]}
         counts["selection"] = rule
+    if recipe.unselected is not None:
+        counts["unselected"] = recipe.unselected.model_dump()
     return with_candidates(counts, counts["num_candidates"])
 
 
@@ -373,7 +376,7 @@ def candidate_counts(counts: dict[str, Any]) -> list[int]:
 
 def total_bytes(read: dict[str, int]) -> int:
     """Bytes per token of a converted layer: predictor, candidates and kept rows."""
-    return read["predictor"] + read["candidates"] + read["kept"]
+    return sum(read[part] for part in FFN_PARTS)
 
 
 def round_half_up(value: float) -> int:

@@ -75,6 +75,19 @@ def _check_selection(layer: Mapping[str, Any], where: str) -> None:
     _number(spec, "mean_kept", layer["num_common"], layer["num_candidates"], where)
 
 
+def _check_unselected(layer: Mapping[str, Any], where: str) -> None:
+    spec = layer["unselected"]
+    if not isinstance(spec, Mapping):
+        raise ValueError(
+            f"config.hire: {where} is {type(spec).__name__}, expected an object or null"
+        )
+    if layer["predictor"]["groups"]:
+        raise ValueError(f"config.hire: {where} needs estimates of neurons, not of groups")
+    _choice(spec, "bits", (2, 3, 4, 8), where)
+    _integer(spec, "block", 1, 2**24, where)
+    _choice(spec, "symmetric", (True, False), where)
+
+
 def _check_layer(spec: Any, where: str) -> None:
     if not isinstance(spec, Mapping):
         raise ValueError(
@@ -96,6 +109,8 @@ def _check_layer(spec: Any, where: str) -> None:
     _check_predictor(spec["predictor"], f"{where}.predictor")
     if spec.get("selection") is not None:
         _check_selection(spec, f"{where}.selection")
+    if spec.get("unselected") is not None:
+        _check_unselected(spec, f"{where}.unselected")
 
 
 def _check_head(spec: Any) -> None:
@@ -186,8 +201,23 @@ def expected_tensors(
     return shapes
 
 
+def down_tensors(
+    spec: Mapping[str, Any] | None, num_neurons: int, width: int
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the low-bit copy that neurons not selected are counted with."""
+    if spec is None:
+        return {}
+    scales = (num_neurons, -(-width // spec["block"]))
+    shapes: dict[str, tuple[int, ...]] = {
+        "down_planes": (spec["bits"], num_neurons, -(-width // 8)),
+        "down_scale": scales,
+    }
+    return shapes if spec["symmetric"] else {**shapes, "down_offset": scales}
+
+
 def _check_type(tensor: torch.Tensor, name: str, where: str) -> None:
-    codes = {"planes": torch.uint8, "factor_in_codes": torch.int8, "factor_out_codes": torch.int8}
+    codes = {"planes": torch.uint8, "down_planes": torch.uint8}
+    codes |= {"factor_in_codes": torch.int8, "factor_out_codes": torch.int8}
     wanted = codes.get(name)
     if tensor.dtype != wanted if wanted else not tensor.is_floating_point():
         expected = wanted or "a floating-point type"
@@ -225,7 +255,8 @@ def layer_tensor_shapes(layer: SparseFfn) -> dict[str, tuple[int, ...]]:
     outputs = num_neurons // spec["group_size"]
     if not spec["predictor"]["groups"]:
         outputs = num_neurons * (1 if parts.gate is None else 2)
-    return expected_tensors(spec["predictor"], width, outputs)
+    copy = down_tensors(spec.get("unselected"), num_neurons, width)
+    return {**expected_tensors(spec["predictor"], width, outputs), **copy}
 
 
 def head_tensor_shapes(spec: Mapping[str, Any], width: int) -> dict[str, tuple[int, ...]]:
@@ -246,9 +277,10 @@ def describe(hire: Mapping[str, Any]) -> str:
         kept = active / sum(spec["num_neurons"] for spec in layers)
         kinds = sorted({spec["predictor"]["kind"] for spec in layers})
         mean = " on average" if any(varies(spec) for spec in layers) else ""
+        rest = any(spec.get("unselected") is not None for spec in layers)
         pieces.append(
             f"{len(layers)} sparse FFN layers keep {kept:.2f} of their neurons{mean} "
-            f"(predictor {', '.join(kinds)})"
+            f"(predictor {', '.join(kinds)}{'; the rest by estimate' if rest else ''})"
         )
     head = hire["head"]
     if head is not None:

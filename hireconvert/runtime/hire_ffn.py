@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from .hire_predict import Predictor, unit_scores, varies
+from .hire_predict import Predictor, decode_down, unit_scores, varies
 from .hire_select import candidate_mask, kept_mask, row_candidates, row_kept
 
 COUNTER_NAMES = ("calls", "rows", "kept", "candidates", "dense_rows")
@@ -125,6 +125,7 @@ class Prepared:
     down_FD: torch.Tensor
     norm_F: torch.Tensor
     predictor: Predictor
+    estimate_FD: torch.Tensor | None  # float32 copy of down_FD for neurons that are not selected
 
 
 class SparseFfn(nn.Module):
@@ -193,6 +194,9 @@ class SparseFfn(nn.Module):
             down_FD=down_FD,
             norm_F=down_FD.float().norm(dim=1),
             predictor=Predictor(self.spec["predictor"], moved, up_FD.shape[1]),
+            estimate_FD=None
+            if self.spec.get("unselected") is None
+            else decode_down(moved, self.spec["unselected"], up_FD.shape[1]),
         )
 
     def scores(self, h_NF: torch.Tensor, norm_F: torch.Tensor) -> torch.Tensor:
@@ -200,17 +204,21 @@ class SparseFfn(nn.Module):
         magnitude_NF = h_NF.detach().abs().float()
         return magnitude_NF * norm_F if self.spec["score"] == "norm" else magnitude_NF
 
-    def estimated_units(self, x_ND: torch.Tensor) -> torch.Tensor:
-        """Predicted scores of the selectable units, the common neurons left out."""
-        prepared, spec = self.prepared, self.spec
+    def estimated(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(scores of the selectable units, the common neurons left out; hidden values [N, F]).
+
+        Values are float32, and None where neurons that are not selected count as zero.
+        """
+        prepared, spec, gated = self.prepared, self.spec, self.prepared.gate_FD is not None
+        z_NM = prepared.predictor.estimate(x_ND)
         if spec["predictor"]["groups"]:
-            z_NS = prepared.predictor.estimate(x_ND)
-            return z_NS[:, spec["num_common"] // spec["group_size"] :]
-        size_NF = prepared.predictor.magnitudes(
-            x_ND, self.parts.act, gated=prepared.gate_FD is not None
-        )
+            return z_NM[:, spec["num_common"] // spec["group_size"] :], None
+        size_NF = prepared.predictor.sizes(z_NM, self.parts.act, gated=gated)
         score_NF = self.scores(size_NF, prepared.norm_F)
-        return unit_scores(score_NF[:, spec["num_common"] :], spec["group_size"])
+        unit_NS = unit_scores(score_NF[:, spec["num_common"] :], spec["group_size"])
+        if prepared.estimate_FD is None:
+            return unit_NS, None
+        return unit_NS, prepared.predictor.values(z_NM, self.parts.act, gated=gated)
 
     def count(
         self, num_rows: int, dense_rows: torch.Tensor, *, kept: Any = 0, candidates: Any = 0
@@ -229,14 +237,14 @@ class SparseFfn(nn.Module):
         return self.masked(x_ND, dense_rows_N)
 
     def masked(self, x_ND: torch.Tensor, dense_rows_N: torch.Tensor | None = None) -> torch.Tensor:
-        """The slow twin: all neurons computed, those not selected set to zero; any number of rows.
+        """The slow twin: all neurons computed, those not selected replaced; any number of rows.
 
         Differentiable in the weights; the selection itself is not.
         """
         parts = self.parts
         h_NF = self._hidden(x_ND)
         with torch.no_grad():
-            unit_NS = self.estimated_units(x_ND)
+            unit_NS, value_NF = self.estimated(x_ND)
             score_NF = self.scores(h_NF, self.prepared.norm_F)
             dense_N = ~unit_NS.isfinite().all(-1)
             unit_NS = unit_NS.nan_to_num()
@@ -253,7 +261,15 @@ class SparseFfn(nn.Module):
                 candidates=(candidate_NF & sparse_N1).sum(),
             )
             keep_NF = keep_NF | ~sparse_N1
-        return parts.down.run(torch.where(keep_NF, h_NF, torch.zeros_like(h_NF)))
+        y_ND = parts.down.run(torch.where(keep_NF, h_NF, torch.zeros_like(h_NF)))
+        if value_NF is None:
+            return y_ND
+        rest_NF = torch.where(candidate_NF, h_NF.float(), value_NF)
+        return self._with_rest(y_ND, torch.where(keep_NF, 0.0, rest_NF))
+
+    def _with_rest(self, y_ND: torch.Tensor, rest_NF: torch.Tensor) -> torch.Tensor:
+        """The output with what the neurons left out add by the low-bit copy."""
+        return y_ND + (rest_NF @ self.prepared.estimate_FD).to(y_ND.dtype)
 
     def _hidden(self, x_ND: torch.Tensor) -> torch.Tensor:
         parts = self.parts
@@ -267,7 +283,7 @@ class SparseFfn(nn.Module):
     def gathered(self, x_1D: torch.Tensor) -> torch.Tensor:
         """The fast path for one row: reads candidate rows of gate and up, kept rows of down."""
         spec, compiling = self.spec, torch.compiler.is_compiling()
-        unit_1S = self.estimated_units(x_1D)
+        unit_1S, rest_1F = self.estimated(x_1D)
         finite = unit_1S.isfinite().all()
         if not compiling and not bool(finite):
             return self._dense_row(x_1D)
@@ -279,12 +295,18 @@ class SparseFfn(nn.Module):
         if not compiling and not bool(finite):
             return self._dense_row(x_1D)
         candidates = kept = _number(index_C, counts_C)
+        if rest_1F is not None:
+            rest_1F = _replaced(rest_1F, index_C, h_1C.float(), counts_C)
+        counts_K = counts_C
         fewer = varies(spec) or spec["num_kept"] < spec["num_candidates"]
         if spec["keep"] == "top_k" and fewer:
             chosen_K, counts_K = row_kept(spec, unit_1S, score_1C.nan_to_num())
             h_1C, index_C = _zeroed(h_1C[:, chosen_K], counts_K), index_C[chosen_K]
             kept = _number(chosen_K, counts_K)
         y_1D = self._down(h_1C, index_C)
+        if rest_1F is not None:
+            zero_1K = torch.zeros_like(h_1C, dtype=torch.float32)
+            y_1D = self._with_rest(y_1D, _replaced(rest_1F, index_C, zero_1K, counts_K))
         sparse = finite.to(torch.int64)
         self.count(1, 1 - sparse, kept=kept * sparse, candidates=candidates * sparse)
         if compiling:
@@ -340,6 +362,18 @@ def _linear_rows(
 def _zeroed(h_1C: torch.Tensor, counts_C: torch.Tensor | None) -> torch.Tensor:
     """The hidden values with those that do not count set to zero."""
     return h_1C if counts_C is None else h_1C.where(counts_C, 0.0)
+
+
+def _replaced(
+    value_1F: torch.Tensor,
+    index_C: torch.Tensor,
+    new_1C: torch.Tensor,
+    counts_C: torch.Tensor | None,
+) -> torch.Tensor:
+    """The values with new ones at the indices that count."""
+    if counts_C is not None:
+        new_1C = new_1C.where(counts_C, value_1F[:, index_C])
+    return value_1F.index_copy(1, index_C, new_1C)
 
 
 def _number(index_C: torch.Tensor, counts_C: torch.Tensor | None) -> Any:

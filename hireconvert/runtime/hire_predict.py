@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 # One bit plane holds one bit of eight neighbouring codes in a byte, lowest bit first.
 _BITS_IN_BYTE = 8
+FFN_PARTS = ("predictor", "candidates", "kept", "unselected")  # what `layer_bytes` tells apart
 
 # --------------------------------------------------------------------------- selection
 
@@ -101,6 +102,15 @@ def decode_blocks(
     return codes * scale + offset
 
 
+def decode_down(
+    tensors: Mapping[str, torch.Tensor], spec: Mapping[str, Any], width: int
+) -> torch.Tensor:
+    """float32 [F, D]: the low-bit copy of the output vectors, for neurons that are not selected."""
+    prefix = "down_"
+    own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+    return decode_blocks(own, spec, width)
+
+
 def decode_factor(
     tensors: Mapping[str, torch.Tensor], name: str, factor_bits: int, columns: int
 ) -> torch.Tensor:
@@ -161,20 +171,29 @@ class Predictor:
             z_NM = z_NM + F.linear(F.linear(centred_ND, self.factor_in_RD), self.factor_out_MR)
         return z_NM
 
+    @staticmethod
+    def values(z_NM: torch.Tensor, act: Any, *, gated: bool) -> torch.Tensor:
+        """Hidden values float32 [N, F] of neurons whose first matrices gave the estimates."""
+        if not gated:
+            return act(z_NM)
+        gate_NF, up_NF = z_NM.chunk(2, dim=-1)
+        return act(gate_NF) * up_NF
+
     def magnitudes(self, x_ND: torch.Tensor, act: Any, *, gated: bool) -> torch.Tensor:
-        """Estimated sizes float32 [N, F] of the hidden values of neurons.
+        """Estimated sizes float32 [N, F] of the hidden values of neurons."""
+        return self.sizes(self.estimate(x_ND), act, gated=gated)
+
+    def sizes(self, z_NM: torch.Tensor, act: Any, *, gated: bool) -> torch.Tensor:
+        """Sizes float32 [N, F] of the hidden values that go with the estimates.
 
         Softened, they are the root mean squares over estimates one typical error above and below:
         an estimate near zero does not mean a small value, only an unknown one.
         """
-        z_NM = self.estimate(x_ND)
+        if self.soft_M is None:
+            return self.values(z_NM, act, gated=gated).abs()
         if not gated:
-            if self.soft_M is None:
-                return act(z_NM).abs()
             return _two_point_size(act(z_NM + self.soft_M), act(z_NM - self.soft_M))
         gate_NF, up_NF = z_NM.chunk(2, dim=-1)
-        if self.soft_M is None:
-            return (act(gate_NF) * up_NF).abs()
         soft_gate_F, soft_up_F = self.soft_M.chunk(2)
         gate_NF = _two_point_size(act(gate_NF + soft_gate_F), act(gate_NF - soft_gate_F))
         return gate_NF * _two_point_size(up_NF + soft_up_F, up_NF - soft_up_F)
@@ -214,6 +233,13 @@ def predictor_bytes(spec: Mapping[str, Any], width: int, num_outputs: int) -> in
     return total + (2 * num_outputs if spec.get("soften") else 0)
 
 
+def _low_bit_row_bytes(spec: Mapping[str, Any], width: int) -> int:
+    """Bytes of one row of a low-bit copy with its scales."""
+    scales = 2 if spec["symmetric"] else 4
+    codes = int(spec["bits"]) * math.ceil(width / _BITS_IN_BYTE)
+    return codes + scales * math.ceil(width / spec["block"])
+
+
 def varies(spec: Mapping[str, Any]) -> bool:
     """Whether a layer keeps another number of neurons for each row."""
     return spec.get("selection") is not None
@@ -229,9 +255,10 @@ def num_active(spec: Mapping[str, Any]) -> int:
 def layer_bytes(
     spec: Mapping[str, Any], width: int, num_matrices: int, weight_bytes: int
 ) -> dict[str, int]:
-    """Bytes one row reads: predictor, candidates' first matrices, kept down rows; and dense.
+    """Bytes one row reads: predictor, candidates' first matrices, down rows; and dense.
 
-    Where the number of neurons kept varies, the bytes of the mean.
+    Down rows are those of the kept neurons and, where the others count by estimate, the low-bit
+    rows of the rest. Where the number of neurons kept varies, the bytes of the mean.
     """
     units = (
         spec["num_neurons"] // spec["group_size"]
@@ -241,8 +268,11 @@ def layer_bytes(
     outputs = units if spec["predictor"]["groups"] else units * (num_matrices - 1)
     row = width * weight_bytes
     exact = num_active(spec) if spec["keep"] == "candidates" else spec["num_candidates"]
+    unselected = spec.get("unselected")
+    rest = 0 if unselected is None else spec["num_neurons"] - num_active(spec)
     return {
         "predictor": predictor_bytes(spec["predictor"], width, outputs),
+        "unselected": 0 if unselected is None else rest * _low_bit_row_bytes(unselected, width),
         "candidates": exact * (num_matrices - 1) * row,
         "kept": num_active(spec) * row,
         "dense": spec["num_neurons"] * num_matrices * row,

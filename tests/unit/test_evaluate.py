@@ -294,8 +294,8 @@ def test_a_row_with_nan_is_counted() -> None:
     model = hire_model(dense_model(), layer_spec(), None)
     model.hire_prepare()
     layer = model.model.hire_layers[1]
-    forward = layer.estimated_units
-    layer.estimated_units = lambda x: forward(x).index_fill(0, torch.tensor([0]), math.nan)
+    forward = layer.estimated
+    layer.estimated = lambda x: (forward(x)[0].index_fill(0, torch.tensor([0]), math.nan), None)
     report = evaluate_model(model, None, windows(), dense_prefix=8)
     assert report.all is not None and report.all_prefix is not None
     assert report.all.nonfinite_rows == 3
