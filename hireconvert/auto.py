@@ -1,7 +1,8 @@
 """A recipe for a limit on KL: shipped settings tried on the model itself, beside dense rounding.
 
-Neurons are selected as a conversion would select them, by low-bit copies made with plain rounding;
-fitted copies are better, so what is chosen here errs on the side of quality.
+Neurons are selected as a conversion would select them, by low-bit copies made with plain rounding,
+and count by them where the recipe lets neurons left out count by estimate; fitted copies are
+better, so what is chosen here errs on the side of quality.
 
 Shape suffixes: W windows, T tokens of a window.
 """
@@ -20,12 +21,13 @@ from hireconvert.allocation import Allocation
 from hireconvert.budget import evenly
 from hireconvert.checkpoint import DenseCheckpoint, open_checkpoint
 from hireconvert.data import build_tokens
-from hireconvert.errors import InputError
+from hireconvert.errors import InputError, UsageError
 from hireconvert.families import find_layout
 from hireconvert.figures import size
-from hireconvert.masked import PROBABILITIES_KEPT, Estimate, MaskedModel
+from hireconvert.lowbit import live_copies
+from hireconvert.masked import PROBABILITIES_KEPT, MaskedModel
 from hireconvert.planning import Skeleton, converts_ffn, make_skeleton, planned_hire
-from hireconvert.recipe import FfnRecipe, Recipe, load_recipe
+from hireconvert.recipe import Recipe, load_recipe
 from hireconvert.sampling import sample_from_model
 from hireconvert.schema_budget import BudgetRecipe
 from hireconvert.stages import Reporter
@@ -149,7 +151,8 @@ def _tried(
     priced = [one for one in priced if one[2] < limit]
     model: Any = checkpoint.load_model(dtype=torch.float32)
     ids_WT, layout = _windows(checkpoint, model, first), find_layout(model)
-    masks = MaskedModel(model, layout, ids_WT, score=first.ffn.score, estimate=_estimate(first.ffn))
+    copies = live_copies(model, layout, first.ffn, selects=True)
+    masks = MaskedModel(model, layout, ids_WT, score=first.ffn.score, copies=copies)
     with (
         reporter.stage("trying settings", len(priced) + len(ROUNDINGS)) as advance,
         masks as masked,
@@ -176,20 +179,20 @@ def _of_ffn(override: str) -> bool:
 
 
 def _with_keep(recipe: Recipe, keep: float) -> Recipe:
-    """The recipe with that mean share, to be distributed by a search where one can be."""
+    """The recipe with that mean share, to be distributed by a search where one can be.
+
+    Raises UsageError where rounded copies cannot stand for what its predictors estimate.
+    """
     ffn = recipe.ffn
     assert ffn is not None
+    if found := ffn.not_simulated():
+        raise UsageError(
+            f"ffn.unselected: --auto {found}. Change that, or set ffn.unselected=null."
+        )
     searchable = ffn.group_size == 1 and ffn.common_path == 0
     budget = ffn.budget or (BudgetRecipe(mode="search") if searchable else None)
     changed = ffn.model_copy(update={"keep_fraction": keep, "budget": budget})
     return recipe.model_copy(update={"ffn": changed})
-
-
-def _estimate(ffn: FfnRecipe) -> Estimate:
-    """Copies like those the recipe ships; where it has several predictors, those of layer 0."""
-    predictor = ffn.predictor[0] if isinstance(ffn.predictor, list) else ffn.predictor
-    over_select = ffn.over_select if ffn.keep == "top_k" else 1.0
-    return Estimate(predictor.bits, predictor.block, over_select)
 
 
 def _windows(checkpoint: DenseCheckpoint, model: Any, recipe: Recipe) -> torch.Tensor:

@@ -1,25 +1,24 @@
 """The dense model with selection laid over it, scored against itself: KL and likelihood of windows.
 
-No converted model is built: a hook zeroes the hidden values that would not be kept, so a whole
-model with any number of neurons in each layer costs one forward pass.
+No converted model is built: a hook zeroes the hidden values that would not be kept, another adds
+what they count by estimate where they do, so a whole model with any number of neurons in each layer
+costs one forward pass.
 
 Shape suffixes: W windows, T tokens of a window, N rows (scored positions), D width, F neurons,
 V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from hireconvert.families import Layout, base_model, ffn_parts, layer_owner, num_layers
+from hireconvert.families import Layout, base_model, ffn_parts, num_layers
+from hireconvert.lowbit import LiveCopies
+from hireconvert.marginal import Marginal, Pass, best
 from hireconvert.measures import LOGITS_AT_ONCE, head_logits, logit_chunks, prove_logits
-from hireconvert.quantize import GridFormat, decode_codes, fit_grid, round_codes
-from hireconvert.scoring import kth_score
 
 PROBABILITIES_KEPT = 2**27  # elements of dense probabilities kept in memory; beyond, computed anew
 Active = tuple[int, ...]
@@ -64,22 +63,14 @@ class _Dense:
     probs: list[torch.Tensor]  # one a chunk of positions; empty when they are computed anew
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Low-bit copies, as plain rounding makes them, that name `over_select` candidates for every
-    active neuron; at 1 all of them are active, else the best by exact score."""
-
-    bits: int
-    block: int
-    over_select: float
-
-
 class MaskedModel:
     """A dense model whose FFNs keep, for every token, the `active` best neurons of each layer.
 
-    Use as a context: hooks are removed when it ends. Best is by exact score, or (`estimate`) by
-    rounded copies of the weights. A layer with `active` equal to its neurons runs dense. Windows
-    run one at a time, so a window's figures do not depend on which others are measured.
+    Use as a context: hooks are removed when it ends. Best is by exact score, unless `copies` (one
+    a layer, which several models of the same weights may share) select; neurons left out count as
+    zero, unless the copies hold output vectors. A layer with `active` equal to its neurons runs
+    dense. Windows run one at a time, so a window's figures do not depend on which others are
+    measured.
     """
 
     def __init__(
@@ -89,19 +80,19 @@ class MaskedModel:
         ids_WT: torch.Tensor,
         *,
         score: str = "norm",
-        estimate: Estimate | None = None,
+        copies: Sequence[LiveCopies] = (),
     ) -> None:
         self.model, self.layout, self.ids_WT = model, layout, ids_WT
-        self.estimate = estimate
+        self.copies = copies
         self.layers: Any = base_model(model).get_submodule(layout["layers"])
         parts = [ffn_parts(model, layout, index) for index in range(num_layers(model))]
         self.neurons: Active = tuple(part.down_FD().shape[0] for part in parts)
         self._parts, self._plain = parts, score == "plain"
         self._norms = [part.down_FD().detach().float().norm(dim=1) for part in parts]
         self._active: Active = self.neurons
-        self._watch: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+        self._watch: Callable[[int, Pass], None] | None = None
         self._inputs: dict[int, torch.Tensor] = {}
-        self._copies = [] if estimate is None else [_copies(part, estimate) for part in parts]
+        self._rest: dict[int, torch.Tensor] = {}  # what the layer now running adds by estimate
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._dense: list[_Dense] = []
         self._resumes = False
@@ -110,13 +101,12 @@ class MaskedModel:
     def __enter__(self) -> "MaskedModel":
         prove_logits(self.model, self.ids_WT)
         for index, part in enumerate(self._parts):
-            hook = part.down.module.register_forward_pre_hook(self._masking(index))
-            self._hooks.append(hook)
-            if self.estimate is not None:
-                inline = not self.layout["ffn"]
-                first = part.up.module if inline else layer_owner(self.model, self.layout, index)
-                hook = first.register_forward_pre_hook(self._catching(index), with_kwargs=True)
-                self._hooks.append(hook)
+            down = part.down.module
+            self._hooks.append(down.register_forward_pre_hook(self._masking(index)))
+            if self.copies:
+                up = part.up.module
+                self._hooks.append(up.register_forward_pre_hook(self._catching(index)))
+                self._hooks.append(down.register_forward_hook(self._adding(index)))
         kept = self.ids_WT.numel() * self._vocabulary <= PROBABILITIES_KEPT
         self._dense = [self._dense_window(ids_T, kept) for ids_T in self.ids_WT]
         self._resumes = self._resuming_is_exact()
@@ -159,21 +149,23 @@ class MaskedModel:
     def slopes(self, active: Active, step: Active) -> tuple[float, ...]:
         """How much KL a layer's last `step` neurons save, to first order, [one float a layer].
 
-        The gradient of the KL with respect to each hidden value, times that value, is the effect
-        of one neuron of one token; it is summed over the `step` best that are left out and the
-        `step` worst that are kept, and halved. One pass forward and back serves every layer.
+        The gradient of the KL with respect to each hidden value, times that value (less what the
+        neuron counts by estimate when it is left out), is the effect of one neuron of one token; it
+        is summed over the `step` best that are left out and the `step` worst that are kept, and
+        halved. One pass forward and back serves every layer.
         """
-        marginal = _Marginal(self, active, step)
+        marginal = Marginal(self._score, self._num_candidates, active, step)
         wanted = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.model.requires_grad_(False)
+        self._watch = marginal.note
         try:
             with torch.enable_grad():
                 for number, ids_T in enumerate(self.ids_WT):
-                    with marginal.watching():
-                        hidden_ND, _ = self._run(ids_T, active, [])
+                    hidden_ND, _ = self._run(ids_T, active, [])
                     hidden_ND.backward(self._kl_gradient(number, hidden_ND))
                     marginal.gather()
         finally:
+            self._watch = None
             for parameter in wanted:
                 parameter.requires_grad_(True)
         rows = self.ids_WT.shape[0] * (self.ids_WT.shape[1] - 1)
@@ -223,49 +215,59 @@ class MaskedModel:
 
     def _masking(self, index: int) -> Callable[..., Any]:
         def mask(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor] | None:
-            active = self._active[index]
+            active, x_ND = self._active[index], self._inputs.pop(index, None)
             if active >= self.neurons[index]:
                 return None
             h = args[0]
-            h_NF = h.reshape(-1, h.shape[-1])
-            if self.estimate is None:
-                keep_NF = _best(self._score(index, h_NF), active)
-            else:
-                keep_NF = self._predicted(index, h_NF, active)
-            kept_NF = torch.where(keep_NF, h_NF, torch.zeros_like(h_NF))
+            made = self._selected(index, h.reshape(-1, h.shape[-1]), x_ND, active)
             if self._watch is not None:
-                kept_NF = self._watch(index, h_NF, kept_NF)
-            return (kept_NF.view_as(h),)
+                self._watch(index, made)
+            if made.rest_NF is not None:
+                self._rest[index] = made.rest_NF
+            return (made.kept_NF.view_as(h),)
 
         return mask
 
     def _catching(self, index: int) -> Callable[..., None]:
-        def catch(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = (args or tuple(kwargs.values()))[0]
-            self._inputs[index] = x.reshape(-1, x.shape[-1])
+        def catch(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            self._inputs[index] = args[0].reshape(-1, args[0].shape[-1])
 
         return catch
+
+    def _adding(self, index: int) -> Callable[..., Any]:
+        def add(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor | None:
+            rest_NF, down_FD = self._rest.pop(index, None), self.copies[index].down_FD
+            if rest_NF is None or down_FD is None:
+                return None
+            return output + (rest_NF @ down_FD).view_as(output)
+
+        return add
+
+    def _selected(
+        self, index: int, h_NF: torch.Tensor, x_ND: torch.Tensor | None, num_kept: int
+    ) -> Pass:
+        zero_NF, score_NF = torch.zeros_like(h_NF), self._score(index, h_NF)
+        if x_ND is None:
+            return Pass(h_NF, torch.where(best(score_NF, num_kept), h_NF, zero_NF), None, None)
+        copies = self.copies[index]
+        value_NF, estimate = copies.values(x_ND), copies.estimate
+        named_NF = self._score(index, value_NF) if estimate.selects else score_NF
+        keep_NF = candidate_NF = best(named_NF, self._num_candidates(index, num_kept))
+        if estimate.over_select > 1:
+            keep_NF = best(score_NF.masked_fill(~candidate_NF, -1.0), num_kept)
+        kept_NF = torch.where(keep_NF, h_NF, zero_NF)
+        if estimate.down is None:
+            return Pass(h_NF, kept_NF, None, None)
+        rest_NF = torch.where(candidate_NF, h_NF, value_NF)
+        return Pass(h_NF, kept_NF, value_NF, torch.where(keep_NF, zero_NF, rest_NF))
+
+    def _num_candidates(self, index: int, num_kept: int) -> int:
+        over_select = self.copies[index].estimate.over_select if self.copies else 1.0
+        return min(round(num_kept * over_select), self.neurons[index])
 
     def _score(self, index: int, h_NF: torch.Tensor) -> torch.Tensor:
         magnitude_NF = h_NF.detach().abs().float().nan_to_num()
         return magnitude_NF if self._plain else magnitude_NF * self._norms[index]
-
-    def _predicted(self, index: int, h_NF: torch.Tensor, num_kept: int) -> torch.Tensor:
-        """bool [N, F]: the neurons kept when rounded copies name the candidates."""
-        estimate, (gate, up), part = self.estimate, self._copies[index], self._parts[index]
-        assert estimate is not None
-        x_ND = self._inputs.pop(index)
-        up_NF = F.linear(x_ND, up, part.up.bias())
-        if gate is None or part.gate is None:
-            estimated_NF = part.act(up_NF)
-        else:
-            estimated_NF = part.act(F.linear(x_ND, gate, part.gate.bias())) * up_NF
-        wanted = min(round(num_kept * estimate.over_select), self.neurons[index])
-        candidate_NF = _best(self._score(index, estimated_NF), wanted)
-        if wanted == num_kept:
-            return candidate_NF
-        exact_NF = self._score(index, h_NF).masked_fill(~candidate_NF, -1.0)
-        return _best(exact_NF, num_kept)
 
     # ----------------------------------------------------------------------- figures
 
@@ -322,52 +324,8 @@ class MaskedModel:
         return kl / len(hidden_ND), nll / len(hidden_ND)
 
 
-class _Marginal:
-    """First-order effects of the neurons on either side of what is kept, summed over tokens."""
-
-    def __init__(self, masked: MaskedModel, active: Active, step: Active) -> None:
-        self._masked, self._active, self._step = masked, active, step
-        self._seen: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-        self.saved = [0.0] * len(active)
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Note the masked hidden values of the passes in the block."""
-        self._masked._watch = self._note
-        try:
-            yield
-        finally:
-            self._masked._watch = None
-
-    def _note(self, index: int, h_NF: torch.Tensor, kept_NF: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            score_NF = self._masked._score(index, h_NF)
-            num, step = self._active[index], self._step[index]
-            more = min(num + step, score_NF.shape[1])
-            band_NF = _best(score_NF, more) & ~_best(score_NF, max(num - step, 1))
-        if not kept_NF.requires_grad:  # the first layer: what comes before it needs no gradient
-            kept_NF.requires_grad_()
-        kept_NF.retain_grad()
-        self._seen[index] = (kept_NF, h_NF.detach(), band_NF)
-        return kept_NF
-
-    def gather(self) -> None:
-        """Add the effects of the pass whose gradients were just taken."""
-        for index, (kept_NF, h_NF, band_NF) in self._seen.items():
-            if kept_NF.grad is not None:
-                effect_NF = kept_NF.grad * h_NF * band_NF
-                self.saved[index] -= float(effect_NF.double().sum())
-        self._seen.clear()
-
-
 def _returning(output: Any) -> Callable[..., Any]:
     return lambda *_args, **_kwargs: output
-
-
-def _best(score_NF: torch.Tensor, num: int) -> torch.Tensor:
-    """bool [N, F]: the `num` largest scores; neurons that tie with the last stay too."""
-    kth_N1 = kth_score(score_NF.cpu(), num).to(score_NF.device)
-    return score_NF >= kth_N1
 
 
 def _cross(
@@ -377,15 +335,3 @@ def _cross(
     lse_N = z_NV.logsumexp(-1)
     expected_N = torch.linalg.vecdot(dense_NV, z_NV)
     return lse_N - expected_N, lse_N - z_NV.gather(1, target_N[:, None])[:, 0]
-
-
-def _copies(part: Any, estimate: Estimate) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Gate and up as a symmetric low-bit grid holds them."""
-    form = GridFormat(estimate.bits, estimate.block, symmetric=True)
-
-    def copy(matrix: Any) -> torch.Tensor:
-        weight_FD = matrix.weight_out_in().detach().float()
-        grid = fit_grid(weight_FD, form)
-        return decode_codes(round_codes(weight_FD, grid), grid)
-
-    return None if part.gate is None else copy(part.gate), copy(part.up)

@@ -207,6 +207,18 @@ class FfnRecipe(Section):
             if predictor.group_scores and self.unselected is not None:
                 yield "unselected", f"needs estimates of neurons, not {key}.group_scores"
 
+    def not_simulated(self) -> str | None:
+        """What forbids trying on the dense model what `unselected` estimates; None: nothing."""
+        if self.unselected is None:
+            return None
+        for key, predictor in _each("predictor", self.predictor):
+            wanted = "simulates estimates by rounded copies of gate and up; it needs"
+            if predictor.kind not in ("q", "qlr"):
+                return f"{wanted} kind q or qlr, not {key}.kind {predictor.kind}"
+            if predictor.input_keep < 1:
+                return f"{wanted} {key}.input_keep 1, not {predictor.input_keep:g}"
+        return None
+
     def _budget_problems(self, budget: BudgetRecipe) -> Iterator[Problem]:
         listed = isinstance(self.keep_fraction, list)
         if budget.mode == "uniform" and listed:
@@ -216,6 +228,8 @@ class FfnRecipe(Section):
         if budget.mode == "search" and (self.group_size > 1 or self.common_path > 0):
             found = f"group_size {self.group_size} and common_path {self.common_path:g}"
             yield "budget.mode", f"search measures single neurons; needs 1 and 0, not {found}"
+        if budget.mode == "search" and (why := self.not_simulated()):
+            yield "unselected", f"budget.mode search {why}"
 
 
 class HeadRecipe(Section):
@@ -374,3 +388,5 @@ class Recipe(Section):
             yield "", "nothing to convert: give ffn, head or both"
         if self.ffn is None and self.finetune is not None:
             yield "finetune", "trains the selecting FFN; give ffn, or finetune: null"
+        if self.ffn is not None and self.finetune is not None and (why := self.ffn.not_simulated()):
+            yield "ffn.unselected", f"finetune {why}"

@@ -4,16 +4,20 @@ budget_state (scores so far, until the search is done) -> budget -> the run's re
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
+
+import torch
 
 from hireconvert.accounting import token_bytes
 from hireconvert.allocation import Allocation, Keeps
 from hireconvert.budget import Bytes, Found, Memo, Trials, evenly, search_budget
 from hireconvert.data import TokenData
+from hireconvert.lowbit import LiveCopies, live_copies
 from hireconvert.masked import MaskedModel
 from hireconvert.planning import Skeleton, planned_hire
-from hireconvert.recipe import Recipe
+from hireconvert.recipe import FfnRecipe, Recipe
 from hireconvert.schema_budget import BudgetRecipe
 from hireconvert.stages import RESULT, Run, steps
 from hireconvert.workspace import write_json
@@ -71,8 +75,9 @@ def share_out(run: Run, fingerprint: Mapping[str, Any], tokens: TokenData) -> di
 def told(report: Mapping[str, Any]) -> str:
     """One line on what a search came to."""
     start, found = report["start"], report["found"]
+    rest = ", neurons left out by estimate" if report["unselected"] == "estimate" else ""
     line = (
-        f"budget search: mean keep {report['mean_keep']:.3f}, on held-out text KL "
+        f"budget search{rest}: mean keep {report['mean_keep']:.3f}, on held-out text KL "
         f"{found['kl_held']:.4f} (before the search {start['kl_held']:.4f}), perplexity "
         f"{found['perplexity_increase_held']:+.2%} ({start['perplexity_increase_held']:+.2%})"
     )
@@ -82,6 +87,22 @@ def told(report: Mapping[str, Any]) -> str:
         return line
     aim = next(f"{key} {value:g}" for key, value in report["target"].items() if value is not None)
     return f"warning: {line}; the target {aim} was not reached"
+
+
+@contextmanager
+def _masked(
+    run: Run, ffn: FfnRecipe, texts: list[torch.Tensor]
+) -> Iterator[tuple[MaskedModel, ...]]:
+    """The dense model on each text, selecting by exact scores; the rest as the recipe says."""
+    copies: Sequence[LiveCopies] = ()
+    if ffn.unselected is not None:
+        copies = live_copies(run.model, run.layout, ffn, selects=False)
+    with ExitStack() as stack:
+        models = [
+            MaskedModel(run.model, run.layout, ids_WT, score=ffn.score, copies=copies)
+            for ids_WT in texts
+        ]
+        yield tuple(stack.enter_context(model) for model in models)
 
 
 def _search(run: Run, fingerprint: Mapping[str, Any], tokens: TokenData) -> None:
@@ -94,8 +115,7 @@ def _search(run: Run, fingerprint: Mapping[str, Any], tokens: TokenData) -> None
     ]
     with (
         run.stage(STAGE, fingerprint, "budget search", rounds) as (folder, advance),
-        MaskedModel(run.model, run.layout, texts[0], score=ffn.score) as searched,
-        MaskedModel(run.model, run.layout, texts[1], score=ffn.score) as held,
+        _masked(run, ffn, texts) as (searched, held),
     ):
         allocation = Allocation(searched.neurons, ffn)
         found: Found = search_budget(
@@ -106,5 +126,6 @@ def _search(run: Run, fingerprint: Mapping[str, Any], tokens: TokenData) -> None
             seed=run.recipe.seed,
             progress=steps(advance, rounds),
         )
-        facts = {"keep_fraction": found.keep_fraction, "report": found.report}
+        report = {**found.report, "unselected": "zero" if ffn.unselected is None else "estimate"}
+        facts = {"keep_fraction": found.keep_fraction, "report": report}
         write_json(folder / RESULT, facts)

@@ -1,5 +1,6 @@
 """Budgets: masked scoring against a plain reference, searches, targets, resuming from the memo."""
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -20,9 +21,15 @@ from hireconvert.budget import (
 )
 from hireconvert.errors import UsageError
 from hireconvert.families import base_model, ffn_parts, find_layout, num_layers, read_ffn_weights
-from hireconvert.masked import Estimate, MaskedModel, Score
-from hireconvert.recipe import FfnRecipe
+from hireconvert.lowbit import Estimate, LiveCopies, live_copies
+from hireconvert.masked import MaskedModel, Score
+from hireconvert.quantize import GridFormat, encode_matrix, fit_grid, round_codes
+from hireconvert.recipe import FfnRecipe, PredictorRecipe
+from hireconvert.runtime.hire_predict import decode_blocks
+from hireconvert.schema import UnselectedRecipe
 from hireconvert.schema_budget import BudgetRecipe, BudgetTargetRecipe
+from hireconvert.scoring import hidden
+from hireconvert.stage_budget import told
 from tests.tiny import NEURONS, tiny_model, tokens
 
 FAMILIES = ("llama", "gemma3_text", "phi3", "opt", "gpt2")
@@ -125,16 +132,142 @@ def test_a_big_vocabulary_is_scored_without_its_probabilities(
     assert found.kl == pytest.approx(expected.kl, rel=1e-4)
 
 
+def copies_of(model: Any, bits: int, **changes: Any) -> list[LiveCopies]:
+    layout, form = find_layout(model), GridFormat(bits, 16, True)
+    parts = [ffn_parts(model, layout, index) for index in range(num_layers(model))]
+    return [LiveCopies(part, Estimate(form, **changes)) for part in parts]
+
+
 def test_copies_with_more_bits_or_more_candidates_choose_more_as_exact_scores_do() -> None:
     model, ids_WT = tiny_model("llama"), tokens(4, 32)
     layout, kl = find_layout(model), {}
     for bits, over in ((None, 1.0), (8, 1.0), (2, 1.0), (2, 1.5)):
-        estimate = None if bits is None else Estimate(bits, 16, over)
-        with MaskedModel(model, layout, ids_WT, estimate=estimate) as masked:
+        copies = () if bits is None else copies_of(model, bits, over_select=over, selects=True)
+        with MaskedModel(model, layout, ids_WT, copies=copies) as masked:
             kl[bits, over] = masked.measure((40, 40, 40))[0].kl
     exact = kl[None, 1.0]
     assert kl[8, 1.0] == pytest.approx(exact, rel=0.1)
     assert kl[2, 1.0] > kl[2, 1.5] > 1.05 * exact
+
+
+# --------------------------------------------------------------------------- the rest by estimate
+
+UNSELECTED = UnselectedRecipe(bits=4, block=16)
+ROUGH = {"over_select": 1.5, "predictor": PredictorRecipe(bits=3, block=16, symmetric=False)}
+
+
+def stored(weight_AB: torch.Tensor, form: GridFormat) -> torch.Tensor:
+    """A rounded copy as it comes back from its stored form."""
+    grid = fit_grid(weight_AB, form)
+    tensors = encode_matrix(round_codes(weight_AB, grid), grid)
+    return decode_blocks(tensors, dataclasses.asdict(form), weight_AB.shape[1])
+
+
+def estimated_logits(
+    model: Any, ids_T: torch.Tensor, active: tuple[int, ...], more: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Logits where the best count exactly, candidates by copies of their output vectors, and the
+    others by copies of everything; `more` [layers] adds that much of what the 4 next and the 4
+    last neurons bring. With few active ones: a ReLU makes many that tie at zero."""
+    layout, hooks = find_layout(model), []
+    form, down_form = GridFormat(3, 16, False), GridFormat(4, 16, False)
+    for index in range(num_layers(model)):
+        weights, parts = read_ffn_weights(model, layout, index), ffn_parts(model, layout, index)
+        rounded = {"up_FD": stored(weights.up_FD, form), "down_FD": weights.down_FD}
+        if weights.gate_FD is not None:
+            rounded["gate_FD"] = stored(weights.gate_FD, form)
+        rounded_weights = dataclasses.replace(weights, **rounded)
+        copy_FD, seen = stored(weights.down_FD, down_form), {}
+
+        def see(_m: Any, args: Any, seen: Any = seen) -> None:
+            seen["x"] = args[0]
+
+        def replace(_m: Any, args: Any, output: torch.Tensor, index: int = index, seen: Any = seen,
+                    weights: Any = weights, rounded: Any = rounded_weights,
+                    copy_FD: torch.Tensor = copy_FD) -> torch.Tensor:  # fmt: skip
+            h, value = args[0], hidden(rounded, seen["x"])
+            score = (h.abs() * weights.down_FD.norm(dim=1)).detach()
+
+            def best(num: int) -> torch.Tensor:
+                place = score.topk(min(num, NEURONS), dim=-1).indices
+                return torch.zeros_like(score).scatter(-1, place, 1.0)
+
+            num = active[index]
+            kept, named = best(num), best(round(1.5 * num))
+            rest = (1 - kept) * (named * h + (1 - named) * value)
+            found = output + (kept * h - h) @ weights.down_FD + rest @ copy_FD
+            if more is not None:
+                band = best(num + 4) - best(num - 4)
+                found = found + more[index] * ((band * h) @ (weights.down_FD - copy_FD))
+                band = best(round(1.5 * (num + 4))) - best(round(1.5 * (num - 4)))
+                found = found + more[index] * ((band * (h - value)) @ copy_FD)
+            return found
+
+        hooks.append(parts.up.module.register_forward_pre_hook(see))
+        hooks.append(parts.down.module.register_forward_hook(replace))
+    try:
+        return model(ids_T[None], use_cache=False).logits[0].float()
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("family", (*FAMILIES, "llama_bias"))
+def test_neurons_left_out_count_by_copies(family: str) -> None:
+    model, ids_WT = tiny_model(family), tokens(2, 24)
+    layout, active = find_layout(model), (24, 20, 18)[: num_layers(model)]
+    ffn = FfnRecipe(keep_fraction=0.5, unselected=UNSELECTED, **ROUGH)
+    copies = live_copies(model, layout, ffn, selects=False)
+    with MaskedModel(model, layout, ids_WT, copies=copies) as masked:
+        score, trace = masked.measure(active)
+        assert masked.measure(masked.neurons)[0].kl == 0.0
+        again, _ = masked.measure((*active[:-1], 16), near=trace)
+        assert again == masked.measure((*active[:-1], 16))[0]
+    with MaskedModel(model, layout, ids_WT) as masked:
+        assert score.kl < 0.5 * masked.measure(active)[0].kl  # or the copies would say nothing
+    for number, ids_T in enumerate(ids_WT):
+        with torch.no_grad():
+            dense = model(ids_T[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
+            sparse = estimated_logits(model, ids_T, active)[:-1].log_softmax(-1)
+        kl = (dense.exp() * (dense - sparse)).sum(-1).mean()
+        assert score.kl_W[number] == pytest.approx(float(kl), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_slopes_are_the_derivatives_by_the_neurons_at_the_edge(family: str) -> None:
+    model, ids_WT = tiny_model(family), tokens(2, 16)
+    layout, count = find_layout(model), num_layers(model)
+    active = (16, 20, 18)[:count]
+    ffn = FfnRecipe(keep_fraction=0.5, unselected=UNSELECTED, **ROUGH)
+    copies = live_copies(model, layout, ffn, selects=False)
+    with MaskedModel(model, layout, ids_WT, copies=copies) as masked:
+        slopes = masked.slopes(active, (4,) * count)
+    model.requires_grad_(False)
+    more, kl = torch.zeros(count, requires_grad=True), torch.zeros(())
+    for ids_T in ids_WT:
+        with torch.no_grad():
+            dense = model(ids_T[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+        sparse = estimated_logits(model, ids_T, active, more)[:-1].log_softmax(-1)
+        kl = kl + (dense.exp() * (dense - sparse)).sum(-1).mean() / len(ids_WT)
+    kl.backward()
+    assert more.grad is not None
+    assert slopes == pytest.approx((-0.5 * more.grad).tolist(), rel=2e-3, abs=1e-6)
+    assert max(map(abs, slopes)) > 1e-4
+
+
+def test_copies_that_select_estimate_the_rest_too() -> None:
+    """At 8 bits they are nearly exact; at 3 they lose more, yet less than what counts as zero."""
+    model, ids_WT = tiny_model("llama"), tokens(3, 24)
+    layout, kl = find_layout(model), {}
+    for bits in (8, 3):
+        for rest in (None, UnselectedRecipe(bits=8, block=16)):
+            predictor = PredictorRecipe(bits=bits, block=16)
+            ffn = FfnRecipe(keep_fraction=0.4, unselected=rest, predictor=predictor)
+            copies = live_copies(model, layout, ffn, selects=True)
+            with MaskedModel(model, layout, ids_WT, copies=copies) as masked:
+                kl[bits, rest is None] = masked.measure((38, 38, 38))[0].kl
+    assert kl[8, False] < 0.01 * kl[8, True]
+    assert 3 * kl[8, False] < kl[3, False] < 0.5 * kl[3, True]
 
 
 def test_beginnings_of_many_windows() -> None:
@@ -195,15 +328,21 @@ def test_trades_keep_the_total_and_the_bounds() -> None:
 
 
 def search(
-    budget: BudgetRecipe, *, keep: Any = 0.4, path: Path | None = None, seed: int = 0
+    budget: BudgetRecipe,
+    *,
+    keep: Any = 0.4,
+    path: Path | None = None,
+    seed: int = 0,
+    **changes: Any,
 ) -> tuple[Found, Trials, Trials]:
     """One search on a tiny Llama of three layers, whose bytes are its active neurons."""
-    model = tiny_model("llama")
-    layout, allocation = find_layout(model), Allocation((NEURONS,) * 3, recipe(keep))
+    model, ffn = tiny_model("llama"), recipe(keep, **changes)
+    layout, allocation = find_layout(model), Allocation((NEURONS,) * 3, ffn)
     memo = Memo(path, {"seed": seed})
+    copies = live_copies(model, layout, ffn, selects=False) if ffn.unselected else ()
     with (
-        MaskedModel(model, layout, tokens(4, 16, seed=1)) as first,
-        MaskedModel(model, layout, tokens(4, 16, seed=2)) as second,
+        MaskedModel(model, layout, tokens(4, 16, seed=1), copies=copies) as first,
+        MaskedModel(model, layout, tokens(4, 16, seed=2), copies=copies) as second,
     ):
         trials = [
             Trials(name, masked, allocation, memo)
@@ -228,6 +367,22 @@ def test_search_beats_its_start_on_its_own_score_at_the_same_total(method: str) 
     assert set(end["keep_fraction"]) != {0.4}
     assert sum(end["keep_fraction"]) == pytest.approx(1.2, abs=1e-9)
     assert found.report["reached"]
+
+
+@pytest.mark.parametrize("method", ["evolution", "greedy"])
+def test_search_counts_neurons_left_out_by_estimate(method: str) -> None:
+    budget = FAST.model_copy(update={"method": method})
+    by_estimate = {"unselected": UNSELECTED, **ROUGH, "over_select": 1.25}
+    found, _, _ = search(budget, **by_estimate)
+    as_zero, _, _ = search(budget, over_select=1.25)
+    start, end = found.report["start"], found.report["searched"]
+    assert end["kl_searched"] < start["kl_searched"] < 0.5 * as_zero.report["start"]["kl_searched"]
+    assert sum(end["keep_fraction"]) == pytest.approx(1.2, abs=1e-9)
+    said = {**found.report, "target": {}}
+    assert told({**said, "unselected": "estimate"}).startswith(
+        "budget search, neurons left out by estimate: mean keep 0.4"
+    )
+    assert told({**said, "unselected": "zero"}).startswith("budget search: mean keep 0.4")
 
 
 @pytest.mark.parametrize("worse", [True, False])

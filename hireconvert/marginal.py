@@ -1,0 +1,93 @@
+"""First-order effects of the neurons on either side of what a layer keeps.
+
+Shape suffixes: N rows (tokens), F neurons.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hireconvert.scoring import kth_score
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One layer in one pass: hidden values of all neurons, and what of them goes into the output.
+
+    By estimate: `value_NF` are the estimated values, `rest_NF` those of the neurons left out (exact
+    where they were candidates), which count through the copy of the output vectors.
+    """
+
+    h_NF: torch.Tensor
+    kept_NF: torch.Tensor
+    value_NF: torch.Tensor | None
+    rest_NF: torch.Tensor | None
+
+
+class Marginal:
+    """Sums over tokens of what the last `step` neurons of each layer save, from gradients.
+
+    `score` gives the exact scores [N, F] of a layer's hidden values, `num_candidates` how many of
+    its neurons are computed exactly where so many are active.
+    """
+
+    def __init__(
+        self,
+        score: Callable[[int, torch.Tensor], torch.Tensor],
+        num_candidates: Callable[[int, int], int],
+        active: Sequence[int],
+        step: Sequence[int],
+    ) -> None:
+        self._score, self._num_candidates = score, num_candidates
+        self._active, self._step = active, step
+        self._seen: dict[int, Pass] = {}
+        self.saved = [0.0] * len(active)
+
+    def note(self, index: int, made: Pass) -> None:
+        """Ask for the gradients of one layer in the pass now running."""
+        for given_NF in (made.kept_NF, made.rest_NF):
+            if given_NF is not None:
+                if not given_NF.requires_grad:  # the first layer: nothing before it needs one
+                    given_NF.requires_grad_()
+                given_NF.retain_grad()
+        self._seen[index] = made
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Add the effects of the pass whose gradients were just taken.
+
+        A neuron that is taken in counts by its own output vector instead of the copy; one that
+        becomes a candidate counts by its exact value instead of the estimate.
+        """
+        for index, made in self._seen.items():
+            gain_NF = made.kept_NF.grad
+            if gain_NF is None:
+                continue
+            score_NF, named = self._score(index, made.h_NF), 0.0
+            more = min(self._active[index] + self._step[index], score_NF.shape[1])
+            fewer = max(self._active[index] - self._step[index], 1)
+            if made.rest_NF is not None and made.value_NF is not None:
+                by_copy_NF = made.rest_NF.grad
+                assert by_copy_NF is not None
+                gain_NF = gain_NF - by_copy_NF
+                edges = (self._num_candidates(index, count) for count in (more, fewer))
+                error_NF = made.h_NF - made.value_NF
+                named = _total(by_copy_NF * error_NF * _band(score_NF, *edges))
+            self.saved[index] -= _total(gain_NF * made.h_NF * _band(score_NF, more, fewer)) + named
+        self._seen.clear()
+
+
+def best(score_NF: torch.Tensor, num: int) -> torch.Tensor:
+    """bool [N, F]: the `num` largest scores; neurons that tie with the last stay too."""
+    kth_N1 = kth_score(score_NF.cpu(), num).to(score_NF.device)
+    return score_NF >= kth_N1
+
+
+def _band(score_NF: torch.Tensor, more: int, fewer: int) -> torch.Tensor:
+    """bool [N, F]: the neurons among the best `more` but not among the best `fewer`."""
+    return best(score_NF, more) & ~best(score_NF, fewer)
+
+
+def _total(value_NF: torch.Tensor) -> float:
+    return float(value_NF.double().sum())

@@ -1,0 +1,133 @@
+"""Low-bit copies of live weights, and the recipes that they can stand for."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from hireconvert.errors import InputError, UsageError
+from hireconvert.families import ffn_parts, find_layout
+from hireconvert.lowbit import Estimate, LiveCopies, estimates_of
+from hireconvert.quantize import GridFormat, decode_codes, fit_grid, round_codes
+from hireconvert.recipe import FfnRecipe, PredictorRecipe, load_recipe
+from hireconvert.schema import UnselectedRecipe
+from tests.tiny import tiny_model
+
+FIRST, DOWN = GridFormat(4, 16, True), GridFormat(4, 16, False)
+
+
+def copies_of(family: str, **changes: Any) -> tuple[Any, LiveCopies]:
+    model = tiny_model(family)
+    parts = ffn_parts(model, find_layout(model), 0)
+    return parts, LiveCopies(parts, Estimate(FIRST, **changes))
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_bias", "phi3", "opt", "gpt2"])
+def test_values_are_those_of_rounded_matrices(family: str) -> None:
+    parts, copies = copies_of(family, down=DOWN)
+    x_ND = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+
+    def product(part: Any) -> torch.Tensor:
+        weight_FD = part.weight_out_in().detach()
+        grid = fit_grid(weight_FD, FIRST)
+        bias = 0.0 if part.bias() is None else part.bias()
+        return x_ND @ decode_codes(round_codes(weight_FD, grid), grid).T + bias
+
+    expected = parts.act(product(parts.up))
+    if parts.gate is not None:
+        expected = parts.act(product(parts.gate)) * product(parts.up)
+    torch.testing.assert_close(copies.values(x_ND), expected)
+    down_FD = parts.down_FD().detach()
+    grid = fit_grid(down_FD, DOWN)
+    assert copies.down_FD is not None
+    assert torch.equal(copies.down_FD, decode_codes(round_codes(down_FD, grid), grid))
+
+
+@torch.no_grad()
+def test_refreshing_follows_the_weights_on_the_grids_of_the_start() -> None:
+    parts, copies = copies_of("llama", down=DOWN)
+    x_ND = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    before_NF, before_FD = copies.values(x_ND), copies.down_FD
+    grids = [fit_grid(part.weight_out_in(), FIRST) for part in (parts.gate, parts.up)]
+    for part in parts.matrices():
+        part.weight_out_in().mul_(0.7)
+    assert torch.equal(copies.values(x_ND), before_NF) and copies.down_FD is before_FD
+    copies.refresh()
+    gate, up = (
+        decode_codes(round_codes(part.weight_out_in(), grid), grid)
+        for part, grid in zip((parts.gate, parts.up), grids, strict=True)
+    )
+    torch.testing.assert_close(copies.values(x_ND), parts.act(x_ND @ gate.T) * (x_ND @ up.T))
+    assert copies.down_FD is not None and before_FD is not None
+    torch.testing.assert_close(copies.down_FD, 0.7 * before_FD, atol=0.1, rtol=0)
+    assert not torch.equal(copies.down_FD, 0.7 * before_FD)
+
+
+def test_without_output_vectors_nothing_stands_for_them() -> None:
+    _, copies = copies_of("llama")
+    assert copies.down_FD is None
+
+
+def test_copies_given_up_stay_away() -> None:
+    _, copies = copies_of("llama", down=DOWN)
+    copies.release_first()
+    copies.refresh()
+    assert list(copies._copies) == ["down"]
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    model = tiny_model("llama")
+    layout = find_layout(model)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[3, 4] = torch.nan
+    with pytest.raises(InputError, match="NaN"):
+        LiveCopies(ffn_parts(model, layout, 0), Estimate(FIRST, DOWN))
+
+
+# --------------------------------------------------------------------------- recipes
+
+
+def test_estimates_follow_the_recipe_layer_by_layer() -> None:
+    predictors = [PredictorRecipe(bits=3, block=8), PredictorRecipe(kind="qlr", symmetric=False)]
+    ffn = FfnRecipe(keep_fraction=0.5, over_select=1.3, predictor=predictors)
+    first, second = estimates_of(ffn, 2, selects=True)
+    assert first == Estimate(GridFormat(3, 8, True), None, 1.3, selects=True)
+    assert second == Estimate(GridFormat(4, 64, False), None, 1.3, selects=True)
+    with pytest.raises(UsageError, match=r"ffn\.predictor: 2 values for 3 layers"):
+        estimates_of(ffn, 3, selects=True)
+    changes = {"keep": "candidates", "unselected": UnselectedRecipe(bits=2, block=24)}
+    (only,) = estimates_of(FfnRecipe(keep_fraction=0.5, **changes), 1, selects=False)
+    assert only == Estimate(GridFormat(4, 64, True), GridFormat(2, 24, False))
+
+
+SEARCH, TRAIN = "ffn.budget={mode: search}", "finetune={}"
+LEFT_OUT = "ffn.unselected={}"
+
+
+@pytest.mark.parametrize("simulates", [SEARCH, TRAIN])
+@pytest.mark.parametrize(
+    ("predictor", "message"),
+    [
+        ("{kind: lr}", "it needs kind q or qlr, not predictor.kind lr"),
+        ("{kind: auto, target_recall: 0.9}", "it needs kind q or qlr, not predictor.kind auto"),
+        ("{input_keep: 0.5}", "it needs predictor.input_keep 1, not 0.5"),
+        ("[{kind: q}, {kind: lr}]", "it needs kind q or qlr, not predictor.1.kind lr"),
+    ],
+)
+def test_what_rounded_copies_cannot_stand_for_is_refused(
+    simulates: str, predictor: str, message: str
+) -> None:
+    settings = [simulates, f"ffn.predictor={predictor}"]
+    with pytest.raises(UsageError) as caught:
+        load_recipe("balanced", [LEFT_OUT, *settings])
+    what = "budget.mode search" if simulates is SEARCH else "finetune"
+    assert f"ffn.unselected: {what} simulates estimates by rounded copies" in str(caught.value)
+    assert message in str(caught.value)
+    assert load_recipe("balanced", settings).ffn is not None  # left out counts as zero
+    assert load_recipe("balanced", [LEFT_OUT, f"ffn.predictor={predictor}"]).ffn is not None
+
+
+@pytest.mark.parametrize("kind", ["q", "qlr"])
+def test_what_rounded_copies_stand_for_is_accepted(kind: str) -> None:
+    recipe = load_recipe("balanced", [LEFT_OUT, SEARCH, TRAIN, f"ffn.predictor.kind={kind}"])
+    assert recipe.ffn is not None and recipe.ffn.not_simulated() is None
