@@ -175,7 +175,7 @@ def expand_grid(grid: Grid, shape_MD: torch.Size) -> tuple[torch.Tensor, torch.T
     stored = grid.offset
     offset_AG = -scale_AG * form.middle if stored is None else stored.float()
     length = shape_MD[0] if form.channel_major else shape_MD[1]
-    block = form.block or length
+    block = min(form.block or length, length)
     wide = [t.repeat_interleave(block, dim=1)[:, :length] for t in (scale_AG, offset_AG)]
     if form.channel_major:
         wide = [t.T for t in wide]
@@ -250,7 +250,7 @@ def _blocks(
         values, weights = weight_MD.float(), importance.unsqueeze(0)
     weights = weights.expand(values.shape)
     length = values.shape[1]
-    block = form.block or length
+    block = min(form.block or length, length)  # a longer one would be padded in memory
     extra = -length % block
     if extra:
         values = torch.cat([values, values[:, -1:].expand(-1, extra)], dim=1)

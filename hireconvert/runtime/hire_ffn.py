@@ -194,10 +194,17 @@ class SparseFfn(nn.Module):
             down_FD=down_FD,
             norm_F=down_FD.float().norm(dim=1),
             predictor=Predictor(self.spec["predictor"], moved, up_FD.shape[1]),
-            estimate_FD=None
-            if self.spec.get("unselected") is None
-            else decode_down(moved, self.spec["unselected"], up_FD.shape[1]),
+            estimate_FD=self._low_bit_down(moved, up_FD.shape[1]),
         )
+
+    def _low_bit_down(self, tensors: Mapping[str, torch.Tensor], width: int) -> Any:
+        """The copy of the output vectors for neurons that are not selected, or None."""
+        if self.spec.get("unselected") is None:
+            return None
+        # Gradients of the exact values of candidates pass through it: an inference tensor cannot
+        # serve them.
+        with torch.inference_mode(False), torch.no_grad():
+            return decode_down(tensors, self.spec["unselected"], width)
 
     def scores(self, h_NF: torch.Tensor, norm_F: torch.Tensor) -> torch.Tensor:
         """Neuron scores |h| * ||down_i|| (recipe `norm`) or |h| (`plain`), float32."""

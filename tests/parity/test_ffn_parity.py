@@ -9,8 +9,17 @@ from torch.nn import functional as F
 
 from hireconvert.families import base_model, ffn_parts, find_layout, num_layers, read_ffn_weights
 from hireconvert.families import hidden_activations as dense_hidden
-from hireconvert.quantize import GridFormat
-from tests.decoding import decode_factor, decode_matrix
+from tests.ffn_reference import (
+    TOLERANCE,
+    VARIANTS,
+    check_graph,
+    down_bias,
+    gathered_rows,
+    lowest_first,
+    masked_output,
+    reference_masks,
+    relative,
+)
 from tests.tiny import (
     FAMILIES,
     NEURONS,
@@ -25,30 +34,6 @@ from tests.tiny import (
     tokens,
 )
 
-TOLERANCE = 2e-5
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.float() - b.float()).abs().max() / b.float().abs().max())
-
-
-def down_bias(native: Any, index: int) -> torch.Tensor | float:
-    bias = ffn_parts(native, find_layout(native), index).down.bias()
-    return 0.0 if bias is None else bias.detach().float()
-
-
-def masked_output(native: Any, index: int, x_ND: torch.Tensor, keep_NF: torch.Tensor) -> Any:
-    """The FFN output by plain arithmetic on the native weights, only `keep_NF` neurons active."""
-    weights = read_ffn_weights(native, find_layout(native), index)
-    hidden_NF = dense_hidden(weights, x_ND) * keep_NF
-    return (hidden_NF.double() @ weights.down_FD.double()).float() + down_bias(native, index)
-
-
-def lowest_first(score_NS: torch.Tensor, num: int) -> torch.Tensor:
-    """The mask of the `num` best, by a stable sort: ties to the lowest index."""
-    order_NS = torch.sort(score_NS, dim=-1, descending=True, stable=True).indices
-    return torch.zeros_like(score_NS, dtype=torch.bool).scatter_(-1, order_NS[:, :num], True)
-
 
 def oracle_mask(native: Any, index: int, x_ND: torch.Tensor, spec: dict[str, Any]) -> Any:
     """The true best neurons (or groups), the common ones always among them."""
@@ -61,11 +46,6 @@ def oracle_mask(native: Any, index: int, x_ND: torch.Tensor, spec: dict[str, Any
     chosen_NS = lowest_first(unit_NS, (spec["num_kept"] - common) // group)
     always_NC = torch.ones(x_ND.shape[0], common, dtype=torch.bool)
     return torch.cat([always_NC, chosen_NS.repeat_interleave(group, dim=-1)], dim=-1)
-
-
-@torch.no_grad()
-def gathered_rows(layer: Any, x_ND: torch.Tensor) -> torch.Tensor:
-    return torch.cat([layer.gathered(row[None]) for row in x_ND])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -119,129 +99,6 @@ def test_all_candidates_give_the_oracle(family):
         assert relative(gathered_rows(layer, x_ND), expected) < TOLERANCE
 
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "groups": {"group_size": 4},
-    "common": {"common_path": 0.125},
-    "groups_common": {"group_size": 4, "common_path": 0.125},
-    "candidates": {"keep": "candidates"},
-    "plain": {"score": "plain"},
-    "lr": {"predictor": {"kind": "lr", "rank": 24}},
-    "lr_8_bits": {"predictor": {"kind": "lr", "rank": 24, "factor_bits": 8}},
-    "lr_4_bits": {"predictor": {"kind": "lr", "rank": 23, "factor_bits": 4}},
-    "qlr": {"predictor": {"kind": "qlr", "bits": 2, "rank": 8}},
-    "loud_inputs": {"predictor": {"input_keep": 0.5, "bits": 3}},
-    "loud_qlr": {"predictor": {"kind": "qlr", "input_keep": 0.6, "rank": 4, "symmetric": False}},
-    "offset": {"predictor": {"symmetric": False}},
-    "uncentred": {"predictor": {"centre": False, "column_scale": False}},
-    "group_scores": {
-        "group_size": 4,
-        "common_path": 0.125,
-        "predictor": {"kind": "lr", "rank": 16, "group_scores": True},
-    },
-    "group_scores_q": {"group_size": 4, "predictor": {"group_scores": True}},
-    "soften": {"predictor": {"bits": 2, "soften": True}},
-    "soften_lr": {"keep": "candidates", "predictor": {"kind": "lr", "rank": 8, "soften": True}},
-    "soften_groups": {"group_size": 4, "predictor": {"bits": 2, "soften": True}},
-    "threshold": {"selection": "threshold"},
-    "threshold_candidates": {"selection": "threshold", "keep": "candidates", "over_select": 1.6},
-    "threshold_groups_common": {
-        "selection": "threshold",
-        "group_size": 4,
-        "common_path": 0.125,
-        "predictor": {"bits": 3, "soften": True},
-    },
-    "threshold_groups_candidates": {
-        "selection": "threshold",
-        "keep": "candidates",
-        "group_size": 4,
-        "common_path": 0.125,
-        "over_select": 1.6,
-    },
-    "threshold_group_scores": {
-        "selection": "threshold",
-        "keep": "candidates",
-        "group_size": 4,
-        "over_select": 1.6,
-        "predictor": {"kind": "lr", "rank": 16, "group_scores": True},
-    },
-    "mean_std": {"selection": "mean_std"},
-    "mean_std_candidates": {"selection": "mean_std", "keep": "candidates", "over_select": 1.6},
-    "mean_std_groups": {"selection": "mean_std", "group_size": 4, "common_path": 0.125},
-    "score_mass": {"selection": "score_mass"},
-    "score_mass_candidates": {"selection": "score_mass", "keep": "candidates", "over_select": 1.6},
-    "score_mass_groups": {"selection": "score_mass", "group_size": 4, "common_path": 0.125},
-}
-
-
-def predicted(spec: dict[str, Any], tensors: dict[str, torch.Tensor], x_ND: torch.Tensor) -> Any:
-    """z [N, M] of docs/design.md, from the tensors by another decoder."""
-    own, outputs = spec["predictor"], tensors["bias"].shape[0]
-    centred_ND = x_ND - tensors["mean"]
-    z_NM = tensors["bias"].expand(x_ND.shape[0], -1)
-    if own["kind"] in ("q", "qlr"):
-        loud = own["num_inputs"] < WIDTH
-        form = GridFormat(own["bits"], own["block"], own["symmetric"], channel_major=loud)
-        copy_MD = decode_matrix(tensors, form, (outputs, WIDTH))
-        scaled_ND = centred_ND / tensors["column_scale"]
-        if loud:
-            mask_ND = lowest_first((scaled_ND * copy_MD.norm(dim=0)).abs(), own["num_inputs"])
-            scaled_ND = scaled_ND * mask_ND
-        z_NM = z_NM + scaled_ND @ copy_MD.T
-    if own["kind"] in ("lr", "qlr"):
-        into = decode_factor(tensors, own["factor_bits"], "factor_in", width=WIDTH)
-        out = decode_factor(tensors, own["factor_bits"], "factor_out", width=own["rank"])
-        z_NM = z_NM + (centred_ND @ into.T) @ out.T
-    return z_NM
-
-
-def reaches_level(selection: dict[str, Any], own_NS: torch.Tensor, estimate_NS: Any) -> Any:
-    """The rules of docs/format.md, row by row."""
-    level, rows = selection["level"], []
-    for own_S, estimate_S in zip(own_NS.double(), estimate_NS.double(), strict=True):
-        if selection["rule"] == "threshold":
-            rows.append(own_S >= level)
-        elif selection["rule"] == "mean_std":
-            rows.append(own_S >= estimate_S.mean() + level * estimate_S.std(correction=0))
-        else:
-            weaker_S = (own_S.square() * (own_S <= own_S[:, None])).sum(-1)
-            rows.append(weaker_S >= level * own_S.square().sum())
-    return torch.stack(rows)
-
-
-def reference_mask(native: Any, index: int, x_ND: torch.Tensor, layer: Any) -> torch.Tensor:
-    """Active neurons by the words of docs/design.md."""
-    spec, tensors = layer.spec, layer.predictor_tensors
-    weights = read_ffn_weights(native, find_layout(native), index)
-    group, common = spec["group_size"], spec["num_common"]
-    norm_F = weights.down_FD.norm(dim=1) if spec["score"] == "norm" else torch.ones(NEURONS)
-
-    def units(hidden_NF: torch.Tensor) -> torch.Tensor:
-        score_NF = (hidden_NF.abs() * norm_F)[:, common:]
-        return score_NF if group == 1 else score_NF.unflatten(-1, (-1, group)).norm(dim=-1)
-
-    z_NM = predicted(spec, tensors, x_ND)
-    if spec["predictor"]["groups"]:
-        estimate_NS = z_NM[:, common // group :]
-    else:
-        gate_NF, up_NF = z_NM.chunk(2, dim=-1)
-        size_NF = weights.act(gate_NF).abs() * up_NF.abs()
-        if spec["predictor"].get("soften"):
-            soft_gate_F, soft_up_F = tensors["soft"].float().view(2, -1)
-            above_NF, below_NF = (weights.act(gate_NF + s * soft_gate_F) for s in (1, -1))
-            size_NF = torch.hypot(above_NF, below_NF) * 0.5**0.5 * torch.hypot(up_NF, soft_up_F)
-        estimate_NS = units(size_NF)
-    chosen_NS = lowest_first(estimate_NS, (spec["num_candidates"] - common) // group)
-    own_NS = estimate_NS
-    if spec["keep"] == "top_k":
-        own_NS = units(dense_hidden(weights, x_ND)).masked_fill(~chosen_NS, 0.0)
-    if "selection" in spec:
-        chosen_NS = chosen_NS & reaches_level(spec["selection"], own_NS, estimate_NS)
-    elif spec["keep"] == "top_k":
-        chosen_NS = lowest_first(own_NS, (spec["num_kept"] - common) // group)
-    always_NC = torch.ones(x_ND.shape[0], common, dtype=torch.bool)
-    return torch.cat([always_NC, chosen_NS.repeat_interleave(group, dim=-1)], dim=-1)
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_selects_as_the_format_says(variant):
     native = tiny_model("llama")
@@ -252,7 +109,7 @@ def test_every_variant_selects_as_the_format_says(variant):
     for index, layer in enumerate(sparse_layers(model)):
         x_ND = inputs[index][:24]
         # Permuted neurons: the model's own weights are the reference.
-        keep_NF = reference_mask(model, index, x_ND, layer)
+        keep_NF, _ = reference_masks(model, index, x_ND, layer)
         expected = masked_output(model, index, x_ND, keep_NF)
         kept = layer.spec["num_kept" if layer.spec["keep"] == "top_k" else "num_candidates"]
         number_N = keep_NF.sum(-1)
@@ -274,24 +131,7 @@ def test_every_variant_selects_as_the_format_says(variant):
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if "selection" in VARIANTS[v]])
 def test_a_graph_of_fixed_size_selects_as_the_row_does(variant):
     model = hire_model(tiny_model("llama"), ffn={"keep_fraction": 0.5, **VARIANTS[variant]})
-    layer = sparse_layers(model)[1]
-    x_ND = layer_inputs(tiny_model("llama"))[1][:24]
-    expected, counts = gathered_rows(layer, x_ND), layer.counts.clone()
-    layer.counts.zero_()
-    graphs = []
-
-    def count_graphs(module: Any, _inputs: Any) -> Any:
-        graphs.append(module)
-        return module
-
-    torch._dynamo.reset()
-    run = torch.compile(layer.gathered, fullgraph=True, dynamic=False, backend=count_graphs)
-    with torch.no_grad():
-        compiled = torch.cat([run(row[None]) for row in x_ND])
-    torch._dynamo.reset()
-    assert len(graphs) == 1
-    assert relative(compiled, expected) < TOLERANCE
-    assert torch.equal(layer.counts, counts)
+    check_graph(sparse_layers(model)[1], layer_inputs(tiny_model("llama"))[1][:24])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -345,9 +185,11 @@ def test_a_row_may_keep_nothing_or_every_candidate(family, keep):
             assert torch.equal(twin, torch.zeros_like(twin) + down_bias(native, 0))
 
 
+@pytest.mark.parametrize("rest", [None, {"bits": 3, "symmetric": True}])
 @pytest.mark.parametrize("variant", ["soften", "threshold_candidates", "score_mass"])
-def test_what_varies_survives_saving_and_loading(variant, tmp_path):
-    model = hire_model(tiny_model("llama"), ffn={"keep_fraction": 0.5, **VARIANTS[variant]})
+def test_what_is_optional_survives_saving_and_loading(variant, rest, tmp_path):
+    ffn = {"keep_fraction": 0.5, "unselected": rest, **VARIANTS[variant]}
+    model = hire_model(tiny_model("llama"), ffn=ffn)
     ids = tokens(1, 12)
     expected = stepwise(model, ids)
     model.save_pretrained(tmp_path)
@@ -370,12 +212,14 @@ def test_variants_with_all_candidates_give_the_oracle(variant):
         assert relative(gathered_rows(layer, x_ND), expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("rest", [None, {}])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_keep_one_through_the_selecting_code_is_bit_equal(family, dtype, rows):
+def test_keep_one_through_the_selecting_code_is_bit_equal(family, dtype, rows, rest):
     native = tiny_model(family).to(dtype)
-    model = hire_model(native, ffn={"keep_fraction": 1.0, "over_select": 1.0})
+    ffn = {"keep_fraction": 1.0, "over_select": 1.0, "unselected": rest}
+    model = hire_model(native, ffn=ffn)
     ids = tokens(rows, 12)
     assert torch.equal(stepwise(model, ids), stepwise(native, ids))
     counts = model.hire_stats()["ffn"]
@@ -402,10 +246,11 @@ def test_one_neuron_kept_is_the_smallest_selection():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("rest", [None, {}])
 @pytest.mark.parametrize("family", ["llama", "opt", "phi3", "gpt2"])
-def test_a_row_with_nan_or_inf_runs_dense_and_is_counted(family, bad):
+def test_a_row_with_nan_or_inf_runs_dense_and_is_counted(family, bad, rest):
     native = tiny_model(family)
-    model = hire_model(native, ffn={})
+    model = hire_model(native, ffn={"unselected": rest})
     layer = sparse_layers(model)[0]
     x_ND = layer_inputs(native)[0][:3].clone()
     x_ND[1, 5] = bad
@@ -421,9 +266,10 @@ def test_a_row_with_nan_or_inf_runs_dense_and_is_counted(family, bad):
         assert torch.equal(out[[0, 2]], layer.masked(x_ND[[0, 2]]))
 
 
-def test_an_overflow_inside_the_ffn_runs_dense_on_both_paths():
+@pytest.mark.parametrize("rest", [None, {}])
+def test_an_overflow_inside_the_ffn_runs_dense_on_both_paths(rest):
     native = tiny_model("llama")
-    model = hire_model(native, ffn={})
+    model = hire_model(native, ffn={"unselected": rest})
     layer = sparse_layers(model)[0]
     x_ND = layer_inputs(native)[0][:1] * 1e25  # finite, but gate times up is not
     with torch.no_grad():

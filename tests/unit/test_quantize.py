@@ -5,6 +5,7 @@ from hireconvert.errors import InputError
 from hireconvert.quantize import (
     GridFormat,
     decode_codes,
+    encode_down,
     encode_factor,
     encode_matrix,
     feedback_codes,
@@ -12,7 +13,8 @@ from hireconvert.quantize import (
     pack_planes,
     round_codes,
 )
-from hireconvert.runtime.hire_predict import Predictor
+from hireconvert.runtime.hire_config import down_tensors
+from hireconvert.runtime.hire_predict import Predictor, decode_down
 from tests.decoding import decode_factor, decode_matrix, unpack_planes
 
 M, D = 22, 37
@@ -158,3 +160,36 @@ def test_values_that_are_no_numbers_are_refused():
         fit_grid(weight, GridFormat(4, 16, True))
     with pytest.raises(InputError, match="factor_in"):
         encode_factor(weight, 16, "factor_in")
+
+
+@pytest.mark.parametrize("channel_major", [True, False])
+def test_a_block_longer_than_the_row_is_one_block_and_costs_no_memory(channel_major):
+    weight = matrix()
+    length = M if channel_major else D
+    tensors = []
+    for block in (length, 2**40):
+        grid = fit_grid(weight, GridFormat(4, block, False, channel_major))
+        tensors.append(encode_matrix(round_codes(weight, grid), grid))
+    for name, tensor in tensors[0].items():
+        assert torch.equal(tensor, tensors[1][name])
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_low_bit_down_is_near_and_decoded_alike(bits, symmetric):
+    down, form = matrix(), GridFormat(bits, 8, symmetric)
+    tensors = encode_down(down.bfloat16(), form)
+    spec = {"bits": bits, "block": 8, "symmetric": symmetric}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    assert shapes == down_tensors(spec, M, D)
+    own = {name.removeprefix("down_"): tensor for name, tensor in tensors.items()}
+    decoded = decode_down(tensors, spec, D)
+    assert torch.equal(decoded, decode_matrix(own, form, (M, D)))
+    assert relative(decoded, down) < {2: 0.4, 3: 0.2, 4: 0.1, 8: 0.01}[bits]
+
+
+def test_a_down_matrix_that_is_not_finite_is_refused():
+    down = matrix()
+    down[3, 4] = float("nan")
+    with pytest.raises(InputError, match="NaN or infinite"):
+        encode_down(down, GridFormat(4, 8, False))
