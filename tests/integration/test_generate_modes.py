@@ -255,9 +255,10 @@ STATIC = {"cache_implementation": "static", "disable_compile": True}
 
 
 # A sliding cache recompiles each step whatever the model: it keeps its length in a Python integer.
+@pytest.mark.parametrize("rest", [None, {}])
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_one_graph_serves_64_steps(family, compiled):
-    model = hire_model(tiny_model(family), ffn=FFN, head={})
+def test_one_graph_serves_64_steps(family, rest, compiled):
+    model = hire_model(tiny_model(family), ffn={**FFN, "unselected": rest}, head={})
     settings = {**GREEDY, **STATIC, "max_new_tokens": 65}
     eager = model.generate(tokens(1, 6), **settings)
     expected = model.hire_stats(reset=True)
@@ -273,7 +274,9 @@ VARYING = {"selection": "threshold", "over_select": 1.5, "predictor": {"bits": 3
 @pytest.mark.parametrize("keep", ["top_k", "candidates"])
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_one_graph_serves_rows_that_keep_other_numbers(family, keep, compiled):
-    model = hire_model(tiny_model(family), ffn={**FFN, **VARYING, "keep": keep})
+    rest = {} if family == "llama" else None
+    ffn = {**FFN, **VARYING, "keep": keep, "unselected": rest}
+    model = hire_model(tiny_model(family), ffn=ffn)
     settings = {**GREEDY, **STATIC, "max_new_tokens": 33}
     eager = model.generate(tokens(1, 6), **settings)
     expected = model.hire_stats(reset=True)
@@ -284,8 +287,10 @@ def test_one_graph_serves_rows_that_keep_other_numbers(family, keep, compiled):
     assert expected["ffn"]["kept"] % expected["ffn"]["rows"]  # not the same number for every row
 
 
-def test_a_batch_compiles_too(compiled):
-    model = hire_model(tiny_model("llama"), ffn={**FFN, "group_size": 4}, head={})
+@pytest.mark.parametrize("rest", [None, {}])
+def test_a_batch_compiles_too(rest, compiled):
+    ffn = {**FFN, "group_size": 4, "unselected": rest}
+    model = hire_model(tiny_model("llama"), ffn=ffn, head={})
     eager = model.generate(tokens(3, 6), **GREEDY, **STATIC)
     expected = model.hire_stats(reset=True)
     graphs = compiled(model)
@@ -306,10 +311,11 @@ def test_a_graph_counts_rows_that_do_not_fit_and_still_certifies(compiled, monke
     assert 0 < counts["overflow_rows"] <= 10 and graphs.count == 2
 
 
+@pytest.mark.parametrize("rest", [None, {}])
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_a_compiled_row_with_nan_runs_dense_and_is_counted(family, compiled):
+def test_a_compiled_row_with_nan_runs_dense_and_is_counted(family, rest, compiled):
     native = tiny_model(family)
-    model = hire_model(native, ffn=FFN)
+    model = hire_model(native, ffn={**FFN, "unselected": rest})
     layer = next(iter(base_of(model).hire_layers.values()))
     model.hire_prepare()
     run = torch.compile(layer.gathered, fullgraph=True, dynamic=False, backend="eager")

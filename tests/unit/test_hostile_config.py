@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import re
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from hireconvert.runtime.hire_config import (
     describe,
     layer_tensor_shapes,
 )
-from hireconvert.runtime.hire_predict import Predictor
+from hireconvert.runtime.hire_predict import Predictor, decode_down
 from tests.tiny import base_of, hire_model, tiny_model, tokens
 
 NASTY: tuple[Any, ...] = (
@@ -65,6 +66,9 @@ def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 def models() -> dict[str, Any]:
     return {
         "llama": hire_model(tiny_model("llama"), ffn={"group_size": 4}, head={}),
+        "llama_bias": hire_model(
+            tiny_model("llama_bias"), ffn={"selection": "threshold", "unselected": {"bits": 3}}
+        ),
         "phi3": hire_model(
             tiny_model("phi3"),
             ffn={
@@ -86,7 +90,7 @@ def models() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "opt"])
+@pytest.mark.parametrize("family", ["llama", "llama_bias", "phi3", "opt"])
 def test_random_mutations_of_the_config(models, family):
     model, dice = models[family], random.Random(len(family))
     native_config = copy.deepcopy(model.config)
@@ -226,6 +230,75 @@ def test_more_neurons_or_inputs_than_the_layer_has_are_refused(models):
             modeling_hire.HireLlamaForCausalLM(config)
 
 
+UNSELECTED = "ffn.layers[1].unselected"
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        *((value, f"{UNSELECTED} is {type(value).__name__}") for value in (True, 4, 0.5, "q", [])),
+        ({}, f"{UNSELECTED}.bits is None"),
+        *(({"bits": bits}, f"{UNSELECTED}.bits is {bits!r}") for bits in (1, 5, 4.0, True, "4")),
+        *(
+            ({"bits": 4, "block": block}, f"{UNSELECTED}.block is {block!r}")
+            for block in (None, 0, -1, 2**24 + 1, 32.0, True, "32")
+        ),
+        *(
+            ({"bits": 4, "block": 32, "symmetric": symmetric}, f"{UNSELECTED}.symmetric is")
+            for symmetric in (None, 0, 1, "no")
+        ),
+    ],
+)
+def test_a_bad_field_of_what_is_left_out_is_named(models, value, named):
+    config = copy.deepcopy(models["llama_bias"].config)
+    check_hire_config(config)
+    config.hire["ffn"]["layers"][1]["unselected"] = value
+    with pytest.raises(ValueError, match=re.escape(named)):
+        check_hire_config(config)
+
+
+def test_estimates_of_groups_cannot_stand_for_neurons_left_out():
+    ffn = {"group_size": 4, "predictor": {"group_scores": True}}
+    config = hire_model(tiny_model("llama"), ffn=ffn).config
+    config.hire["ffn"]["layers"][0]["unselected"] = {"bits": 4, "block": 32, "symmetric": False}
+    with pytest.raises(ValueError, match=r"layers\[0\]\.unselected needs estimates of neurons"):
+        check_hire_config(config)
+
+
+@pytest.mark.parametrize("absent", ["null", "no key"])
+def test_a_copy_that_the_config_does_not_name_is_refused(models, absent):
+    config = copy.deepcopy(models["llama_bias"].config)
+    if absent == "null":
+        config.hire["ffn"]["layers"][0]["unselected"] = None
+    else:
+        del config.hire["ffn"]["layers"][0]["unselected"]
+    check_hire_config(config)
+    with torch.device("meta"):
+        built = modeling_hire.HireLlamaForCausalLM(config)
+    tensors = base_of(models["llama_bias"]).hire_layers[0].predictor_tensors
+    shapes = layer_tensor_shapes(base_of(built).hire_layers[0])
+    with pytest.raises(ValueError, match="down_planes is not called for"):
+        check_predictor_tensors(tensors, shapes, "")
+
+
+@pytest.mark.parametrize("name", ["down_planes", "down_scale", "down_offset"])
+def test_a_bad_tensor_of_the_copy_is_named(models, name):
+    layer = base_of(models["llama_bias"]).hire_layers[0]
+    good, shapes = layer.predictor_tensors, layer_tensor_shapes(layer)
+    check_predictor_tensors(good, shapes, "")
+    tensor = good[name]
+    bad = [tensor[..., :-1], tensor[:-1], tensor[None], tensor.to(torch.int64), None]
+    if tensor.is_floating_point():
+        bad += [tensor.clone(), tensor.clone()]
+        bad[-1].view(-1)[3], bad[-2].view(-1)[3] = float("nan"), float("-inf")
+    for value in bad:
+        tensors = {**good, name: value} if value is not None else dict(good)
+        if value is None:
+            del tensors[name]
+        with pytest.raises(ValueError, match=rf"x\.{name} (is|has|holds)"):
+            check_predictor_tensors(tensors, shapes, "x.")
+
+
 def broken_tensors(dice: random.Random, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     name = dice.choice(sorted(tensors))
@@ -250,7 +323,7 @@ def broken_tensors(dice: random.Random, tensors: dict[str, torch.Tensor]) -> dic
     return tensors
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "opt"])
+@pytest.mark.parametrize("family", ["llama", "llama_bias", "phi3", "opt"])
 def test_random_mutations_of_the_predictor_tensors(models, family):
     dice = random.Random(3)
     layer = base_of(models[family]).hire_layers[0]
@@ -270,9 +343,17 @@ def test_any_codes_decode_to_finite_numbers(models):
     }
     predictor = Predictor(layer.spec["predictor"], tensors, 32)
     assert predictor.estimate(torch.randn(2, 32)).isfinite().all()
+    layer = base_of(models["llama_bias"]).hire_layers[0]
+    planes = torch.full_like(layer.predictor_tensors["down_planes"], 255)
+    tensors = {**layer.predictor_tensors, "down_planes": planes}
+    assert decode_down(tensors, layer.spec["unselected"], 32).isfinite().all()
 
 
 def test_a_huge_block_costs_no_memory(models):
+    copied = base_of(models["llama_bias"]).hire_layers[0]
+    narrow = {**copied.predictor_tensors}
+    narrow |= {name: narrow[name][:, :1] for name in ("down_scale", "down_offset")}
+    assert decode_down(narrow, {**copied.spec["unselected"], "block": 2**24}, 32).shape == (96, 32)
     config = copy.deepcopy(models["opt"].config)
     config.hire["head"]["block"] = 2**24
     built = modeling_hire.HireOPTForCausalLM(config).eval()

@@ -20,6 +20,7 @@ from hireconvert.recipe import (
     recipe_schema,
     shipped_recipes,
 )
+from hireconvert.schema import UnselectedRecipe
 
 SHIPPED = [
     "aggressive",
@@ -176,6 +177,15 @@ WRONG = [
     ("data.chat_column=chat", "data.chat_column: text sampled from the model"),
     ("data.revision=main", "data.revision: only a hub: source has one"),
     ("data=hub:a/b/c", "data.source: 'hub:a/b/c' is not of the form hub:org/name"),
+    # neurons left out
+    ("ffn.unselected=true", "ffn.unselected: true is not a section (a mapping of keys)"),
+    ("ffn.unselected=4", "ffn.unselected: 4 is not a section (a mapping of keys)"),
+    ("ffn.unselected.bits=5", "ffn.unselected.bits: 5 is not one of 2, 3, 4 or 8"),
+    ("ffn.unselected.bits=null", "ffn.unselected.bits: null is not one of 2, 3, 4 or 8"),
+    ("ffn.unselected.block=0", "ffn.unselected.block: 0 is not a finite number of at least 1"),
+    ("ffn.unselected.block=1.5", "ffn.unselected.block: 1.5 is not a whole number"),
+    ("ffn.unselected.symmetric=1", "ffn.unselected.symmetric: 1 is not true or false"),
+    ("ffn.unselected.bit=3", "ffn.unselected.bit: unknown key, did you mean bits?"),
     # the finetune
     ("finetune.num_tokens=256", "finetune.num_tokens: 256 is less than one window of 512 tokens"),
     (
@@ -284,6 +294,30 @@ def test_overrides_set_scalars_lists_and_new_sections():
     assert recipe.head is None
     predictor = recipe.ffn.predictor
     assert predictor == PredictorRecipe(kind="qlr", distill=DistillRecipe(steps=9))
+
+
+def test_neurons_left_out_count_by_estimate_when_asked_for(recipe_file):
+    assert load_recipe("tiny-ci", ["ffn.unselected=null"]).ffn.unselected is None
+    assert load_recipe("tiny-ci").ffn.unselected is None
+    assert load_recipe("tiny-ci", ["ffn.unselected={}"]).ffn.unselected == UnselectedRecipe()
+    text = "name: a\nffn: {keep_fraction: 0.5, unselected: {bits: 3, symmetric: true}}\n"
+    for recipe in (
+        load_recipe(recipe_file(text)),
+        load_recipe("tiny-ci", ["ffn.unselected.bits=3", "ffn.unselected.symmetric=true"]),
+    ):
+        assert recipe.ffn.unselected == UnselectedRecipe(bits=3, block=32, symmetric=True)
+        assert load_recipe(recipe_file(dump_recipe(recipe))) == recipe
+    assert load_recipe(recipe_file(text), ["ffn.unselected=null"]).ffn.unselected is None
+
+
+def test_predicted_groups_give_no_estimates_of_neurons():
+    grouped = "{kind: lr, group_scores: true}"
+    sets = ["ffn.group_size=4", "ffn.unselected={}", f"ffn.predictor={grouped}"]
+    error = fails("tiny-ci", *sets)
+    assert "ffn.unselected: needs estimates of neurons, not predictor.group_scores" in error
+    error = fails("tiny-ci", *sets[:2], f"ffn.predictor=[{{}}, {grouped}]")
+    assert "ffn.unselected: needs estimates of neurons, not predictor.1.group_scores" in error
+    load_recipe("tiny-ci", [sets[0], sets[2], "ffn.unselected=null"])
 
 
 def test_override_of_a_list_element():
