@@ -133,7 +133,9 @@ def layer_rows(hire: Mapping[str, Any], width: int, weight_bytes: int) -> list[d
                 "rank": predictor["rank"] if predictor["kind"] != "q" else None,
                 "bits": predictor["bits"] if predictor["kind"] != "lr" else None,
                 "inputs": predictor["num_inputs"],
+                "unselected": layer.get("unselected"),
                 "predictor_bytes": read["predictor"],
+                "unselected_bytes": read["unselected"],
                 "read_bytes": sum(read[part] for part in FFN_PARTS),
                 "dense_bytes": read["dense"],
             }

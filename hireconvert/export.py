@@ -24,7 +24,7 @@ from hireconvert.recipe import Recipe, dump_recipe
 from hireconvert.runtime import RUNTIME_FILES
 from hireconvert.runtime.hire_config import FORMAT_VERSION, check_hire_config
 from hireconvert.runtime.modeling_hire import hire_class
-from hireconvert.schema import DataRecipe, FinetuneRecipe
+from hireconvert.schema import DataRecipe, FfnRecipe, FinetuneRecipe
 from hireconvert.workspace import file_sha256, flatten, write_json
 
 # What travels from the source folder besides weights and config. A list of what is taken, so
@@ -158,7 +158,7 @@ def write_documents(
     """Write recipe, report, card and checksums into a folder from `write_model`."""
     (folder / "recipe.yaml").write_text(dump_recipe(public_recipe(recipe)), encoding="utf-8")
     write_json(folder / REPORT, report)
-    card = render_card(report, license_of(source))
+    card = render_card(report, license_of(source), recipe.ffn)
     (folder / "README.md").write_text(card, encoding="utf-8")
     write_checksums(folder)
 
@@ -194,7 +194,7 @@ def license_of(source: Path) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def render_card(report: Mapping[str, Any], license_name: str | None) -> str:
+def render_card(report: Mapping[str, Any], license_name: str | None, ffn: FfnRecipe | None) -> str:
     """The model card: metadata that the Hub reads, how to load, what was measured."""
     base = report["model"]["base_model"]
     metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
@@ -225,7 +225,7 @@ def render_card(report: Mapping[str, Any], license_name: str | None) -> str:
         "",
         "| measured | value |",
         "|---|--:|",
-        *(f"| {name} | {value} |" for name, value in _card_rows(report)),
+        *(f"| {name} | {value} |" for name, value in _card_rows(report, ffn)),
         "",
         "All measurements: `hire_report.json`. Recipe: `recipe.yaml`. Checksums: `SHA256SUMS`.",
         "",
@@ -233,10 +233,13 @@ def render_card(report: Mapping[str, Any], license_name: str | None) -> str:
     return "\n".join(lines)
 
 
-def _card_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _card_rows(report: Mapping[str, Any], ffn: FfnRecipe | None) -> Iterator[tuple[str, str]]:
     read = report["bytes_per_token"]
     yield "bytes read per token, dense", f"{read['dense']:,}"
     yield "bytes read per token, converted", f"{read['converted']:,}"
+    if ffn is not None and ffn.unselected is not None and report["layers"]:
+        name = f"of these for neurons left out, by {ffn.unselected.bits}-bit estimate"
+        yield name, f"{read['ffn']['unselected']:,}"
     yield "speed-up bound from bytes", f"{read['speedup_bound']:.2f}"
     if report["recall"]:
         recall = report["recall"]

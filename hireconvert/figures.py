@@ -41,6 +41,12 @@ def interval(each: Any, form: str = ".2%") -> str:
     return f"{point} ({low} to {high})"
 
 
+def rest(layer: Mapping[str, Any]) -> str:
+    """What a layer's neurons that are not kept count as: zero, or an estimate of so many bits."""
+    spec = layer["unselected"]
+    return "zero" if spec is None else f"{spec['bits']}-bit estimate"
+
+
 def size(count: float) -> str:
     """Bytes in the unit that keeps three digits, powers of ten."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -19,10 +19,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from hireconvert.figures import size
+from hireconvert.figures import rest, size
 
 # Wide enough for every table, so that nothing is cut off in a file or a pipe.
-PLAIN_WIDTH = 140
+PLAIN_WIDTH = 160
 Result = Mapping[str, Any]
 
 
@@ -148,16 +148,17 @@ def _layers(rows: list[Result]) -> RenderableType:
         return Text("FFN: dense in every layer")
     counts = ("layer", "neurons", "kept", "candidates")
     kinds = ("predictor", "rank", "bits", "inputs", "recall")
-    table = _table(*counts, *kinds, "predictor", "reads", "dense")
+    table = _table(*counts, "rest", *kinds, "predictor", "rest", "reads", "dense")
     for row in rows:
         if row["kind"] is None:
             table.add_row(str(row["layer"]), str(row["neurons"] or ""), "dense")
             continue
-        cells = [row["layer"], row["neurons"], _kept(row), row["candidates"], row["kind"]]
-        cells += [row["rank"] or "-", row["bits"] or "-", row["inputs"]]
+        cells = [row["layer"], row["neurons"], _kept(row), row["candidates"], rest(row)]
+        cells += [row["kind"], row["rank"] or "-", row["bits"] or "-", row["inputs"]]
         recall = row.get("recall")
         cells.append("-" if recall is None else f"{recall:.4f}")
-        cells += [size(row[key]) for key in ("predictor_bytes", "read_bytes", "dense_bytes")]
+        parts = ("predictor_bytes", "unselected_bytes", "read_bytes", "dense_bytes")
+        cells += [size(row[key]) for key in parts]
         table.add_row(*map(str, cells))
     return table
 

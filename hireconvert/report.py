@@ -12,7 +12,7 @@ from typing import Any
 
 from hireconvert import plots, webpage
 from hireconvert.errors import InputError, UsageError
-from hireconvert.figures import ABSENT, figure, interval, number, size, worse_scope
+from hireconvert.figures import ABSENT, figure, interval, number, rest, size, worse_scope
 from hireconvert.inspection import inspect_checkpoint
 from hireconvert.loading import CHECKSUMS, REPORT, read_config
 from hireconvert.webpage import Html
@@ -322,15 +322,18 @@ def _layers(subject: _Subject) -> Iterator[Html]:
     ]
     yield webpage.image(plots.layer_budgets(budgets), "Kept and candidate neurons of each layer")
     keys = ("layer", "neurons", "kept", "candidates", "kind", "bits", "rank")
+    parts = ("predictor_bytes", "unselected_bytes", "read_bytes", "dense_bytes")
     rows = [
         (
             *(ABSENT if each[key] is None else each[key] for key in keys),
             number(figure(each, "recall"), ".4f"),
-            *(size(each[key]) for key in ("predictor_bytes", "read_bytes", "dense_bytes")),
+            rest(each),
+            *(size(each[key]) for key in parts),
         )
         for each in layers
     ]
-    columns = (*keys[:4], "predictor", *keys[5:], "recall", "predictor reads", "reads", "dense")
+    sizes = ("predictor reads", "rest reads", "reads", "dense")
+    columns = (*keys[:4], "predictor", *keys[5:], "recall", "rest", *sizes)
     yield webpage.folded("every layer", webpage.table(columns, rows))
 
 

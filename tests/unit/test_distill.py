@@ -9,11 +9,14 @@ from hireconvert.families import FfnWeights
 from hireconvert.recipe import DistillRecipe, FfnRecipe, PredictorRecipe
 from hireconvert.runtime.hire_predict import (
     Predictor,
+    decode_down,
     members_mask,
+    num_active,
     recall_at,
     select_neurons,
     top_k_indices,
 )
+from hireconvert.schema import UnselectedRecipe
 from hireconvert.scoring import (
     estimated_units,
     exact_scores,
@@ -22,6 +25,7 @@ from hireconvert.scoring import (
     measured,
     score_norms,
     top_mask,
+    total_bytes,
 )
 
 D, F = 24, 64
@@ -207,6 +211,50 @@ def test_auto_takes_the_fewest_bytes_that_reach_the_target():
         for r in (loose, tight)
     ]
     assert totals[0] < totals[1]
+
+
+REST = UnselectedRecipe(bits=3, block=8)
+LOW_ROW = 3 * D // 8 + 3 * 4  # of a neuron of D = 24 weights: planes; scale and offset of 3 blocks
+
+
+@pytest.mark.parametrize("selection", ["fixed", "threshold"])
+def test_neurons_left_out_bring_a_copy_of_their_output_vectors(selection):
+    fields = {"kind": "q", "selection": selection, "over_select": 1.5}
+    plain, result = made(**fields), made(**fields, unselected=REST)
+    assert result.spec == {**plain.spec, "unselected": REST.model_dump()}
+    copies = {name: t for name, t in result.tensors.items() if name not in plain.tensors}
+    assert {name: (tuple(t.shape), str(t.dtype)) for name, t in copies.items()} == {
+        "down_planes": ((3, F, D // 8), "torch.uint8"),
+        "down_scale": ((F, 3), "torch.float16"),
+        "down_offset": ((F, 3), "torch.float16"),
+    }
+    for name, tensor in plain.tensors.items():
+        assert torch.equal(tensor, result.tensors[name])
+    rest = F - num_active(result.spec)
+    assert result.report["bytes"] == {**plain.report["bytes"], "unselected": rest * LOW_ROW}
+    assert result.report["recall"] == plain.report["recall"]
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_the_copy_is_of_the_neurons_in_their_final_order(ordered):
+    rest = UnselectedRecipe(bits=8, block=8)
+    recipe = FfnRecipe(keep_fraction=0.5, unselected=rest, group_size=4, common_path=0.125)
+    predictor = PredictorRecipe(block=8)
+    result = distill_layer(ffn(), FIT, HELD, recipe, predictor, 0.5, seed=0, ordered=ordered)
+    down_FD = ffn().down_FD
+    moved = down_FD if ordered else down_FD[result.permutation_F]
+    copy = decode_down(result.tensors, result.spec["unselected"], D)
+    assert float((copy - moved).norm() / moved.norm()) < 0.01
+    assert ordered or float((copy - down_FD).norm() / down_FD.norm()) > 0.5
+
+
+def test_auto_counts_what_is_left_out():
+    fields = {"kind": "auto", "target_recall": 0.9, "rank": 8}
+    plain, result = made(**fields), made(**fields, unselected=REST)
+    assert result.spec["unselected"] == REST.model_dump() and "down_planes" in result.tensors
+    assert result.spec["predictor"] == plain.spec["predictor"]  # all kinds leave as many out
+    rest = (F - result.spec["num_kept"]) * LOW_ROW
+    assert total_bytes(result.report["bytes"]) == total_bytes(plain.report["bytes"]) + rest
 
 
 def test_auto_says_when_nothing_reaches_the_target():

@@ -22,6 +22,7 @@ from hireconvert.schema import (
     HeadRecipe,
     PredictorRecipe,
     Recipe,
+    UnselectedRecipe,
 )
 from hireconvert.schema_budget import BudgetRecipe
 from hireconvert.version import __version__
@@ -135,6 +136,46 @@ def test_predictor_bytes_by_hand(changes: dict[str, Any], expected: int) -> None
     row = result["layers"][0]
     assert row["predictor_bytes"] == expected
     assert row["read_bytes"] == expected + (2 * 40 + 32) * 32 * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "row_bytes"),
+    [
+        ({}, 4 * 4 + 2 + 2),  # 4 planes of 4 bytes, one block of 32 with scale and offset
+        ({"bits": 3, "block": 12, "symmetric": True}, 3 * 4 + 3 * 2),
+        ({"bits": 8, "block": 1000}, 8 * 4 + 2 + 2),
+    ],
+)
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_bytes_of_neurons_left_out_by_hand(
+    family: str, changes: dict[str, Any], row_bytes: int
+) -> None:
+    plain = recipe()
+    assert plain.ffn is not None
+    ffn = plain.ffn.model_copy(update={"unselected": UnselectedRecipe(**changes)})
+    without, model = plan(skeleton(family), plain), skeleton(family)
+    result = plan(model, plain.model_copy(update={"ffn": ffn}))
+    for row, bare in zip(result["layers"], without["layers"], strict=True):
+        assert (row["kept"], row["neurons"], bare["unselected"]) == (32, 64, None)
+        assert row["unselected"] == ffn.unselected.model_dump()
+        assert bare["unselected_bytes"] == 0 and row["unselected_bytes"] == 32 * row_bytes
+        assert row["read_bytes"] == bare["read_bytes"] + 32 * row_bytes
+    read, bare = result["bytes_per_token"], without["bytes_per_token"]
+    assert read["ffn"]["unselected"] == 2 * 32 * row_bytes and bare["ffn"]["unselected"] == 0
+    assert read["converted"] == bare["converted"] + 2 * 32 * row_bytes
+    stored = result["predictor_bytes"] - without["predictor_bytes"]
+    assert stored == 2 * 64 * row_bytes
+    assert result["disk_bytes"] == without["disk_bytes"] + 2 * stored
+    table = hire_tensors(planned_hire(model, plain.model_copy(update={"ffn": ffn})), 32, 32)
+    added = {name: entry for name, entry in table.items() if "down_" in name}
+    assert table_bytes(added) == stored
+
+
+@pytest.mark.parametrize(("keep", "over", "rest"), [("candidates", 1.5, 16), ("top_k", 1.5, 32)])
+def test_candidates_that_are_all_kept_are_not_left_out(keep: Any, over: float, rest: int) -> None:
+    ffn = FfnRecipe(keep_fraction=0.5, over_select=over, keep=keep, unselected=UnselectedRecipe())
+    rows = plan(skeleton("llama"), Recipe(name="test", ffn=ffn))["layers"]
+    assert [row["unselected_bytes"] for row in rows] == [rest * 20] * 2
 
 
 def test_tables_name_what_each_kind_stores() -> None:
