@@ -33,6 +33,17 @@ def top_k_indices(score_NS: torch.Tensor, num: int) -> torch.Tensor:
     return key_NS.topk(num, dim=-1, sorted=False).indices.sort(dim=-1).values
 
 
+def top_k_mask(score_NS: torch.Tensor, num: int) -> torch.Tensor:
+    """bool [N, S]: the members of `top_k_indices`, found faster than their indices.
+
+    What is above the last value that goes in, then as many that equal it, from the lowest index.
+    """
+    last_N1 = score_NS.topk(num, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    above_NS, equal_NS = score_NS > last_N1, score_NS == last_N1
+    open_N1 = num - above_NS.sum(-1, keepdim=True)
+    return above_NS | (equal_NS & (equal_NS.cumsum(-1, dtype=torch.int32) <= open_N1))
+
+
 def members_mask(index_NK: torch.Tensor, num: int) -> torch.Tensor:
     """A bool mask [N, num] that is true at the given indices."""
     mask_NS = torch.zeros(*index_NK.shape[:-1], num, dtype=torch.bool, device=index_NK.device)

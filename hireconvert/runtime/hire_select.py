@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .hire_predict import members_mask, select_neurons, unit_scores, varies
+from .hire_predict import select_neurons, top_k_mask, unit_scores, varies
 
 RULES = ("threshold", "mean_std", "score_mass")
 _TINY = 1e-30
@@ -57,15 +57,18 @@ def _neurons(unit_NS: torch.Tensor, spec: Mapping[str, Any]) -> torch.Tensor:
     return torch.cat([mask_NF.new_ones(*mask_NF.shape[:-1], common), mask_NF], dim=-1)
 
 
+def _best_neurons(spec: Mapping[str, Any], unit_NS: torch.Tensor, num: int) -> torch.Tensor:
+    """The mask [N, F] of `num` neurons: the common ones and the best units."""
+    num_units = (num - spec["num_common"]) // spec["group_size"]
+    return _neurons(top_k_mask(unit_NS, num_units), spec)
+
+
 # --------------------------------------------------------------------------- many rows, masks
 
 
 def candidate_mask(spec: Mapping[str, Any], unit_NS: torch.Tensor) -> torch.Tensor:
     """The mask [N, F] of the neurons to be computed exactly, from estimated unit scores."""
-    index_NC = select_neurons(
-        unit_NS, spec["num_candidates"], spec["group_size"], spec["num_common"]
-    )
-    mask_NF = members_mask(index_NC, spec["num_neurons"])
+    mask_NF = _best_neurons(spec, unit_NS, spec["num_candidates"])
     if varies(spec) and spec["keep"] == "candidates":
         mask_NF = mask_NF & _neurons(_reaches(spec, unit_NS, unit_NS), spec)
     return mask_NF
@@ -78,7 +81,8 @@ def kept_mask(
     score_NF: torch.Tensor,
 ) -> torch.Tensor:
     """The mask [N, F] of active neurons among the candidates, from exact neuron scores."""
-    if spec["keep"] == "candidates":
+    as_many = spec["num_kept"] == spec["num_candidates"] and not varies(spec)
+    if spec["keep"] == "candidates" or as_many:
         return candidate_NF
     group, common = spec["group_size"], spec["num_common"]
     # Members of a group are candidates together, so the first one speaks for the group.
@@ -87,8 +91,7 @@ def kept_mask(
     if varies(spec):
         inside_NS = inside_NS & _reaches(spec, exact_NS.where(inside_NS, 0.0), unit_NS)
         return _neurons(inside_NS, spec)
-    kept_NK = select_neurons(exact_NS.where(inside_NS, -1.0), spec["num_kept"], group, common)
-    return members_mask(kept_NK, spec["num_neurons"])
+    return _best_neurons(spec, exact_NS.where(inside_NS, -1.0), spec["num_kept"])
 
 
 # --------------------------------------------------------------------------- one row, indices

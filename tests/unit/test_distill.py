@@ -15,6 +15,7 @@ from hireconvert.runtime.hire_predict import (
     recall_at,
     select_neurons,
     top_k_indices,
+    top_k_mask,
 )
 from hireconvert.schema import UnselectedRecipe
 from hireconvert.scoring import (
@@ -299,6 +300,7 @@ def test_selection_for_scoring_is_the_runtimes():
     for num in (1, 20, F):
         expected = members_mask(top_k_indices(scores, num), F)
         assert torch.equal(top_mask(scores, num), expected)
+        assert torch.equal(top_k_mask(scores, num), expected)
         assert torch.equal(kth_score(scores, num), scores.topk(num, dim=1).values[:, -1:])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -148,3 +149,15 @@ def read_results(path: Path) -> Iterator[dict[str, Any]]:
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             yield json.loads(line)
+
+
+def main() -> None:
+    """Write the twin of a folder as a folder: `python tools/research/twin.py MODEL OUT`."""
+    source, out = (Path(name) for name in sys.argv[1:])
+    model, tokenizer = load_twin(source)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+if __name__ == "__main__":
+    main()
