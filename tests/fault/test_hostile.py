@@ -20,7 +20,7 @@ from tests.tiny_files import save_tiny
 
 PREDICTORS = Path("hire") / "predictors.safetensors"
 RECIPES = {
-    "q": (),
+    "q, the rest by estimate": ("ffn.unselected.block=16",),
     "lr, groups": (
         "ffn.group_size=4",
         "ffn.common_path=0.25",

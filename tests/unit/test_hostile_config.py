@@ -65,7 +65,7 @@ def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 @pytest.fixture(scope="module")
 def models() -> dict[str, Any]:
     return {
-        "llama": hire_model(tiny_model("llama"), ffn={"group_size": 4}, head={}),
+        "llama": hire_model(tiny_model("llama"), ffn={"group_size": 4, "unselected": {}}, head={}),
         "llama_bias": hire_model(
             tiny_model("llama_bias"), ffn={"selection": "threshold", "unselected": {"bits": 3}}
         ),
