@@ -32,6 +32,7 @@ from hireconvert.families import (
     num_layers,
     read_ffn_weights,
 )
+from hireconvert.lowbit import live_copies
 from hireconvert.measures import head_logits, prove_logits
 from hireconvert.objectives import LogitsLoss, feature_loss
 from hireconvert.recipe import per_layer
@@ -194,7 +195,8 @@ class _Trainer:
     def run(self, folder: Path | None, fit: Fit | None, progress: Progress) -> dict[str, Any]:
         recipe, plan = self.recipe, self.plan
         selection = Selection(recipe.anneal_from, self.windows_WT.shape[1])
-        with selecting(self.model, self.layout, self.counts, selection) as student:
+        copies = live_copies(self.model, self.layout, self.ffn) if self.ffn.unselected else ()
+        with selecting(self.model, self.layout, self.counts, selection, copies=copies) as student:
             if folder is not None and (folder / CHECKPOINT).exists():
                 self._restore(folder, student)
             while self.step < plan.steps:
@@ -326,8 +328,8 @@ class _Trainer:
                 for name, tensor in tensors.items()
                 if name.startswith(prefix)
             }
-            layer.counts = spec
-            layer.predictor = Predictor(spec["predictor"], own, layer.parts.down_FD().shape[1])
+            width = layer.parts.down_FD().shape[1]
+            layer.predict_by(Predictor(spec["predictor"], own, width), spec)
 
     # ------------------------------------------------------------------- state on disk
 

@@ -36,7 +36,7 @@ class Estimate:
     selects: bool = False
 
 
-def estimates_of(ffn: FfnRecipe, count: int, *, selects: bool) -> list[Estimate]:
+def estimates_of(ffn: FfnRecipe, count: int, *, selects: bool = False) -> list[Estimate]:
     """The estimates of a recipe for `count` layers, as far as rounded copies stand for them.
 
     Raises UsageError where the recipe lists predictors of another number of layers.
@@ -108,7 +108,7 @@ class LiveCopies:
 
 
 def live_copies(
-    model: PreTrainedModel, layout: Layout, ffn: FfnRecipe, *, selects: bool
+    model: PreTrainedModel, layout: Layout, ffn: FfnRecipe, *, selects: bool = False
 ) -> list[LiveCopies]:
     """The copies of every layer that stand for what the recipe estimates; see `estimates_of`."""
     estimates = estimates_of(ffn, num_layers(model), selects=selects)

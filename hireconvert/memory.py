@@ -26,6 +26,7 @@ from hireconvert.student import trained_weights
 LIBRARIES_BYTES = 450_000_000  # Python with torch and transformers loaded
 # Float32 values that a pass back needs of one token and layer, in widths and in neurons.
 KEPT_WIDTHS, KEPT_NEURONS = 24, 8
+KEPT_NEURONS_BY_ESTIMATE = 2  # besides, where neurons left out count by estimate
 # Tensors of the size of a chunk of logits that live together.
 LOGITS_IN_TRAINING, LOGITS_IN_EVALUATION = 10, 5
 HEAD_ROWS, HEAD_VALUES = 16384, 8  # rows of the head copied at once, float32 values for each weight
@@ -65,6 +66,19 @@ class Shapes:
         """First matrices of an FFN: gate and up, or up alone."""
         return 2 if self.layout and self.layout["gate"] else 1
 
+    @property
+    def by_estimate(self) -> bool:
+        """Whether neurons left out count by estimate."""
+        return any(layer.get("unselected") for layer in self.layers)
+
+    @property
+    def live_copies(self) -> int:
+        """Numbers in the low-bit copies that stand for estimates on the dense model."""
+        if not self.by_estimate:
+            return 0
+        neurons = sum(layer["num_neurons"] for layer in self.layers)
+        return int(neurons * self.config.hidden_size * (self.matrices + 1))
+
 
 def calibration_rows(recipe: Recipe) -> int:
     """Tokens that statistics are taken on, rounded up to whole windows."""
@@ -102,21 +116,26 @@ def _training(shapes: Shapes, recipe: FinetuneRecipe) -> int:
     """What a training step holds besides the student's weights.
 
     That is the teacher's copy of the trained weights, gradients and two moments; with low-rank
-    updates the products in place of the weights and their gradients, and no copy. Checkpoints copy
-    nothing.
+    updates the products in place of the weights and their gradients, and no copy; and low-bit
+    copies where neurons left out count by them. Checkpoints copy nothing.
     """
     trained, factors = trained_numel(shapes, recipe)
     weights = trained + 3 * trained
     if recipe.lora_rank is not None:
         weights = 2 * trained + 4 * factors
+    weights += shapes.live_copies
     vocabulary, tokens = shapes.config.vocab_size, recipe.window
     per_token = shapes.config.num_hidden_layers * (
-        KEPT_WIDTHS * shapes.config.hidden_size + KEPT_NEURONS * shapes.neurons
+        KEPT_WIDTHS * shapes.config.hidden_size + _kept_neurons(shapes) * shapes.neurons
     )
     logits = 0
     if recipe.loss.kl or recipe.loss.lm:
         logits = LOGITS_IN_TRAINING * min(tokens * vocabulary, TRAINING_LOGITS)
     return 4 * (weights + tokens * per_token + logits)
+
+
+def _kept_neurons(shapes: Shapes) -> int:
+    return KEPT_NEURONS + KEPT_NEURONS_BY_ESTIMATE * shapes.by_estimate
 
 
 def trained_numel(shapes: Shapes, recipe: FinetuneRecipe) -> tuple[int, int]:
@@ -151,12 +170,16 @@ def _evaluating(shapes: Shapes, recipe: Recipe) -> int:
 
 
 def _beside_layer(shapes: Shapes, layer: Mapping[str, Any]) -> int:
-    """Float32 values beside one layer's weights: its predictor, and the down matrix by rows."""
+    """Float32 values beside one layer's weights: its predictor, and the down matrix by rows.
+
+    Where neurons left out count by estimate, the low-bit copy of that matrix too.
+    """
     width, predictor = shapes.config.hidden_size, layer["predictor"]
     outputs = shapes.matrices * layer["num_neurons"]
     copies = 0 if predictor["kind"] == "lr" else outputs * width
     factors = (predictor["rank"] or 0) * (outputs + width)
-    return copies + factors + layer["num_neurons"] * width
+    downs = 2 if layer.get("unselected") else 1
+    return copies + factors + downs * layer["num_neurons"] * width
 
 
 # --------------------------------------------------------------------------- the budget search
@@ -169,8 +192,9 @@ def search_of(recipe: Recipe) -> BudgetRecipe | None:
 
 
 def _searching(shapes: Shapes, recipe: Recipe) -> int:
-    """Bytes of a budget search: dense probabilities of two texts, logits, and either what the
-    layers returned in four passes or, for slopes, what a pass back needs of one window."""
+    """Bytes of a budget search: dense probabilities of two texts, logits, low-bit copies where
+    neurons left out count by them, and either what the layers returned in four passes or, for
+    slopes, what a pass back needs of one window."""
     budget, config = search_of(recipe), shapes.config
     if budget is None or not shapes.layers:
         return 0
@@ -180,6 +204,6 @@ def _searching(shapes: Shapes, recipe: Recipe) -> int:
         for count in (rows, min(rows, recipe.data.num_held_tokens))
         if count * config.vocab_size <= PROBABILITIES_KEPT
     )
-    per_token = layers * (16 * width + 8 * shapes.neurons)
+    per_token = layers * (16 * width + _kept_neurons(shapes) * shapes.neurons)
     passes = 4 * rows * layers * width if budget.method == "evolution" else 256 * per_token
-    return 4 * (kept + 4 * LOGITS_AT_ONCE + passes)
+    return 4 * (kept + 4 * LOGITS_AT_ONCE + passes + shapes.live_copies)

@@ -96,7 +96,7 @@ def _masked(
     """The dense model on each text, selecting by exact scores; the rest as the recipe says."""
     copies: Sequence[LiveCopies] = ()
     if ffn.unselected is not None:
-        copies = live_copies(run.model, run.layout, ffn, selects=False)
+        copies = live_copies(run.model, run.layout, ffn)
     with ExitStack() as stack:
         models = [
             MaskedModel(run.model, run.layout, ids_WT, score=ffn.score, copies=copies)

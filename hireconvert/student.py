@@ -1,13 +1,13 @@
 """A model in training that selects: hooks that zero what a layer would not keep when decoding.
 
 The hook sits before the down projection, whose input is act(gate x) * up x in every layout, so no
-family needs code of its own. The first neurons are the common ones and groups are contiguous, as
-the export stores them.
+family needs code of its own; another behind it adds what neurons left out count by estimate. The
+first neurons are the common ones and groups are contiguous, as the export stores them.
 
 Shape suffixes: N rows (tokens), D width, F neurons, S selectable units, T tokens of a window.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hireconvert.families import Layout, base_model, ffn_parts, num_layers
+from hireconvert.lowbit import LiveCopies
 from hireconvert.runtime.hire_ffn import FfnParts
 from hireconvert.runtime.hire_predict import Predictor, num_active, unit_scores, varies
 from hireconvert.runtime.hire_select import candidate_mask, kept_mask
@@ -62,15 +63,36 @@ class Selection:
         return round_half_up(start + (target - start) * self.progress)
 
 
+class _StraightThrough(torch.autograd.Function):
+    """The value given, with gradients as if it were the live tensor."""
+
+    @staticmethod
+    def forward(_context: Any, _live: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(_context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None
+
+
 class LayerStudent:
     """The selection of one layer; by exact scores, or by `predictor` once there is one.
 
     A rule that keeps another number at each row needs its predictor and the end of the annealing;
-    until then every row keeps the mean number.
+    until then every row keeps the mean number. With `copies`, neurons left out count by estimate,
+    by that of the predictor once there is one; gradients are those of the dense model.
     """
 
-    def __init__(self, parts: FfnParts, counts: Mapping[str, Any], selection: Selection) -> None:
+    def __init__(
+        self,
+        parts: FfnParts,
+        counts: Mapping[str, Any],
+        selection: Selection,
+        copies: LiveCopies | None = None,
+    ) -> None:
         self.parts, self.counts, self.selection = parts, dict(counts), selection
+        self.copies = copies
+        self.rest: torch.Tensor | None = None  # hidden values of the neurons left out, on their way
         self.predictor: Predictor | None = None
         self.norm_F = torch.empty(0)
         self.input_ND: torch.Tensor | None = None  # what the FFN got last, while wanted
@@ -80,13 +102,21 @@ class LayerStudent:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take the norms of the output vectors as they are now."""
+        """Take the norms of the output vectors, and the low-bit copies, as the weights are now."""
         norm_F = self.parts.down_FD().norm(dim=1)
         self.norm_F = norm_F if self.counts["score"] == "norm" else torch.ones_like(norm_F)
+        if self.copies is not None:
+            self.copies.refresh()
+
+    def predict_by(self, predictor: Predictor, counts: Mapping[str, Any]) -> None:
+        """Select, and estimate, by a predictor from now on."""
+        self.predictor, self.counts = predictor, dict(counts)
+        if self.copies is not None:
+            self.copies.release_first()
 
     def see_input(self, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         """Pre-hook of the up projection."""
-        if self.predictor is not None or self.wants_input:
+        if self.predictor is not None or self.copies is not None or self.wants_input:
             self.input_ND = args[0].detach().flatten(0, -2).float()
 
     def mask_hidden(
@@ -96,29 +126,48 @@ class LayerStudent:
         h = args[0]
         with torch.no_grad():
             h_NF = h.detach().flatten(0, -2).float()
-            mask_NF = self._mask(h_NF.abs() * self.norm_F)
+            unit_NS, value_NF = self._estimated()
+            mask_NF, candidate_NF = self._masks(h_NF.abs() * self.norm_F, unit_NS)
+            mask_NF = self._with_prefix(mask_NF)
             self.rows += len(mask_NF)
             self.kept_sum += float(mask_NF.sum())
-        return (h * mask_NF.view(h.shape), *args[1:])
+            if value_NF is not None:
+                value_NF = torch.where(candidate_NF, h_NF, value_NF).to(h.dtype)
+        mask = mask_NF.view(h.shape)
+        if value_NF is not None:
+            self.rest = _StraightThrough.apply(h, value_NF.view(h.shape)) * ~mask
+        return (h * mask, *args[1:])
 
-    def _mask(self, score_NF: torch.Tensor) -> torch.Tensor:
+    def add_rest(self, _module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor | None:
+        """Hook behind the down projection."""
+        if self.copies is None or self.rest is None:
+            return None
+        down_FD = _StraightThrough.apply(self.parts.down_FD(), self.copies.down_FD)
+        rest, self.rest = self.rest, None
+        return output + rest @ down_FD
+
+    def _masks(
+        self, score_NF: torch.Tensor, unit_NS: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """bool [N, F] each: the neurons kept, and those computed exactly."""
         counts, selection = self.counts, self.selection
-        if self.predictor is not None and varies(counts) and selection.progress == 1:
-            unit_NS = self._estimated()
+        if unit_NS is not None and varies(counts) and selection.progress == 1:
             candidate_NF = candidate_mask(counts, unit_NS)
-            return self._with_prefix(kept_mask(counts, candidate_NF, unit_NS, score_NF))
+            return kept_mask(counts, candidate_NF, unit_NS, score_NF), candidate_NF
         kept = selection.count(num_active(counts), counts["num_neurons"])
-        unit_NS = self._units(score_NF)
-        if self.predictor is not None:
-            candidates = selection.count(counts["num_candidates"], counts["num_neurons"])
-            chosen_NS = self._best(self._estimated(), candidates)
-            unit_NS = unit_NS.where(chosen_NS, -1.0)
-        mask_NS = self._best(unit_NS, kept)
-        common, group = counts["num_common"], counts["group_size"]
+        candidates = selection.count(counts["num_candidates"], counts["num_neurons"])
+        exact_NS = self._units(score_NF)
+        chosen_NS = self._best(exact_NS if unit_NS is None else unit_NS, candidates)
+        mask_NS = self._best(exact_NS.where(chosen_NS, -1.0), kept)
+        return self._neurons(mask_NS), self._neurons(chosen_NS)
+
+    def _neurons(self, mask_NS: torch.Tensor) -> torch.Tensor:
+        """A mask of units as one of neurons, the common ones in front."""
+        common, group = self.counts["num_common"], self.counts["group_size"]
         mask_NF = mask_NS.repeat_interleave(group, dim=1) if group > 1 else mask_NS
         if common:
             mask_NF = torch.cat([mask_NF.new_ones(len(mask_NF), common), mask_NF], dim=1)
-        return self._with_prefix(mask_NF)
+        return mask_NF
 
     def _with_prefix(self, mask_NF: torch.Tensor) -> torch.Tensor:
         if not self.selection.dense_prefix:
@@ -129,14 +178,23 @@ class LayerStudent:
     def _units(self, score_NF: torch.Tensor) -> torch.Tensor:
         return unit_scores(score_NF[:, self.counts["num_common"] :], self.counts["group_size"])
 
-    def _estimated(self) -> torch.Tensor:
-        assert self.predictor is not None and self.input_ND is not None
-        predictor, common = self.predictor, self.counts["num_common"]
+    def _estimated(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(predicted scores of the units, or None; estimated hidden values, or None)."""
+        predictor, copies, gated = self.predictor, self.copies, self.parts.gate is not None
+        if predictor is None and copies is None:
+            return None, None
+        assert self.input_ND is not None
+        if predictor is None:
+            assert copies is not None
+            return None, copies.values(self.input_ND)
+        z_NM = predictor.estimate(self.input_ND)
         if self.counts["predictor"]["groups"]:
-            return predictor.estimate(self.input_ND)[:, common // self.counts["group_size"] :]
-        gated = self.parts.gate is not None
-        size_NF = predictor.magnitudes(self.input_ND, self.parts.act, gated=gated)
-        return self._units(size_NF * self.norm_F)
+            return z_NM[:, self.counts["num_common"] // self.counts["group_size"] :], None
+        size_NF = predictor.sizes(z_NM, self.parts.act, gated=gated)
+        unit_NS = self._units(size_NF * self.norm_F)
+        if copies is None:
+            return unit_NS, None
+        return unit_NS, predictor.values(z_NM, self.parts.act, gated=gated)
 
     def _best(self, unit_NS: torch.Tensor, count: int) -> torch.Tensor:
         number = (count - self.counts["num_common"]) // self.counts["group_size"]
@@ -166,16 +224,26 @@ class Student:
 
 @contextmanager
 def selecting(
-    model: PreTrainedModel, layout: Layout, specs: list[dict[str, Any]], selection: Selection
+    model: PreTrainedModel,
+    layout: Layout,
+    specs: list[dict[str, Any]],
+    selection: Selection,
+    *,
+    copies: Sequence[LiveCopies] = (),
 ) -> Iterator[Student]:
-    """The model selects inside the block, in every layer, at every row past the dense prefix."""
+    """The model selects inside the block, in every layer, at every row past the dense prefix.
+
+    `copies` (one a layer, output vectors included) belong to specs with `unselected`.
+    """
     hooks, layers = [], []
     for index, counts in enumerate(specs):
         parts = ffn_parts(model, layout, index)
-        layer = LayerStudent(parts, counts, selection)
+        own = copies[index] if counts.get("unselected") else None
+        layer = LayerStudent(parts, counts, selection, own)
         layer.refresh()
         hooks.append(parts.up.module.register_forward_pre_hook(layer.see_input))
         hooks.append(parts.down.module.register_forward_pre_hook(layer.mask_hidden))
+        hooks.append(parts.down.module.register_forward_hook(layer.add_rest))
         layers.append(layer)
     student = Student(layers, selection)
     try:

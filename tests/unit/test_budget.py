@@ -217,7 +217,7 @@ def test_neurons_left_out_count_by_copies(family: str) -> None:
     model, ids_WT = tiny_model(family), tokens(2, 24)
     layout, active = find_layout(model), (24, 20, 18)[: num_layers(model)]
     ffn = FfnRecipe(keep_fraction=0.5, unselected=UNSELECTED, **ROUGH)
-    copies = live_copies(model, layout, ffn, selects=False)
+    copies = live_copies(model, layout, ffn)
     with MaskedModel(model, layout, ids_WT, copies=copies) as masked:
         score, trace = masked.measure(active)
         assert masked.measure(masked.neurons)[0].kl == 0.0
@@ -239,7 +239,7 @@ def test_slopes_are_the_derivatives_by_the_neurons_at_the_edge(family: str) -> N
     layout, count = find_layout(model), num_layers(model)
     active = (16, 20, 18)[:count]
     ffn = FfnRecipe(keep_fraction=0.5, unselected=UNSELECTED, **ROUGH)
-    copies = live_copies(model, layout, ffn, selects=False)
+    copies = live_copies(model, layout, ffn)
     with MaskedModel(model, layout, ids_WT, copies=copies) as masked:
         slopes = masked.slopes(active, (4,) * count)
     model.requires_grad_(False)
@@ -339,7 +339,7 @@ def search(
     model, ffn = tiny_model("llama"), recipe(keep, **changes)
     layout, allocation = find_layout(model), Allocation((NEURONS,) * 3, ffn)
     memo = Memo(path, {"seed": seed})
-    copies = live_copies(model, layout, ffn, selects=False) if ffn.unselected else ()
+    copies = live_copies(model, layout, ffn) if ffn.unselected else ()
     with (
         MaskedModel(model, layout, tokens(4, 16, seed=1), copies=copies) as first,
         MaskedModel(model, layout, tokens(4, 16, seed=2), copies=copies) as second,

@@ -1,24 +1,41 @@
 """The losses against their plain forms, the student's mask against the runtime's, and training."""
 
+import contextlib
 import copy
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import linear
 from transformers import NemotronConfig, NemotronForCausalLM
 
 from hireconvert.distill import distill_layer
 from hireconvert.errors import InputError
-from hireconvert.families import find_layout, num_layers
-from hireconvert.finetune import CHECKPOINT, PREDICTORS, finetune
+from hireconvert.families import ffn_parts, find_layout, layer_owner, num_layers
+from hireconvert.finetune import CHECKPOINT, PREDICTORS, Fit, finetune
+from hireconvert.lowbit import LiveCopies, live_copies
 from hireconvert.measures import hire_layers, hire_scope
 from hireconvert.objectives import LogitsLoss, feature_loss
-from hireconvert.schema import FfnRecipe, FinetuneLossRecipe, FinetuneRecipe, PredictorRecipe
+from hireconvert.schema import (
+    FfnRecipe,
+    FinetuneLossRecipe,
+    FinetuneRecipe,
+    PredictorRecipe,
+    UnselectedRecipe,
+)
+from hireconvert.scoring import layer_counts
 from hireconvert.student import Selection, selecting, trained_weights
-from tests.tiny import FAMILIES, hire_model, tiny_model, tokens
+from tests.tiny import FAMILIES, NEURONS, hire_model, tiny_model, tokens
 
 FFN = FfnRecipe(keep_fraction=0.25, over_select=1.5)
+FORMS: dict[str, Any] = {
+    "unselected": UnselectedRecipe(bits=4, block=16),
+    "predictor": PredictorRecipe(bits=3, block=16),
+}
+BY_ESTIMATE = FFN.model_copy(update=FORMS)
 
 
 def recipe(**changes: Any) -> FinetuneRecipe:
@@ -26,7 +43,9 @@ def recipe(**changes: Any) -> FinetuneRecipe:
     return FinetuneRecipe(**{**settings, "checkpoint_steps": 2, "anneal": 0.0, **changes})
 
 
-def train(folder: Path | None = None, *, steps: int = 6, **changes: Any) -> tuple[Any, Any]:
+def train(
+    folder: Path | None = None, *, steps: int = 6, ffn: FfnRecipe = FFN, **changes: Any
+) -> tuple[Any, Any]:
     """(model, report) of a short run on random tokens, the same ones every time."""
     model = tiny_model("llama")
     layout = find_layout(model)
@@ -36,10 +55,10 @@ def train(folder: Path | None = None, *, steps: int = 6, **changes: Any) -> tupl
         layout,
         tokens(2 * steps, 16),
         recipe=recipe(**changes),
-        ffn=FFN,
+        ffn=ffn,
         seed=3,
         checkpoint=folder,
-        fit=_fit,
+        fit=fitting(ffn),
     )
     return model, report
 
@@ -111,6 +130,144 @@ def test_the_students_mask_is_that_of_the_runtime_where_all_are_candidates(famil
     assert not torch.allclose(dense, found, atol=1e-2)  # and selection did change something
 
 
+# --------------------------------------------------------------------------- the rest by estimate
+
+GROUPS = {"group_size": 4, "common_path": 0.125}
+KEPT = 0.25
+
+
+def twin_ffn(
+    parts: Any, copies: LiveCopies, counts: dict[str, Any], x: torch.Tensor, prefix: int
+) -> torch.Tensor:
+    """One FFN in plain arithmetic: neurons left out count by copies, with the dense gradients."""
+    up, gate = parts.up, parts.gate
+    h = linear(x, up.weight_out_in(), up.bias())
+    h = (
+        parts.act(h)
+        if gate is None
+        else parts.act(linear(x, gate.weight_out_in(), gate.bias())) * h
+    )
+    common, group, live_FD = counts["num_common"], counts["group_size"], parts.down_FD()
+    size = (h.detach() * live_FD.detach().norm(dim=1)).abs()[..., common:]
+    unit = size.unflatten(-1, (-1, group)).square().sum(-1)
+
+    def best(num: int) -> torch.Tensor:
+        place = unit.topk((num - common) // group, dim=-1).indices
+        chosen = torch.zeros_like(unit).scatter(-1, place, 1.0).repeat_interleave(group, -1)
+        chosen = torch.cat([torch.ones_like(h[..., :common]), chosen], dim=-1)
+        chosen[:, :prefix] = 1.0
+        return chosen
+
+    kept, named = best(counts["num_kept"]), best(counts["num_candidates"])
+    value = torch.where(named > 0, h, copies.values(x.detach()))
+    value = h + (value - h).detach()
+    assert copies.down_FD is not None
+    copy_FD = live_FD + (copies.down_FD - live_FD).detach()
+    y = (h * kept) @ live_FD + (value * (1 - kept)) @ copy_FD
+    bias = parts.down.bias()
+    return y if bias is None else y + bias
+
+
+@pytest.mark.parametrize("changes", [{}, GROUPS], ids=["neurons", "groups"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt2", "llama_bias"])
+def test_the_rest_counts_by_copies_with_the_gradients_of_the_dense_model(
+    family: str, changes: dict[str, Any]
+) -> None:
+    ids, found, layout = tokens(2, 12), {}, find_layout(tiny_model(family))
+    ffn = BY_ESTIMATE.model_copy(update=changes)
+    counts = layer_counts(NEURONS, ffn, KEPT)
+    weight_LV = torch.randn(24, 96, generator=torch.Generator().manual_seed(1))
+    for name in ("student", "twin"):
+        model = tiny_model(family)
+        copies = live_copies(model, layout, ffn)
+        specs = [counts] * num_layers(model)
+        with contextlib.ExitStack() as stack:
+            if name == "student":
+                selection = Selection(KEPT, 12, dense_prefix=3)
+                stack.enter_context(selecting(model, layout, specs, selection, copies=copies))
+            else:
+                for index, own in enumerate(copies):
+                    parts = ffn_parts(model, layout, index)
+                    forward = functools.partial(twin_ffn, parts, own, counts, prefix=3)
+                    stack.enter_context(replaced(layer_owner(model, layout, index), forward))
+            logits = model(input_ids=ids, use_cache=False).logits
+            (logits.flatten(0, 1) * weight_LV).sum().backward()
+        gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+        found[name] = logits.detach(), gradients
+    torch.testing.assert_close(*(found[name][0] for name in found), rtol=1e-4, atol=1e-4)
+    student, twin = (gradients for _, gradients in found.values())
+    assert student.keys() == twin.keys() and len(student) > 10
+    for key, gradient in student.items():
+        largest = float(twin[key].abs().max())
+        torch.testing.assert_close(gradient, twin[key], rtol=1e-3, atol=1e-4 * largest)
+
+
+@contextlib.contextmanager
+def replaced(module: Any, forward: Any) -> Iterator[None]:
+    module.forward = forward
+    yield
+    del module.forward
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_the_rest_brings_the_student_back_to_the_dense_model(family: str) -> None:
+    """And follows weights that move: the copies at `refresh`, the exact part at once."""
+    model, ids = tiny_model(family), tokens(2, 12)
+    layout, counts, far = find_layout(model), layer_counts(NEURONS, BY_ESTIMATE, KEPT), []
+    specs = [counts] * num_layers(model)
+    fine = {"unselected": UnselectedRecipe(bits=8, block=16), "predictor": PredictorRecipe(bits=8)}
+    with torch.no_grad():
+        dense = model(input_ids=ids, use_cache=False).logits
+        for changes in ({}, fine):
+            copies = live_copies(model, layout, FFN.model_copy(update={**FORMS, **changes}))
+            with selecting(model, layout, specs, Selection(KEPT, 12), copies=copies):
+                far.append(_distance(model(input_ids=ids, use_cache=False).logits, dense))
+        with selecting(model, layout, specs, Selection(KEPT, 12), copies=copies) as student:
+            for index in range(num_layers(model)):
+                for part in ffn_parts(model, layout, index).matrices():
+                    part.weight_out_in().mul_(0.8)
+            stale = model(input_ids=ids, use_cache=False).logits
+            for layer in student.layers:
+                layer.refresh()
+            fresh = model(input_ids=ids, use_cache=False).logits
+        moved = model(input_ids=ids, use_cache=False).logits
+        without = {key: value for key, value in counts.items() if key != "unselected"}
+        with selecting(model, layout, [without] * len(specs), Selection(KEPT, 12)):
+            far.append(_distance(model(input_ids=ids, use_cache=False).logits, moved))
+    assert far[1] < 0.1 * far[0] < 0.1 * far[2]
+    assert _distance(fresh, moved) < 0.2 * _distance(stale, moved)
+
+
+def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm())
+
+
+@pytest.mark.parametrize("keep", ["top_k", "candidates"])
+@pytest.mark.parametrize(
+    "changes", [{}, GROUPS, {"selection": "threshold"}], ids=["fixed", "groups", "threshold"]
+)
+def test_predictors_estimate_the_rest_as_the_runtime_does(
+    keep: str, changes: dict[str, Any]
+) -> None:
+    settings = {"keep_fraction": 0.375, "over_select": 1.25, "keep": keep, **FORMS, **changes}
+    settings["predictor"] = {"bits": 3, "block": 16}
+    model, plain, ids = hire_model(tiny_model("llama"), ffn=settings), tiny_model("llama"), None
+    plain.load_state_dict(model.state_dict())  # neurons in the converted order
+    ids = tokens(1, 24)
+    with hire_scope(model, "all"), torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+    layers, layout = hire_layers(model), find_layout(plain)
+    counts = [layer.spec for layer in layers.values()]
+    copies = live_copies(plain, layout, BY_ESTIMATE)
+    with selecting(plain, layout, counts, Selection(0.1, 24), copies=copies) as student:
+        for mine, theirs in zip(student.layers, layers.values(), strict=True):
+            mine.predict_by(theirs.prepared.predictor, theirs.spec)
+            mine.refresh()
+        with torch.no_grad():
+            found = plain(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 GROUPED = {"group_size": 4, "common_path": 0.125}
 
 
@@ -172,10 +329,17 @@ FFN_COUNTS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    "loss",
-    [{"kl": 1.0}, {"kl": 0.0, "features": 1.0}, {"kl": 0.0, "lm": 1.0}, {"features": 0.5}],
+    ("loss", "ffn"),
+    [
+        ({"kl": 1.0}, FFN),
+        ({"kl": 0.0, "features": 1.0}, FFN),
+        ({"kl": 0.0, "lm": 1.0}, FFN),
+        ({"features": 0.5}, FFN),
+        ({"kl": 1.0}, BY_ESTIMATE),
+    ],
+    ids=["kl", "features", "lm", "kl+features", "kl, the rest by estimate"],
 )
-def test_training_lowers_the_loss_it_minimises(loss: dict[str, float]) -> None:
+def test_training_lowers_the_loss_it_minimises(loss: dict[str, float], ffn: FfnRecipe) -> None:
     """The same windows come again, so that a falling loss means what it says."""
     model = tiny_model("llama")
     before = copy.deepcopy(model)
@@ -184,7 +348,7 @@ def test_training_lowers_the_loss_it_minimises(loss: dict[str, float]) -> None:
         find_layout(model),
         tokens(2, 16).repeat(20, 1),
         recipe=recipe(loss=FinetuneLossRecipe(**loss), learning_rate=1e-3),
-        ffn=FFN,
+        ffn=ffn,
         seed=0,
     )
     assert report["steps"] == 20
@@ -211,13 +375,18 @@ def test_training_lowers_the_loss_it_minimises(loss: dict[str, float]) -> None:
         {"parameters": "all_but_embeddings"},
         {"precision": "bfloat16"},
         {"loss": FinetuneLossRecipe(kl=0.0, features=1.0)},  # reaches no last norm
+        {"ffn": BY_ESTIMATE},
+        {"ffn": BY_ESTIMATE, "lora_rank": 4, "precision": "bfloat16", "dense_prefix": 0.5},
+        {"ffn": BY_ESTIMATE, "mask": "oracle_then_predicted"},
     ],
-    ids=str,
+    ids=lambda changes: str({**changes, "ffn": "by estimate"} if "ffn" in changes else changes),
 )
 def test_a_continued_run_gives_the_weights_of_one_that_was_never_stopped(
     changes: dict[str, Any], tmp_path: Path
 ) -> None:
     whole, report = train(**changes)
+    ffn = changes.get("ffn", FFN)
+    settings = recipe(**{key: value for key, value in changes.items() if key != "ffn"})
     for stop in (3, 5):  # the last checkpoints then hold steps 2 and 4
 
         class Killed(Exception):
@@ -233,11 +402,11 @@ def test_a_continued_run_gives_the_weights_of_one_that_was_never_stopped(
                 model,
                 find_layout(model),
                 tokens(12, 16),
-                recipe=recipe(**changes),
-                ffn=FFN,
+                recipe=settings,
+                ffn=ffn,
                 seed=3,
                 checkpoint=tmp_path,
-                fit=_fit,
+                fit=fitting(ffn),
                 progress=kill,
             )
         assert (tmp_path / CHECKPOINT).exists()
@@ -261,20 +430,23 @@ def test_a_run_killed_while_predictors_are_fitted_continues_to_the_same_weights(
     class Killed(Exception):
         pass
 
-    def kill(*_args: Any) -> Any:
+    def kill(*_args: Any, **_options: Any) -> Any:
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setitem(globals(), "_fit", kill)
+        patch.setitem(globals(), "distill_layer", kill)
         train(tmp_path, **changes)
     assert (tmp_path / CHECKPOINT).exists() and not (tmp_path / PREDICTORS).exists()
     assert equal(whole, train(tmp_path, **changes)[0])
 
 
-def _fit(index: int, weights: Any, fit_ND: Any, held_ND: Any) -> tuple[Any, Any]:
-    predictor = PredictorRecipe(bits=4, block=16)
-    result = distill_layer(weights, fit_ND, held_ND, FFN, predictor, 0.25, seed=index)
-    return result.spec, result.tensors
+def fitting(ffn: FfnRecipe) -> Fit:
+    def fit(index: int, weights: Any, fit_ND: Any, held_ND: Any) -> tuple[Any, Any]:
+        predictor = PredictorRecipe(bits=4, block=16)
+        result = distill_layer(weights, fit_ND, held_ND, ffn, predictor, 0.25, seed=index)
+        return result.spec, result.tensors
+
+    return fit
 
 
 def test_what_is_trained_follows_the_recipe() -> None:

@@ -96,7 +96,7 @@ def test_estimates_follow_the_recipe_layer_by_layer() -> None:
     with pytest.raises(UsageError, match=r"ffn\.predictor: 2 values for 3 layers"):
         estimates_of(ffn, 3, selects=True)
     changes = {"keep": "candidates", "unselected": UnselectedRecipe(bits=2, block=24)}
-    (only,) = estimates_of(FfnRecipe(keep_fraction=0.5, **changes), 1, selects=False)
+    (only,) = estimates_of(FfnRecipe(keep_fraction=0.5, **changes), 1)
     assert only == Estimate(GridFormat(4, 64, True), GridFormat(2, 24, False))
 
 
