@@ -3,15 +3,16 @@
     hireconvert convert MODEL OUT --recipe RECIPE --set data.source=TEXT
     python tools/evidence_quality.py --model MODEL --converted OUT --data DIR --out TABLE.md \\
         [--keep 0.5 0.4] [--arms oracle dropped estimated] [--tokens 12288] [--label TEXT]
+        [--texts wiki c4 stdlib chat]
 
-Texts: DIR/heldout_wiki.txt, DIR/heldout_c4.txt and sources of Python's standard library. Selection
-is forced at every position. `oracle`: the best neurons by exact score, others zero; `dropped`: the
-predictor's choice, others zero; `estimated`: the predictor's choice, others by estimate, which is
-what a checkpoint with `ffn.unselected` runs. A predictor does not depend on the share kept, so one
-checkpoint serves every row; its numbers of neurons are set in memory. All figures are paired
-against the dense model on the same windows; intervals are 95 %, bootstrapped over windows.
-Rows already in TABLE.jsonl are not measured again. Shape suffixes: N rows (scored positions),
-D width, W windows, T tokens.
+Texts: DIR/heldout_wiki.txt, DIR/heldout_c4.txt, sources of Python's standard library, and `chat`,
+answers that the dense model samples to prompts in its chat template. Selection is forced at every
+position. `oracle`: the best neurons by exact score, others zero; `dropped`: the predictor's choice,
+others zero; `estimated`: the predictor's choice, others by estimate, which is what a checkpoint
+with `ffn.unselected` runs. A predictor does not depend on the share kept, so one checkpoint serves
+every row; its numbers of neurons are set in memory. All figures are paired against the dense model
+on the same windows; intervals are 95 %, bootstrapped over windows. Rows already in TABLE.jsonl are
+not measured again. Shape suffixes: N rows (scored positions), D width, W windows, T tokens.
 """
 
 import argparse
@@ -32,6 +33,52 @@ from hireconvert.scoring import round_half_up
 
 WEIGHT_BYTES = 2  # bytes are told as a share of a bfloat16 FFN
 ARMS = ("oracle", "dropped", "estimated")
+TEXTS = ("wiki", "c4", "stdlib", "chat")
+ANSWER_TOKENS, ANSWERS = 200, 2  # at most, and how many to each prompt
+PROMPTS = (
+    "Explain how a refrigerator keeps food cold.",
+    "Write a Python function that returns the second largest number of a list.",
+    "Give me a packing list for three days in the mountains.",
+    "What is the difference between a virus and a bacterium?",
+    "Write a polite e-mail asking to move a meeting to Thursday.",
+    "A train covers 150 km in 2.5 hours. What is its average speed? Show the steps.",
+    "Tell a short story about a lighthouse keeper who finds a letter.",
+    "Summarize the causes of the First World War in five sentences.",
+    "How do I undo the last commit in git without losing my changes?",
+    "Suggest three healthy breakfasts and say why they are healthy.",
+    "Translate into French: The library opens at nine and closes at six.",
+    "What should I look at before I buy a used bicycle?",
+    "Write a haiku about rain and explain its form.",
+    "Sort these words alphabetically: pear, apple, fig, cherry, banana.",
+    "Explain recursion to a ten-year-old with an example.",
+    "List the planets of the solar system from the largest to the smallest.",
+)
+
+
+@torch.no_grad()
+def chat_windows(model: Any, tokenizer: Any, num_tokens: int, window: int) -> torch.Tensor:
+    """int64 [W, T]: conversations one after the other, special tokens included; same for a seed."""
+    torch.manual_seed(0)
+    ids: list[int] = []
+    for prompt in PROMPTS:
+        message = [{"role": "user", "content": prompt}]
+        prompt_1T = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        rows = model.generate(
+            **prompt_1T,
+            do_sample=True,
+            temperature=1.0,
+            top_k=50,
+            max_new_tokens=ANSWER_TOKENS,
+            num_return_sequences=ANSWERS,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+        ids += rows.flatten().tolist()
+        if len(ids) >= num_tokens:
+            break
+    count = min(len(ids), num_tokens) // window
+    return torch.tensor(ids[: count * window]).view(count, window)
 
 
 def keep_share(model: Any, keep: float, *, estimated: bool) -> float:
@@ -93,6 +140,7 @@ def main() -> None:
         parser.add_argument(flag, type=Path, required=True)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.4, 0.35, 0.3, 0.25, 0.2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--texts", nargs="+", choices=TEXTS, default=list(TEXTS[:3]))
     parser.add_argument("--tokens", type=int, default=12288)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--label", default="original")
@@ -107,7 +155,10 @@ def main() -> None:
             text, tokenizer, num_tokens=arguments.tokens, window=arguments.window
         ).ids_WT
         for name, text in texts(arguments.data).items()
+        if name in arguments.texts
     }
+    if "chat" in arguments.texts:
+        windows["chat"] = chat_windows(native, tokenizer, arguments.tokens, arguments.window)
     with torch.no_grad():
         dense = {name: hidden_states(native, ids_WT) for name, ids_WT in windows.items()}
     store = arguments.out.with_suffix(".jsonl")
