@@ -26,9 +26,10 @@ from hireconvert.student import trained_weights
 LIBRARIES_BYTES = 450_000_000  # Python with torch and transformers loaded
 # Float32 values that a pass back needs of one token and layer, in widths and in neurons.
 KEPT_WIDTHS, KEPT_NEURONS = 24, 8
-KEPT_NEURONS_BY_ESTIMATE = 2  # besides, where neurons left out count by estimate
+KEPT_NEURONS_BY_ESTIMATE = 1  # besides, where neurons left out count by estimate
 # Tensors of the size of a chunk of logits that live together.
 LOGITS_IN_TRAINING, LOGITS_IN_EVALUATION = 10, 5
+SEARCH_WINDOW = 256  # tokens that a budget search runs at once: short, so that many texts count
 HEAD_ROWS, HEAD_VALUES = 16384, 8  # rows of the head copied at once, float32 values for each weight
 
 
@@ -205,5 +206,8 @@ def _searching(shapes: Shapes, recipe: Recipe) -> int:
         if count * config.vocab_size <= PROBABILITIES_KEPT
     )
     per_token = layers * (16 * width + _kept_neurons(shapes) * shapes.neurons)
-    passes = 4 * rows * layers * width if budget.method == "evolution" else 256 * per_token
-    return 4 * (kept + 4 * LOGITS_AT_ONCE + passes + shapes.live_copies)
+    passes = (
+        4 * rows * layers * width if budget.method == "evolution" else SEARCH_WINDOW * per_token
+    )
+    logits = 4 * min(SEARCH_WINDOW * config.vocab_size, LOGITS_AT_ONCE)
+    return 4 * (kept + logits + passes + shapes.live_copies)

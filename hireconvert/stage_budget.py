@@ -16,6 +16,7 @@ from hireconvert.budget import Bytes, Found, Memo, Trials, evenly, search_budget
 from hireconvert.data import TokenData
 from hireconvert.lowbit import LiveCopies, live_copies
 from hireconvert.masked import MaskedModel
+from hireconvert.memory import SEARCH_WINDOW
 from hireconvert.planning import Skeleton, planned_hire
 from hireconvert.recipe import FfnRecipe, Recipe
 from hireconvert.schema_budget import BudgetRecipe
@@ -24,7 +25,6 @@ from hireconvert.workspace import write_json
 
 STAGE, STATE, SCORES = "budget", "budget_state", "scores.jsonl"
 ARTIFACTS = (STATE, STAGE)
-WINDOW = 256  # tokens: short windows let many texts have a say
 
 
 def searches(recipe: Recipe) -> bool:
@@ -111,7 +111,8 @@ def _search(run: Run, fingerprint: Mapping[str, Any], tokens: TokenData) -> None
     budget, memo = ffn.budget, Memo(run.space.path(STATE) / SCORES, fingerprint)
     rounds = budget.generations if budget.method == "evolution" else budget.sweeps
     texts = [
-        evenly(ids_WT, budget.num_tokens, WINDOW) for ids_WT in (tokens.fit_WT, tokens.held_WT)
+        evenly(ids_WT, budget.num_tokens, SEARCH_WINDOW)
+        for ids_WT in (tokens.fit_WT, tokens.held_WT)
     ]
     with (
         run.stage(STAGE, fingerprint, "budget search", rounds) as (folder, advance),

@@ -1,8 +1,10 @@
 """Budgets: masked scoring against a plain reference, searches, targets, resuming from the memo."""
 
+import contextlib
 import dataclasses
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from hireconvert.allocation import Allocation, Trades
+from hireconvert.auto import Source, choose
 from hireconvert.budget import (
     Bytes,
     Found,
@@ -31,6 +34,7 @@ from hireconvert.schema_budget import BudgetRecipe, BudgetTargetRecipe
 from hireconvert.scoring import hidden
 from hireconvert.stage_budget import told
 from tests.tiny import NEURONS, tiny_model, tokens
+from tests.tiny_files import save_tiny
 
 FAMILIES = ("llama", "gemma3_text", "phi3", "opt", "gpt2")
 FAST = BudgetRecipe(generations=6, offspring=4, sweeps=3, probe_tokens=16, step=0.1)
@@ -508,3 +512,52 @@ def test_layers_are_those_of_the_base_model() -> None:
     with MaskedModel(model, find_layout(model), tokens(1, 8)) as masked:
         assert len(masked.layers) == num_layers(model)
         assert masked.layers is base_model(model).decoder.layers
+
+
+# --------------------------------------------------------------------------- --auto
+
+
+class Silent:
+    """Shows no progress."""
+
+    def note(self, message: str) -> None:
+        pass
+
+    @contextlib.contextmanager
+    def stage(self, title: str, total: int | None = None) -> Iterator[Any]:
+        yield lambda detail="": None
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Source, str]:
+    """A tiny model of four layers on disk, and an override that names a text."""
+    folder = tmp_path_factory.mktemp("source")
+    text = "\n\n\n".join(f"Note {n}: the quick brown fox, {n * 7} times." for n in range(200))
+    (folder / "notes.txt").write_text(text)
+    model = save_tiny(folder / "model", num_hidden_layers=4)
+    return Source(str(model)), f"data.source={folder / 'notes.txt'}"
+
+
+def test_auto_tries_neurons_left_out_by_estimate(
+    source: tuple[Source, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hireconvert.auto.MOST_TOKENS", 512)
+    model, text = source
+    kl = []
+    for changes in ([], ["ffn.unselected={block: 16}"]):
+        settings = [text, "ffn.predictor.block=16", *changes]
+        found = choose(model, settings, Silent(), max_kl=10.0, out=tmp_path / "out")
+        kl.append({one.keep: one.kl for one in found.tried if one.keep})
+        assert found.chosen.recipe is not None and found.chosen.recipe.ffn is not None
+        assert (found.chosen.recipe.ffn.unselected is not None) == bool(changes)
+    as_zero, by_estimate = kl
+    assert by_estimate and all(by_estimate[keep] < 0.5 * as_zero[keep] for keep in by_estimate)
+
+
+def test_auto_refuses_estimates_that_it_cannot_try(
+    source: tuple[Source, str], tmp_path: Path
+) -> None:
+    model, text = source
+    settings = [text, "ffn.unselected={}", "ffn.predictor={kind: lr, rank: 4}"]
+    with pytest.raises(UsageError, match=r"--auto simulates .* not predictor\.kind lr\. Change"):
+        choose(model, settings, Silent(), max_kl=1.0, out=tmp_path / "out")

@@ -8,10 +8,20 @@ import torch
 from hireconvert.errors import InputError, UsageError
 from hireconvert.families import ffn_parts, find_layout
 from hireconvert.lowbit import Estimate, LiveCopies, estimates_of
+from hireconvert.planning import make_skeleton, plan
 from hireconvert.quantize import GridFormat, decode_codes, fit_grid, round_codes
-from hireconvert.recipe import FfnRecipe, PredictorRecipe, load_recipe
-from hireconvert.schema import UnselectedRecipe
-from tests.tiny import tiny_model
+from hireconvert.recipe import load_recipe
+from hireconvert.schema import (
+    DataRecipe,
+    EvaluateRecipe,
+    FfnRecipe,
+    FinetuneRecipe,
+    PredictorRecipe,
+    Recipe,
+    UnselectedRecipe,
+)
+from hireconvert.schema_budget import BudgetRecipe
+from tests.tiny import NEURONS, WIDTH, tiny_model
 
 FIRST, DOWN = GridFormat(4, 16, True), GridFormat(4, 16, False)
 
@@ -131,3 +141,44 @@ def test_what_rounded_copies_cannot_stand_for_is_refused(
 def test_what_rounded_copies_stand_for_is_accepted(kind: str) -> None:
     recipe = load_recipe("balanced", [LEFT_OUT, SEARCH, TRAIN, f"ffn.predictor.kind={kind}"])
     assert recipe.ffn is not None and recipe.ffn.not_simulated() is None
+
+
+# --------------------------------------------------------------------------- memory
+
+
+def peak(**changes: Any) -> int:
+    """Planned peak memory in bytes of a tiny model under the changed recipe, not evaluated."""
+    model = tiny_model("llama")
+    tensors = {name: ("F32", tuple(each.shape)) for name, each in model.state_dict().items()}
+    tensors.pop("lm_head.weight")  # tied
+    ffn = FfnRecipe(keep_fraction=0.5, **changes.pop("ffn", {}))
+    settings = {"evaluate": EvaluateRecipe(num_tokens=0), **changes}
+    recipe = Recipe(name="test", ffn=ffn, **settings)
+    planned = plan(make_skeleton(model.config.to_dict(), tensors), recipe)
+    return int(planned["peak_memory_bytes"])
+
+
+LAYERS = 3  # of the tiny Llama
+
+
+def test_training_plans_memory_for_the_copies_and_for_what_they_add() -> None:
+    tuned = {"finetune": FinetuneRecipe(window=1024)}
+    by_estimate = {"ffn": {"unselected": UnselectedRecipe()}}
+    copies = LAYERS * 3 * NEURONS * WIDTH
+    per_window = LAYERS * NEURONS * 1024
+    assert peak(**tuned, **by_estimate) - peak(**tuned) == 4 * (copies + per_window)
+
+
+def test_a_search_plans_memory_for_the_copies() -> None:
+    searched = {"mode": "search", "method": "evolution"}
+    plain = {"budget": BudgetRecipe(**searched)}
+    by_estimate = {**plain, "unselected": UnselectedRecipe()}
+    copies = LAYERS * 3 * NEURONS * WIDTH
+    assert peak(ffn=by_estimate) - peak(ffn=plain) == 4 * copies
+
+
+def test_evaluating_plans_memory_for_the_copy_of_the_output_vectors() -> None:
+    evaluated = {"evaluate": EvaluateRecipe(num_tokens=65536)}
+    evaluated |= {"data": DataRecipe(num_tokens=1024, num_held_tokens=65536)}
+    added = peak(**evaluated, ffn={"unselected": UnselectedRecipe()}) - peak(**evaluated)
+    assert added == 4 * LAYERS * NEURONS * WIDTH

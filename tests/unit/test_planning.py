@@ -275,7 +275,8 @@ def test_training_of_experts_plans_nothing() -> None:
 @pytest.mark.parametrize("method", ["greedy", "evolution"])
 def test_a_budget_search_adds_memory_and_says_what_is_shown(method: str) -> None:
     sizes = {"vocab_size": 4000, "num_hidden_layers": 12, "hidden_size": 64}
-    plain = recipe().model_copy(update={"data": DataRecipe(num_tokens=4096)})
+    changes = {"data": DataRecipe(num_tokens=4096), "evaluate": EvaluateRecipe(num_tokens=0)}
+    plain = recipe().model_copy(update=changes)
     assert plain.ffn is not None
     plans = []
     for num_tokens in (4096, 16384):
