@@ -34,10 +34,11 @@ from hireconvert.stages import Reporter
 
 WINDOW, MOST_TOKENS = 256, 4096
 WITHOUT_FFN = "lossless"
+CHOSEN = "ffn.keep_fraction"
 # Shipped recipes and the shares tried with them, from the most to the fewest neurons.
 CANDIDATES = (
-    *(("balanced", keep) for keep in (0.7, 0.6, 0.5)),
-    *(("aggressive", keep) for keep in (0.4, 0.35, 0.3, 0.25, 0.2)),
+    *(("balanced", keep) for keep in (0.5, 0.4, 0.3, 0.25, 0.2)),
+    *(("aggressive", keep) for keep in (0.15, 0.1, 0.05)),
 )
 # Plain rounding of every matrix: name, bits a weight, weights per 16-bit scale (0: one a row).
 ROUNDINGS = (("dense, int8", 8, 0), ("dense, 4 bits in groups of 32", 4, 32))
@@ -89,8 +90,11 @@ def choose(
     """The setting that reads least within the limit; its shares are then searched per layer.
 
     `overrides` change every recipe tried; temporary files lie on the disk of `out` and are
-    removed. Raises whatever opening the model and reading its text raise.
+    removed. Raises UsageError for an override of what is chosen here, and whatever opening the
+    model and reading its text raise.
     """
+    if any(one.partition("=")[0].strip() == CHOSEN for one in overrides):
+        raise UsageError(f"--auto chooses {CHOSEN}; leave out one of the two.")
     with _temporary(out) as folder:
         with reporter.stage("reading the model"):
             checkpoint = open_checkpoint(
@@ -103,6 +107,8 @@ def choose(
         skeleton = make_skeleton(checkpoint.config, tensors)
         tried = _tried(checkpoint, skeleton, overrides, reporter, max_kl)
     own = [one for one in tried if one.recipe is not None and one.kl <= max_kl]
+    if not tried:
+        raise UsageError("--auto has nothing to choose: head is null and no FFN can be converted.")
     if not own:
         raise InputError(
             f"nothing tried keeps within KL {max_kl:g}: "

@@ -217,7 +217,16 @@ def test_auto_says_when_nothing_keeps_within_the_limit(
     arguments = ("convert", inputs["model"], tmp_path / "out", "--auto", "--max-kl", "1e-9", *sets)
     ended = hireconvert(*arguments)
     assert ended.code == 4
-    assert "nothing tried keeps within KL 1e-09: balanced 0.6: 0.00" in ended.err
+    assert "nothing tried keeps within KL 1e-09: balanced 0.5: 0.00" in ended.err
+
+
+@pytest.mark.parametrize("share", ["ffn.keep_fraction=0.4", " ffn.keep_fraction = [0.4, 0.4]"])
+def test_auto_refuses_a_share_that_it_chooses_itself(
+    hireconvert: Cli, inputs: dict[str, str], tmp_path: Path, share: str
+) -> None:
+    arguments = ("convert", inputs["model"], tmp_path / "out", "--auto", "--set", share)
+    ended = hireconvert(*arguments)
+    assert ended.code == 2 and "--auto chooses ffn.keep_fraction" in ended.err
 
 
 def test_auto_within_nothing_but_no_loss_leaves_the_ffn_alone(

@@ -133,7 +133,8 @@ def test_what_rounded_copies_cannot_stand_for_is_refused(
     what = "budget.mode search" if simulates is SEARCH else "finetune"
     assert f"ffn.unselected: {what} simulates estimates by rounded copies" in str(caught.value)
     assert message in str(caught.value)
-    assert load_recipe("balanced", settings).ffn is not None  # left out counts as zero
+    as_zero = [*settings, "ffn.unselected=null"]
+    assert load_recipe("balanced", as_zero).ffn is not None
     assert load_recipe("balanced", [LEFT_OUT, f"ffn.predictor={predictor}"]).ffn is not None
 
 

@@ -166,7 +166,7 @@ WRONG = [
     ("decode=3", "decode: 3 is not a section (a mapping of keys)"),
     ("output.max_shard_gb=0", "output.max_shard_gb: 0 is not a finite number above 0"),
     # between fields
-    ("ffn.common_path=0.5", "ffn.common_path: 0.5 is not below keep_fraction (0.5)"),
+    ("ffn.common_path=0.5", "ffn.common_path: 0.5 is not below keep_fraction (0.25)"),
     ("ffn.predictor.group_scores=true", "ffn.predictor.group_scores: needs ffn.group_size above 1"),
     ("ffn.predictor.kind=auto", "ffn.predictor.target_recall: kind auto needs the recall to reach"),
     ("ffn.predictor.target_recall=.9", "ffn.predictor.target_recall: kind q aims at no recall"),
@@ -346,7 +346,7 @@ def test_data_is_shorthand_and_taken_as_typed(key):
         ("seed=", "expected KEY=VALUE"),
         ("a..b=3", "expected KEY=VALUE"),
         ("name.x=3", "name is 'demo', which has no keys"),
-        ("ffn.keep_fraction.0.x=3", "ffn.keep_fraction is 0.5, which has no keys"),
+        ("ffn.keep_fraction.0.x=3", "ffn.keep_fraction is 0.25, which has no keys"),
         ("ffn.keep_fraction=[1", "not a valid recipe"),
         ("head={bits: 8, bits: 8}", "duplicate key 'bits'"),
     ],
