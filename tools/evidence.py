@@ -2,8 +2,8 @@
 
 python tools/evidence.py --data DIR --out evidence [--only STEP] [--list]
 
-DIR holds heldout_wiki.txt, heldout_c4.txt and finetune/{code,technical}.jsonl.gz; models/ holds
-the three GGUF files (`make evidence` fetches them). A step's table replaces what stands between
+DIR holds calib.txt, heldout_wiki.txt, heldout_c4.txt and finetune/{code,technical}.jsonl.gz; models/
+holds the three GGUF files (`make evidence` fetches them). A step's table replaces what stands between
 `<!-- begin NAME -->` and `<!-- end NAME -->` in docs/log.md. Hours on two cores.
 """
 
@@ -80,9 +80,24 @@ def _quality_steps(data: Path, out: Path) -> list[Step]:
     run = ("--model", hire, "--baseline", source, "--out", gate)
     check = _python("tools/evidence_gate.py", *run)
     return [
+        *(_estimated_step(name, data, out) for name in MODELS),
         Step("budget-smollm2", (search,), out / "budget.done", budget),
         Step("gate-smollm2", (convert, check), out / "gate.done", gate),
     ]
+
+
+def _estimated_step(name: str, data: Path, out: Path) -> Step:
+    """What each share of neurons costs when the rest counts by estimate, on the off-grid twin."""
+    twin, hire, table = (out / f"{kind}_{name}" for kind in ("twin", "estimated", "quality"))
+    table = table.with_suffix(".md")
+    make = _python(RESEARCH / "twin.py", out / name, twin)
+    convert = (
+        *(sys.executable, "-m", "hireconvert", "convert", str(twin), str(hire), "--overwrite"),
+        *("--recipe", "balanced", "--set", "head=null", "--set", f"data.source={data}/calib.txt"),
+    )
+    run = ("--model", twin, "--converted", hire, "--data", data, "--out", table)
+    measure = _python("tools/evidence_quality.py", *run)
+    return Step(f"quality-{name}", (make, convert, measure), out / f"quality_{name}.done", table)
 
 
 def _tables(results: Path) -> tuple[str, ...]:
