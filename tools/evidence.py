@@ -2,9 +2,9 @@
 
 python tools/evidence.py --data DIR --out evidence [--only STEP] [--list]
 
-DIR holds calib.txt, heldout_wiki.txt, heldout_c4.txt and finetune/{code,technical}.jsonl.gz; models/
-holds the three GGUF files (`make evidence` fetches them). A step's table replaces what stands between
-`<!-- begin NAME -->` and `<!-- end NAME -->` in docs/log.md. Hours on two cores.
+DIR holds calib.txt, heldout_wiki.txt, heldout_c4.txt and finetune/{code,technical}.jsonl.gz;
+models/ holds the three GGUF files (`make evidence` fetches them). A step's table replaces what
+stands between `<!-- begin NAME -->` and `<!-- end NAME -->` in docs/log.md. Hours on two cores.
 """
 
 import argparse
