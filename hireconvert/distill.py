@@ -40,7 +40,6 @@ from hireconvert.scoring import (
     ROW_CHUNK,
     candidate_counts,
     cheapest_first,
-    combined,
     exact_scores,
     hidden,
     kth_score,
@@ -305,7 +304,8 @@ def _trained(
     def log_scores(z_BM: torch.Tensor) -> torch.Tensor:
         if spec["groups"]:
             return z_BM[:, common // job.counts["group_size"] :]
-        return _log_units(job, combined(job.weights, z_BM), floor, first=common)
+        value_BF = Predictor.values(z_BM, job.weights.act, gated=job.weights.gate_FD is not None)
+        return _log_units(job, value_BF, floor, first=common)
 
     held_spec = {**job.counts, "predictor": hard_spec, "selection": None}
 

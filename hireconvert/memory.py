@@ -26,7 +26,9 @@ from hireconvert.student import trained_weights
 LIBRARIES_BYTES = 450_000_000  # Python with torch and transformers loaded
 # Float32 values that a pass back needs of one token and layer, in widths and in neurons.
 KEPT_WIDTHS, KEPT_NEURONS = 24, 8
-KEPT_NEURONS_BY_ESTIMATE = 1  # besides, where neurons left out count by estimate
+# Besides, where neurons left out count by estimate: in training, and for slopes, which go back
+# through the estimates too.
+TRAINED_BY_ESTIMATE, SLOPES_BY_ESTIMATE = 1, 4
 # Tensors of the size of a chunk of logits that live together.
 LOGITS_IN_TRAINING, LOGITS_IN_EVALUATION = 10, 5
 SEARCH_WINDOW = 256  # tokens that a budget search runs at once: short, so that many texts count
@@ -127,16 +129,13 @@ def _training(shapes: Shapes, recipe: FinetuneRecipe) -> int:
     weights += shapes.live_copies
     vocabulary, tokens = shapes.config.vocab_size, recipe.window
     per_token = shapes.config.num_hidden_layers * (
-        KEPT_WIDTHS * shapes.config.hidden_size + _kept_neurons(shapes) * shapes.neurons
+        KEPT_WIDTHS * shapes.config.hidden_size
+        + (KEPT_NEURONS + TRAINED_BY_ESTIMATE * shapes.by_estimate) * shapes.neurons
     )
     logits = 0
     if recipe.loss.kl or recipe.loss.lm:
         logits = LOGITS_IN_TRAINING * min(tokens * vocabulary, TRAINING_LOGITS)
     return 4 * (weights + tokens * per_token + logits)
-
-
-def _kept_neurons(shapes: Shapes) -> int:
-    return KEPT_NEURONS + KEPT_NEURONS_BY_ESTIMATE * shapes.by_estimate
 
 
 def trained_numel(shapes: Shapes, recipe: FinetuneRecipe) -> tuple[int, int]:
@@ -205,7 +204,8 @@ def _searching(shapes: Shapes, recipe: Recipe) -> int:
         for count in (rows, min(rows, recipe.data.num_held_tokens))
         if count * config.vocab_size <= PROBABILITIES_KEPT
     )
-    per_token = layers * (16 * width + _kept_neurons(shapes) * shapes.neurons)
+    neurons = (KEPT_NEURONS + SLOPES_BY_ESTIMATE * shapes.by_estimate) * shapes.neurons
+    per_token = layers * (16 * width + neurons)
     passes = (
         4 * rows * layers * width if budget.method == "evolution" else SEARCH_WINDOW * per_token
     )

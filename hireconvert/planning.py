@@ -41,6 +41,7 @@ from hireconvert.scoring import head_spec, layer_counts, predictor_spec
 SMALL_FILES_BYTES = 50_000_000  # tokenizer, report, runtime
 # Float operations beside plain products, as multiples of the products; from runs on two cores.
 SAMPLING_COST, FITTING_COST, SCOPES_COST, BUDGET_COST, FINETUNE_COST = 4.0, 3.0, 8.0, 1.3, 7.0
+FINETUNE_ESTIMATES_COST = 5.0  # of the FFN's products, where neurons left out count by estimate
 
 
 @dataclass(frozen=True)
@@ -279,9 +280,20 @@ def _seconds(skeleton: Skeleton, result: Mapping[str, Any], recipe: Recipe) -> f
             _fitting_operations(row, skeleton, recipe) for row in layers
         )
         operations += SCOPES_COST * per_token * recipe.evaluate.num_tokens
-        operations += BUDGET_COST * per_token * _budget_tokens(recipe)
+        copies = 2.0 * _copied_weights(skeleton, layers)  # what one pass through copies takes
+        operations += BUDGET_COST * (per_token + copies) * _budget_tokens(recipe)
         operations += per_token * _finetune_tokens(recipe)
+        if recipe.finetune is not None:
+            operations += FINETUNE_ESTIMATES_COST * copies * recipe.finetune.num_tokens
     return operations / rate
+
+
+def _copied_weights(skeleton: Skeleton, layers: Sequence[Mapping[str, Any]]) -> int:
+    """Weights of the FFNs of which search and training run copies, for neurons left out."""
+    assert skeleton.layout is not None
+    matrices = 3 if skeleton.layout["gate"] else 2
+    neurons = sum(row["neurons"] for row in layers if row["unselected"])
+    return int(neurons * matrices * skeleton.config.hidden_size)
 
 
 def _fitting_operations(row: Mapping[str, Any], skeleton: Skeleton, recipe: Recipe) -> float:

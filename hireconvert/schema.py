@@ -5,7 +5,7 @@
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, TypeAlias, TypeVar
 
 from pydantic import Discriminator, Field, Tag
 
@@ -17,6 +17,8 @@ from hireconvert.sections import Section as Section
 
 T = TypeVar("T")
 
+Block: TypeAlias = Annotated[int, In(1, 2**24)]  # as long as the format lets one be
+Rows: TypeAlias = Annotated[int, In(1, 2**20)]
 ONE, LIST = "<one>", "<list>"  # tags of a per-layer union, cut out of the key paths of errors
 _BY_SHAPE = Discriminator(lambda value: LIST if isinstance(value, list) else ONE)
 
@@ -100,7 +102,7 @@ class PredictorRecipe(Section):
     bits: Literal[2, 3, 4, 8] = Field(
         default=4, description="bits per weight of the copies (q, qlr)"
     )
-    block: Count = Field(default=64, description="weights per scale (q, qlr)")
+    block: Block = Field(default=64, description="weights per scale (q, qlr)")
     symmetric: bool = Field(
         default=True, description="codes around zero; otherwise each block has an offset"
     )
@@ -146,7 +148,7 @@ class UnselectedRecipe(Section):
     """A low-bit copy of the down projection, through which neurons left out count by estimate."""
 
     bits: Literal[2, 3, 4, 8] = Field(default=4, description="bits per weight of the copy")
-    block: Count = Field(default=32, description="weights per scale")
+    block: Block = Field(default=32, description="weights per scale")
     symmetric: bool = Field(
         default=False, description="codes around zero; otherwise each block has an offset"
     )
@@ -199,6 +201,10 @@ class FfnRecipe(Section):
                 yield "common_path", f"{self.common_path:g} is not below {key} ({keep:g})"
         if self.budget is not None:
             yield from self._budget_problems(self.budget)
+        found = (one.kind for _, one in _each("predictor", self.predictor))
+        if self.selection != "fixed" and self.over_select == 1 and "auto" not in found:
+            why = "with as many candidates as are kept on average no row can keep more"
+            yield "over_select", f"selection {self.selection} needs more than 1: {why}"
         for key, predictor in _each("predictor", self.predictor):
             if predictor.group_scores and self.group_size == 1:
                 yield f"{key}.group_scores", "needs ffn.group_size above 1"
@@ -237,7 +243,7 @@ class HeadRecipe(Section):
 
     kind: Literal["q", "lr"] = Field(default="q", description="low-bit copy, or low-rank factors")
     bits: Literal[8, 4] = Field(default=8, description="bits per weight of the copy (q)")
-    block: CountOrZero = Field(
+    block: Annotated[int, In(0, 2**24)] = Field(
         default=0, description="weights per scale (q); 0 is one scale per row"
     )
     rank: Count = Field(default=256, description="rank of the factors (lr)")
@@ -266,11 +272,11 @@ class HeadRecipe(Section):
 class DecodeRecipe(Section):
     """When the selecting path runs."""
 
-    max_decode_queries: Count = Field(
+    max_decode_queries: Rows = Field(
         default=32,
         description="tokens; a longer query after cached ones is prefill, which is dense",
     )
-    max_sparse_rows: Count = Field(
+    max_sparse_rows: Rows = Field(
         default=32, description="rows (batch times query tokens); more run dense"
     )
 

@@ -298,14 +298,6 @@ def estimated_units(
     return unit_NS.nan_to_num()
 
 
-def combined(weights: FfnWeights, z_NM: torch.Tensor) -> torch.Tensor:
-    """The hidden vector from estimated gate and up values (or up values alone)."""
-    if weights.gate_FD is None:
-        return weights.act(z_NM)
-    gate_NF, up_NF = z_NM.chunk(2, dim=-1)
-    return weights.act(gate_NF) * up_NF
-
-
 def kth_score(score_NS: torch.Tensor, num: int) -> torch.Tensor:
     """The `num`-th largest score of each row, [N, 1]; many times faster than torch.topk here."""
     place = score_NS.shape[1] - num
@@ -375,7 +367,7 @@ def candidate_counts(counts: dict[str, Any]) -> list[int]:
 
 
 def total_bytes(read: dict[str, int]) -> int:
-    """Bytes per token of a converted layer: predictor, candidates and kept rows."""
+    """Bytes per token of a converted layer, all its parts."""
     return sum(read[part] for part in FFN_PARTS)
 
 

@@ -36,11 +36,12 @@ class In:
         if above and below:
             return value
         if self.high == math.inf:
-            wanted = f"a finite number {'above' if self.open_low else 'of at least'} {self.low:g}"
-            raise PydanticCustomError("interval", f"{value:g} is not {wanted}")
+            least = _plain(self.low)
+            wanted = f"a finite number {'above' if self.open_low else 'of at least'} {least}"
+            raise PydanticCustomError("interval", f"{_plain(value)} is not {wanted}")
         left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
-        wanted = f"{left}{self.low:g}, {self.high:g}{right}"
-        raise PydanticCustomError("interval", f"{value:g} is not in {wanted}")
+        wanted = f"{left}{_plain(self.low)}, {_plain(self.high)}{right}"
+        raise PydanticCustomError("interval", f"{_plain(value)} is not in {wanted}")
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
@@ -56,6 +57,10 @@ class In:
         if self.high != math.inf:
             limits["exclusiveMaximum" if self.open_high else "maximum"] = self.high
         return {**handler(schema), **limits}
+
+
+def _plain(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 Count: TypeAlias = Annotated[int, In(1)]

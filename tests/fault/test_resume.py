@@ -95,6 +95,10 @@ DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
         {"flags": ("--set", "ffn.keep_fraction=0.25")},
         "recipe.ffn.keep_fraction: found 0.5, expected 0.25",
     ),
+    "neurons left out": (
+        {"flags": ("--set", "ffn.unselected={bits: 4}")},
+        "recipe.ffn.unselected: found null, expected",
+    ),
     "text settings": (
         {"flags": ("--set", "data.window=32")},
         "recipe.data.window: found 64, expected 32",

@@ -26,12 +26,17 @@ print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1
 """
 MIDDLE = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 8}
 MIDDLE |= {"num_attention_heads": 6, "num_key_value_heads": 3, "vocab_size": 8192}
+LOW_RANK = "ffn.predictor={kind: lr, rank: 8}"
+BY_ESTIMATE = ("ffn.predictor={bits: 4, block: 32}", "ffn.unselected={bits: 4, block: 32}")
 FINETUNE = "{num_tokens: 512, window: 256, step_windows: 1, checkpoint_steps: 1}"
+LONG = "{num_tokens: 1024, window: 512, step_windows: 1, parameters: all_but_embeddings}"
+SEARCH = "ffn.budget={num_tokens: 256, sweeps: 1}"
 CASES = {
-    "weights": FINETUNE,
-    "low-rank updates": FINETUNE.replace("}", ", lora_rank: 8}"),
-    "all weights, long window": "{num_tokens: 1024, window: 512, step_windows: 1, "
-    "parameters: all_but_embeddings}",
+    "weights": (LOW_RANK, f"finetune={FINETUNE}"),
+    "low-rank updates": (LOW_RANK, f"finetune={FINETUNE.replace('}', ', lora_rank: 8}')}"),
+    "all weights, long window": (LOW_RANK, f"finetune={LONG}"),
+    "weights, neurons left out by estimate": (*BY_ESTIMATE, f"finetune={FINETUNE}"),
+    "slopes, neurons left out by estimate": (*BY_ESTIMATE, SEARCH, "ffn.over_select=1.0"),
 }
 
 
@@ -59,11 +64,8 @@ def peak_of(*arguments: str | Path) -> int:
 def test_planned_peak_holds_within_a_fifth(case: str, model: Path, tmp_path: Path) -> None:
     text = tmp_path / "notes.txt"
     text.write_text("\n\n\n".join(f"Note {n}: the quick brown fox, {n * 7}." for n in range(200)))
-    sets = [
-        *("--set", f"data={text}", "--set", f"finetune={CASES[case]}"),
-        *("--set", "evaluate.num_tokens=0", "--set", "ffn.predictor={kind: lr, rank: 8}"),
-    ]
-    overrides = [part for part in sets if part != "--set"]
+    overrides = [f"data={text}", "evaluate.num_tokens=0", *CASES[case]]
+    sets = [part for override in overrides for part in ("--set", override)]
     planned = make_plan(str(model), load_recipe("tiny-ci", overrides))["peak_memory_bytes"]
     measured = peak_of("convert", model, tmp_path / "out", "-r", "tiny-ci", *sets)
     assert measured / 1.2 < planned < measured * 1.2, (planned, measured)

@@ -180,8 +180,8 @@ def test_a_threshold_serves_loud_rows_better_than_a_fixed_number() -> None:
 
 
 def test_nothing_varies_where_every_candidate_is_needed() -> None:
-    recipe = FfnRecipe(keep_fraction=0.5, over_select=1.0, selection="threshold")
-    assert "selection" not in layer_counts(F, recipe, 0.5)
+    recipe = FfnRecipe(keep_fraction=0.5, over_select=1.001, selection="threshold")
+    assert "selection" not in layer_counts(4, recipe, 0.5)
     whole = FfnRecipe(keep_fraction=1.0, over_select=2.0, selection="mean_std")
     assert "selection" not in layer_counts(F, whole, 1.0)
     planned = layer_counts(F, recipe.model_copy(update={"over_select": 1.5}), 0.5)
@@ -354,6 +354,7 @@ def test_hostile_forms_are_refused(config: Any) -> None:
     ("changes", "named"),
     [
         (["ffn.selection=sometimes"], "ffn.selection"),
+        (["ffn.selection=threshold", "ffn.over_select=1"], r"ffn\.over_select: .* more than 1"),
         (["ffn.predictor.soften=1"], "ffn.predictor.soften"),
         (
             ["ffn.group_size=4", "ffn.predictor.group_scores=true", "ffn.predictor.soften=true"],
@@ -368,5 +369,6 @@ def test_hostile_forms_are_refused(config: Any) -> None:
 def test_recipes_that_cannot_be_are_refused(changes: list[str], named: str) -> None:
     with pytest.raises(UsageError, match=named):
         load_recipe("balanced", changes)
-    recipe = load_recipe("balanced", ["ffn.selection=threshold", "ffn.predictor.soften=true"])
+    settings = ["ffn.selection=threshold", "ffn.over_select=1.2", "ffn.predictor.soften=true"]
+    recipe = load_recipe("balanced", settings)
     assert recipe.ffn is not None and recipe.ffn.selection == "threshold"
