@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from hireconvert import planning
 from hireconvert.errors import InputError, UsageError
 from hireconvert.families import ffn_parts, find_layout
 from hireconvert.lowbit import Estimate, LiveCopies, estimates_of
@@ -144,19 +145,24 @@ def test_what_rounded_copies_stand_for_is_accepted(kind: str) -> None:
     assert recipe.ffn is not None and recipe.ffn.not_simulated() is None
 
 
-# --------------------------------------------------------------------------- memory
+# --------------------------------------------------------------------------- memory and time
 
 
-def peak(**changes: Any) -> int:
-    """Planned peak memory in bytes of a tiny model under the changed recipe, not evaluated."""
+def planned(**changes: Any) -> tuple[int, float]:
+    """(peak memory in bytes, seconds) for a tiny model under the changed recipe, not evaluated."""
     model = tiny_model("llama")
     tensors = {name: ("F32", tuple(each.shape)) for name, each in model.state_dict().items()}
     tensors.pop("lm_head.weight")  # tied
     ffn = FfnRecipe(keep_fraction=0.5, **changes.pop("ffn", {}))
     settings = {"evaluate": EvaluateRecipe(num_tokens=0), **changes}
     recipe = Recipe(name="test", ffn=ffn, **settings)
-    planned = plan(make_skeleton(model.config.to_dict(), tensors), recipe)
-    return int(planned["peak_memory_bytes"])
+    skeleton = make_skeleton(model.config.to_dict(), tensors)
+    result = plan(skeleton, recipe)
+    return int(result["peak_memory_bytes"]), planning._seconds(skeleton, result, recipe)
+
+
+def peak(**changes: Any) -> int:
+    return planned(**changes)[0]
 
 
 LAYERS = 3  # of the tiny Llama
@@ -176,6 +182,25 @@ def test_a_search_plans_memory_for_the_copies() -> None:
     by_estimate = {**plain, "unselected": UnselectedRecipe()}
     copies = LAYERS * 3 * NEURONS * WIDTH
     assert peak(ffn=by_estimate) - peak(ffn=plain) == 4 * copies
+
+
+def test_slopes_plan_memory_for_what_goes_back_through_the_copies() -> None:
+    plain = {"budget": BudgetRecipe(mode="search", method="greedy", num_tokens=65536)}
+    by_estimate = {**plain, "unselected": UnselectedRecipe()}
+    copies, per_window = LAYERS * 3 * NEURONS * WIDTH, 4 * LAYERS * NEURONS * 256
+    assert peak(ffn=by_estimate) - peak(ffn=plain) == 4 * (copies + per_window)
+
+
+def test_searching_and_training_plan_time_for_the_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "measured_rate", lambda: 1.0)
+    search = {"budget": BudgetRecipe(method="evolution", generations=1, num_tokens=256)}
+    added = []
+    for ffn, more in (({}, {}), (search, {}), ({}, {"finetune": FinetuneRecipe()})):
+        with_copy = {**ffn, "unselected": UnselectedRecipe()}
+        added.append(planned(ffn=with_copy, **more)[1] - planned(ffn=ffn, **more)[1])
+    one_pass = 2.0 * LAYERS * 3 * NEURONS * WIDTH
+    tokens = 8 * 512 + 2 * 256 + 4 * 4096  # offspring on probes, two on all, held-out texts
+    assert added == pytest.approx([0.0, 1.3 * tokens * one_pass, 5.0 * 262144 * one_pass])
 
 
 def test_evaluating_plans_memory_for_the_copy_of_the_output_vectors() -> None:
