@@ -30,13 +30,11 @@ LOW_RANK = "ffn.predictor={kind: lr, rank: 8}"
 BY_ESTIMATE = ("ffn.predictor={bits: 4, block: 32}", "ffn.unselected={bits: 4, block: 32}")
 FINETUNE = "{num_tokens: 512, window: 256, step_windows: 1, checkpoint_steps: 1}"
 LONG = "{num_tokens: 1024, window: 512, step_windows: 1, parameters: all_but_embeddings}"
-SEARCH = "ffn.budget={num_tokens: 256, sweeps: 1}"
 CASES = {
     "weights": (LOW_RANK, f"finetune={FINETUNE}"),
     "low-rank updates": (LOW_RANK, f"finetune={FINETUNE.replace('}', ', lora_rank: 8}')}"),
     "all weights, long window": (LOW_RANK, f"finetune={LONG}"),
     "weights, neurons left out by estimate": (*BY_ESTIMATE, f"finetune={FINETUNE}"),
-    "slopes, neurons left out by estimate": (*BY_ESTIMATE, SEARCH, "ffn.over_select=1.0"),
 }
 
 
