@@ -95,10 +95,6 @@ DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
         {"flags": ("--set", "ffn.keep_fraction=0.25")},
         "recipe.ffn.keep_fraction: found 0.5, expected 0.25",
     ),
-    "neurons left out": (
-        {"flags": ("--set", "ffn.unselected={bits: 4}")},
-        "recipe.ffn.unselected: found null, expected",
-    ),
     "text settings": (
         {"flags": ("--set", "data.window=32")},
         "recipe.data.window: found 64, expected 32",
@@ -140,6 +136,12 @@ def test_resume_refuses_what_differs_and_names_it(what: str, source: Source, kil
     assert "Traceback" not in ended.err
     lines = [line for line in ended.err.splitlines() if ": found " in line]
     assert len(lines) == 1, lines
+
+
+def test_resume_refuses_neurons_left_out_that_now_count(source: Source, killed: Path) -> None:
+    ended = source.convert(killed, "--resume", "--set", "ffn.unselected={bits: 4}")
+    assert ended.code == 4 and "cannot resume" in ended.err and "--overwrite" in ended.err
+    assert 'recipe.ffn.unselected.bits: found "absent", expected 4' in ended.err
 
 
 def test_a_changed_gguf_file_is_refused(hireconvert: Cli, tmp_path: Path) -> None:
