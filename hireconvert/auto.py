@@ -93,8 +93,9 @@ def choose(
     removed. Raises UsageError for an override of what is chosen here, and whatever opening the
     model and reading its text raise.
     """
-    if any(one.partition("=")[0].strip() == CHOSEN for one in overrides):
-        raise UsageError(f"--auto chooses {CHOSEN}; leave out one of the two.")
+    keys = [one.partition("=")[0].strip() for one in overrides]
+    if CHOSEN in keys or "ffn" in keys:
+        raise UsageError(f"--auto chooses {CHOSEN}; set keys below ffn, but not that one.")
     with _temporary(out) as folder:
         with reporter.stage("reading the model"):
             checkpoint = open_checkpoint(

@@ -8,6 +8,7 @@ Shape suffixes: W windows, T tokens of a window, N rows (scored positions), D wi
 V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -263,7 +264,7 @@ class MaskedModel:
 
     def _num_candidates(self, index: int, num_kept: int) -> int:
         over_select = self.copies[index].estimate.over_select if self.copies else 1.0
-        return min(round(num_kept * over_select), self.neurons[index])
+        return min(math.ceil(num_kept * over_select - 1e-9), self.neurons[index])
 
     def _score(self, index: int, h_NF: torch.Tensor) -> torch.Tensor:
         magnitude_NF = h_NF.detach().abs().float().nan_to_num()

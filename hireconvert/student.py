@@ -155,6 +155,9 @@ class LayerStudent:
             candidate_NF = candidate_mask(counts, unit_NS)
             return kept_mask(counts, candidate_NF, unit_NS, score_NF), candidate_NF
         kept = selection.count(num_active(counts), counts["num_neurons"])
+        if unit_NS is None and self.copies is None:  # nobody asks which were candidates
+            mask_NF = self._neurons(self._best(self._units(score_NF), kept))
+            return mask_NF, mask_NF
         candidates = selection.count(counts["num_candidates"], counts["num_neurons"])
         exact_NS = self._units(score_NF)
         chosen_NS = self._best(exact_NS if unit_NS is None else unit_NS, candidates)

@@ -92,7 +92,8 @@ def keep_share(model: Any, keep: float, *, estimated: bool) -> float:
         num_kept = round_half_up(keep * layer.spec["num_neurons"])
         layer.spec |= {"num_kept": num_kept, "num_candidates": num_kept}
         spec = layer.spec if estimated else {**layer.spec, "unselected": None}
-        parts = layer_bytes(spec, layer.prepared.up_FD.shape[1], 3, WEIGHT_BYTES)
+        matrices = 2 if layer.prepared.gate_FD is None else 3
+        parts = layer_bytes(spec, layer.prepared.up_FD.shape[1], matrices, WEIGHT_BYTES)
         read += sum(parts[name] for name in FFN_PARTS)
         dense += parts["dense"]
     return read / dense

@@ -220,7 +220,10 @@ def test_auto_says_when_nothing_keeps_within_the_limit(
     assert "nothing tried keeps within KL 1e-09: balanced 0.5: 0.00" in ended.err
 
 
-@pytest.mark.parametrize("share", ["ffn.keep_fraction=0.4", " ffn.keep_fraction = [0.4, 0.4]"])
+@pytest.mark.parametrize(
+    "share",
+    ["ffn.keep_fraction=0.4", " ffn.keep_fraction = [0.4, 0.4]", "ffn={keep_fraction: 0.3}"],
+)
 def test_auto_refuses_a_share_that_it_chooses_itself(
     hireconvert: Cli, inputs: dict[str, str], tmp_path: Path, share: str
 ) -> None:

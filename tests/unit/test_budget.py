@@ -544,12 +544,12 @@ def test_auto_tries_neurons_left_out_by_estimate(
     monkeypatch.setattr("hireconvert.auto.MOST_TOKENS", 512)
     model, text = source
     kl = []
-    for changes in ([], ["ffn.unselected={block: 16}"]):
-        settings = [text, "ffn.predictor.block=16", *changes]
+    for left_out in ("null", "{block: 16}"):
+        settings = [text, "ffn.predictor.block=16", f"ffn.unselected={left_out}"]
         found = choose(model, settings, Silent(), max_kl=10.0, out=tmp_path / "out")
         kl.append({one.keep: one.kl for one in found.tried if one.keep})
         assert found.chosen.recipe is not None and found.chosen.recipe.ffn is not None
-        assert (found.chosen.recipe.ffn.unselected is not None) == bool(changes)
+        assert (found.chosen.recipe.ffn.unselected is not None) == (left_out != "null")
     as_zero, by_estimate = kl
     assert by_estimate and all(by_estimate[keep] < 0.5 * as_zero[keep] for keep in by_estimate)
 
