@@ -8,9 +8,11 @@ Shape suffixes: N rows, D width, F neurons, P parts (gate and up, or up alone), 
 neurons, S stride (D with its padding), B inputs of a block.
 """
 
+import contextlib
 import ctypes
 import importlib.machinery
 import itertools
+import mmap
 import os
 import threading
 import weakref
@@ -25,8 +27,9 @@ LEVELS = ("portable", "avx2", "avx512")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "relu", "relu2", "gelu_quick")
 VARIABLE = "HIRE_NATIVE"  # of the environment: `off`, or the highest level to use
 PREDICTOR_BITS, REST_BITS = (2, 3, 4), (2, 3, 4, 8)
-_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LANES, _STRIDE = 16, 32
+_PAGE = 2**21
 _MOST = 2**31 - 64  # indices are 32 bits wide
 _NUMBERS = (
     "width", "stride", "num_neurons", "num_candidates", "num_kept", "gated", "activation",
@@ -161,11 +164,31 @@ def _rest_rows(
     return torch.cat([lanes, *[_octets(scale) for scale in scales]], dim=1)
 
 
-def _readable_beyond(rows: torch.Tensor) -> torch.Tensor:
-    """The same rows, with memory behind them: scales are read 16 at a time."""
-    room = torch.zeros(rows.numel() + 64, dtype=torch.uint8)
-    room[: rows.numel()] = rows.flatten()
-    return room[: rows.numel()].view(rows.shape)
+def _memory(size: int) -> torch.Tensor:
+    """uint8 [size], in large pages where the system has them: a stream of rows that are read once
+    spends a third of its time on the addresses of small ones."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(size, dtype=torch.uint8)
+    pages = mmap.mmap(-1, size + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(pages, dtype=torch.uint8)
+    start = -memory.data_ptr() % _PAGE
+    return memory[start : start + size]
+
+
+def _together(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same tensors in one piece of memory, each at a cache line and with one behind it."""
+    starts, total = {}, 0
+    for name, tensor in tensors.items():
+        starts[name] = total
+        # Scales are read 16 at a time, beyond the end of the last row.
+        total += -(-tensor.nbytes // 64) * 64 + 64
+    memory, moved = _memory(total), {}
+    for name, tensor in tensors.items():
+        piece = memory[starts[name] : starts[name] + tensor.nbytes]
+        moved[name] = piece.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    return moved
 
 
 # --------------------------------------------------------------------------- checked input
@@ -268,7 +291,7 @@ def _rest(
     symmetric = bool(_one_of(rest, "symmetric", (False, True)))
     codes = given.planes("down_planes", bits, neurons, width)
     scales = _scales(given, "down_", symmetric, neurons, -(-width // block))
-    rows = _readable_beyond(_rest_rows(codes, scales, bits, numbers["stride"]))
+    rows = _rest_rows(codes, scales, bits, numbers["stride"])
     numbers |= {"rest_bits": bits, "rest_block": block, "rest_symmetric": symmetric}
     numbers["rest_bytes"] = rows.shape[1]
     return {"rest": rows}
@@ -305,7 +328,7 @@ class FfnLayer:
     """One FFN packed for the library. Immutable: a change of weights calls for another one."""
 
     def __init__(self, numbers: Mapping[str, int], tensors: Mapping[str, torch.Tensor]) -> None:
-        self.numbers, self.tensors = dict(numbers), {k: t.contiguous() for k, t in tensors.items()}
+        self.numbers, self.tensors = dict(numbers), _together(tensors)
         self.level = level()
         self._level = LEVELS.index(self.level or LEVELS[0])
         pointers = {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
@@ -313,7 +336,7 @@ class FfnLayer:
         self._address = ctypes.addressof(self._struct)
         self._scratch_bytes = _LIBRARY.hire_scratch_bytes(self._address)
         self._width = self.numbers["width"]
-        self.dtype = _TYPES[self.numbers["weight_type"]]
+        self.dtype = TYPES[self.numbers["weight_type"]]
         self.handle = next(_HANDLES)
         _LAYERS[self.handle] = self
 
@@ -329,7 +352,7 @@ class FfnLayer:
         `norm` [F], what scores are multiplied by; the predictor's and the low-bit copy's.
         """
         given, up = _Tensors(tensors), tensors.get("up")
-        if up is None or up.dim() != 2 or up.dtype not in _TYPES or not up.numel():
+        if up is None or up.dim() != 2 or up.dtype not in TYPES or not up.numel():
             raise ValueError("native: up is not a matrix of float32, bfloat16 or float16")
         neurons, width = up.shape
         if neurons > _MOST or width > _MOST:
@@ -343,7 +366,7 @@ class FfnLayer:
             "num_kept": _number(settings, "num_kept", 1, candidates),
             "gated": int(given.has("gate")),
             "activation": _one_of(settings, "activation", ACTIVATIONS),
-            "weight_type": _TYPES.index(up.dtype),
+            "weight_type": TYPES.index(up.dtype),
         }
         packed = _predictor(given, numbers, settings) | _weights(given, numbers, up)
         packed |= _rest(given, numbers, settings.get("rest"))
@@ -403,6 +426,8 @@ class FfnLayer:
             for place, size in zip(places, sizes, strict=True)
         )
         z_PF = z.view(torch.float32).view(parts, padded)[:, :neurons]
+        if numbers["num_kept"] == numbers["num_candidates"]:  # nothing chose among them
+            chosen = torch.arange(numbers["num_kept"], dtype=torch.int32)
         return {"z": z_PF, "score": score.view(torch.float32), "index": index, "chosen": chosen}
 
 
@@ -452,11 +477,3 @@ def _ffn_shapes(x_ND: torch.Tensor, handle: int) -> tuple[torch.Tensor, torch.Te
 _OPERATORS.impl("ffn", _ffn, "CPU")
 torch.library.register_fake("hire_native::ffn", _ffn_shapes, lib=_OPERATORS)
 
-
-def ffn(x_ND: torch.Tensor, handle: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y [N, D], bool mask [N] of the rows that were finite) of the layer with that handle.
-
-    A graph holds this as one operator.
-    """
-    outputs: tuple[torch.Tensor, torch.Tensor] = torch.ops.hire_native.ffn(x_ND, handle)
-    return outputs

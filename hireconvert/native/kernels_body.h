@@ -140,6 +140,8 @@ static void start(const hire_layer *layer, const void *x, hire_run *run)
 
 /* ------------------------------------------------------------------ estimates */
 
+enum { PREFETCH = 1024 }; /* bytes ahead in a tile's codes */
+
 /* Adds sum over n inputs of code * u to the sums of a tile, of one part or of both. */
 INLINE void add_codes(const uint8_t *gate, const uint8_t *up, const float *u, int64_t n,
                       const int bits, v16 *gate_sum, v16 *up_sum)
@@ -149,6 +151,8 @@ INLINE void add_codes(const uint8_t *gate, const uint8_t *up, const float *u, in
     for (; n >= per_word; n -= per_word, u += per_word) {
         const w16 up_word = w_load4(up);
         const w16 gate_word = gate != NULL ? w_load4(gate) : up_word;
+        prefetch(up + PREFETCH);
+        if (gate != NULL) prefetch(gate + PREFETCH);
 HIRE_UNROLL
         for (int k = 0; k < per_word; k++) {
             const v16 input = v_set1(u[k]);
