@@ -30,7 +30,9 @@ class BuildKernels(build_ext):
         return []
 
 
-flags = [] if sys.platform == "win32" else ["-std=c11", "-O2", "-g0", "-fvisibility=hidden", "-fopenmp"]
+flags = (
+    [] if sys.platform == "win32" else ["-std=c11", "-O2", "-g0", "-fvisibility=hidden", "-fopenmp"]
+)
 setup(
     cmdclass={"build_ext": BuildKernels},
     ext_modules=[

@@ -142,12 +142,12 @@ static void start(const hire_layer *layer, const void *x, hire_run *run)
 
 enum { PREFETCH = 1024 }; /* bytes ahead in a tile's codes */
 
-/* Adds sum over n inputs of code * u to the sums of a tile, of one part or of both. */
+/* The sums over n inputs of (code - middle) * u of a tile's neurons, of one part or of both. */
 INLINE void add_codes(const uint8_t *gate, const uint8_t *up, const float *u, int64_t n,
                       const int bits, v16 *gate_sum, v16 *up_sum)
 {
     const int per_word = 32 / bits;
-    v16 gate_even = *gate_sum, gate_odd = v_set1(0.0f), up_even = *up_sum, up_odd = gate_odd;
+    v16 gate_even = v_set1(0.0f), gate_odd = gate_even, up_even = gate_even, up_odd = gate_even;
     for (; n >= per_word; n -= per_word, u += per_word) {
         const w16 up_word = w_load4(up);
         const w16 gate_word = gate != NULL ? w_load4(gate) : up_word;
@@ -178,6 +178,12 @@ HIRE_UNROLL
     *gate_sum = v_add(gate_even, gate_odd);
 }
 
+/* What the middle code means where code 0 means the offset. */
+INLINE v16 middle_value(v16 scale, const void *offset, const int bits)
+{
+    return v_fma(scale, v_set1((float)((1 << bits) - 1) / 2), v_load_f16(offset));
+}
+
 INLINE void estimate_tile(const hire_layer *layer, const hire_run *run, int64_t tile,
                           const int bits, const int gated, v16 *gate_z, v16 *up_z)
 {
@@ -186,23 +192,24 @@ INLINE void estimate_tile(const hire_layer *layer, const hire_run *run, int64_t 
     const float *bias = layer->bias + tile * 16;
     v16 gate = v_load(bias), up = gated ? v_load(bias + padded) : gate;
     const int symmetric = layer->symmetric != 0;
-    const float middle = (float)((1 << bits) - 1) / 2;
     for (int64_t begin = 0, b = 0; begin < layer->width; begin += layer->block, b++) {
         const int64_t left = layer->width - begin, n = left < layer->block ? left : layer->block;
         const int64_t bytes = code_bytes(n, bits);
         const uint8_t *up_codes = gated ? p + bytes : p;
-        const float total = run->u_sum[b];
-        v16 up_sum = v_set1(symmetric ? -middle * total : 0.0f), gate_sum = up_sum;
+        const v16 total = v_set1(run->u_sum[b]);
+        v16 up_sum, gate_sum;
         add_codes(gated ? p : NULL, up_codes, run->u + begin, n, bits, &gate_sum, &up_sum);
         p += (1 + gated) * bytes;
-        if (gated) gate = v_fma(v_load_f16(p), gate_sum, gate);
-        up = v_fma(v_load_f16(p + 32 * gated), up_sum, up);
-        p += 32 * (1 + gated);
-        if (!symmetric) {
-            if (gated) gate = v_fma(v_load_f16(p), v_set1(total), gate);
-            up = v_fma(v_load_f16(p + 32 * gated), v_set1(total), up);
-            p += 32 * (1 + gated);
+        const uint8_t *offsets = p + 32 * (1 + gated);
+        const v16 up_scale = v_load_f16(p + 32 * gated);
+        up = v_fma(up_scale, up_sum, up);
+        if (!symmetric) up = v_fma(middle_value(up_scale, offsets + 32 * gated, bits), total, up);
+        if (gated) {
+            const v16 gate_scale = v_load_f16(p);
+            gate = v_fma(gate_scale, gate_sum, gate);
+            if (!symmetric) gate = v_fma(middle_value(gate_scale, offsets, bits), total, gate);
         }
+        p = symmetric ? offsets : offsets + 32 * (1 + gated);
     }
     *gate_z = gate;
     *up_z = up;
@@ -450,16 +457,14 @@ INLINE void rest_scales(const hire_layer *layer, const uint8_t *const *row, cons
 {
     const int64_t blocks = (layer->width + layer->rest_block - 1) / layer->rest_block;
     const int64_t padded = (blocks + 15) / 16 * 16, codes = code_bytes(layer->stride / 16, bits);
-    const v16 minus_middle = v_set1(-(float)((1 << bits) - 1) / 2);
     for (int64_t b = 0; b < padded; b += 16) {
         v16 sum = v_load(offset + b);
         for (int i = 0; i < num; i++) {
-            const v16 v = v_set1(value[i]), s = v_mul(v, v_load_f16(row[i] + codes + 2 * b));
-            v_store(scale + i * padded + b, s);
-            if (layer->rest_symmetric)
-                sum = v_fma(s, minus_middle, sum);
-            else
-                sum = v_fma(v, v_load_f16(row[i] + codes + 2 * (blocks + b)), sum);
+            const uint8_t *own = row[i] + codes + 2 * b;
+            const v16 v = v_set1(value[i]), s = v_load_f16(own);
+            v_store(scale + i * padded + b, v_mul(v, s));
+            if (!layer->rest_symmetric)
+                sum = v_fma(v, middle_value(s, own + 2 * blocks, bits), sum);
         }
         v_store(offset + b, sum);
     }

@@ -97,16 +97,20 @@ static inline w16 w_load1(const uint8_t *p)
     return (w16){_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)),
                  _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p + 8)))};
 }
-/* The codes that start `shift` bits up in every lane. Up to 3 bits a permutation of a table is the
+/* The codes that start `shift` bits up in every lane, less the middle code. Up to 3 bits a permutation of a table is the
  * conversion: it looks at 3 bits of each lane only. */
 static inline __m256 v_code_half(__m256i x, int shift, int bits)
 {
     const __m256i moved = shift ? _mm256_srli_epi32(x, shift) : x;
     if (bits == 2)
-        return _mm256_permutevar8x32_ps(_mm256_setr_ps(0, 1, 2, 3, 0, 1, 2, 3), moved);
+        return _mm256_permutevar8x32_ps(
+            _mm256_setr_ps(-1.5f, -0.5f, 0.5f, 1.5f, -1.5f, -0.5f, 0.5f, 1.5f), moved);
     if (bits == 3)
-        return _mm256_permutevar8x32_ps(_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7), moved);
-    return _mm256_cvtepi32_ps(_mm256_and_si256(moved, _mm256_set1_epi32((1 << bits) - 1)));
+        return _mm256_permutevar8x32_ps(
+            _mm256_setr_ps(-3.5f, -2.5f, -1.5f, -0.5f, 0.5f, 1.5f, 2.5f, 3.5f), moved);
+    const __m256 code =
+        _mm256_cvtepi32_ps(_mm256_and_si256(moved, _mm256_set1_epi32((1 << bits) - 1)));
+    return _mm256_sub_ps(code, _mm256_set1_ps((float)((1 << bits) - 1) / 2));
 }
 static inline v16 v_code(w16 x, int shift, int bits)
 {

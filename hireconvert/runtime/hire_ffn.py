@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from . import hire_native
-from .hire_predict import Predictor, decode_down, num_active, unit_scores, varies
+from .hire_predict import Predictor, decode_down, unit_scores, varies
 from .hire_select import candidate_mask, kept_mask, row_candidates, row_kept
 
 COUNTER_NAMES = ("calls", "rows", "kept", "candidates", "dense_rows")
@@ -245,30 +245,10 @@ class SparseFfn(nn.Module):
             self.prepare()
         if dense_rows_N is None:
             if hire_native.serves(self.prepared.native, x_ND):
-                return self.by_kernels(x_ND)
+                return hire_native.run(self, x_ND)
             if x_ND.shape[0] == 1 and not torch.is_grad_enabled():
                 return self.gathered(x_ND)
         return self.masked(x_ND, dense_rows_N)
-
-    def by_kernels(self, x_ND: torch.Tensor) -> torch.Tensor:
-        """A few rows through the native library; those with NaN or inf run dense."""
-        native = self.prepared.native
-        if not torch.compiler.is_compiling():
-            y_ND, finite_N = native.run(x_ND, self.counts)
-            return y_ND if finite_N is None else self._dense_where(finite_N, x_ND, y_ND)
-        y_ND, finite_N = hire_native.in_graph(native, x_ND)
-        number = finite_N.sum()
-        kept, candidates = num_active(self.spec), self.spec["num_candidates"]
-        num_rows = x_ND.shape[0]
-        self.count(num_rows, num_rows - number, kept=kept * number, candidates=candidates * number)
-        return torch.cond(
-            finite_N.all(), lambda f, x, y: y.clone(), self._dense_where, (finite_N, x_ND, y_ND)
-        )
-
-    def _dense_where(
-        self, finite_N: torch.Tensor, x_ND: torch.Tensor, y_ND: torch.Tensor
-    ) -> torch.Tensor:
-        return torch.where(finite_N[:, None], y_ND, self.dense(x_ND).view_as(y_ND))
 
     def masked(self, x_ND: torch.Tensor, dense_rows_N: torch.Tensor | None = None) -> torch.Tensor:
         """The slow twin: all neurons computed, those not selected replaced; any number of rows.

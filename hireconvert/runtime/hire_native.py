@@ -129,10 +129,26 @@ def serves(layer: Any, x_ND: torch.Tensor) -> bool:
     )
 
 
-def in_graph(layer: Any, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(output [N, D], bool mask [N] of rows that were finite), as one operator of a graph."""
-    outputs: tuple[torch.Tensor, torch.Tensor] = torch.ops.hire_native.ffn(x_ND, layer.handle)
-    return outputs
+def run(ffn: Any, x_ND: torch.Tensor) -> torch.Tensor:
+    """The output [N, D] of a sparse FFN that `serves` these rows; those with NaN or inf run dense.
+
+    `ffn` is a SparseFfn; its counters are kept.
+    """
+    layer = ffn.prepared.native
+
+    def dense_where(finite_N: torch.Tensor, x_ND: torch.Tensor, y_ND: torch.Tensor) -> torch.Tensor:
+        return torch.where(finite_N[:, None], y_ND, ffn.dense(x_ND).view_as(y_ND))
+
+    if not torch.compiler.is_compiling():
+        y_ND, finite_N = layer.run(x_ND, ffn.counts)
+        return y_ND if finite_N is None else dense_where(finite_N, x_ND, y_ND)
+    y_ND, finite_N = torch.ops.hire_native.ffn(x_ND, layer.handle)  # one operator of the graph
+    num_rows, number = x_ND.shape[0], finite_N.sum()
+    kept, candidates = num_active(ffn.spec) * number, ffn.spec["num_candidates"] * number
+    ffn.count(num_rows, num_rows - number, kept=kept, candidates=candidates)
+    return torch.cond(
+        finite_N.all(), lambda f, x, y: y.clone(), dense_where, (finite_N, x_ND, y_ND)
+    )
 
 
 def path(layers: Iterable[Any]) -> str:
