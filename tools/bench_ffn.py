@@ -44,7 +44,7 @@ def native_arm(
     tensors: dict[str, Any], keep: float, rest: Any, copies: int
 ) -> tuple[list[Callable[[torch.Tensor], Any]], float]:
     """(the copies to call in turn, bytes that one call reads)."""
-    neurons, width = tensors["up"].shape
+    neurons = tensors["up"].shape[0]
     num = max(1, round(keep * neurons))
     settings = {"activation": "silu", "num_candidates": num, "num_kept": num, "rest": rest, **REST}
     layer = _native.FfnLayer.pack(settings, tensors)
