@@ -40,7 +40,7 @@ models/gemma3-270m.gguf: | .venv/installed
 models/qwen2.5-coder-0.5b.gguf: | .venv/installed
 	$(BIN)/python tools/fetch_models.py qwen25 --out models
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml constraints.txt setup.py $(wildcard hireconvert/native/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

@@ -2,7 +2,8 @@
 
 `modeling_hire` model classes, `hire_io` loading and saving, `hire_config` what a config may say,
 `hire_install` putting selection into native layers, `hire_predict` predictors and top-k,
-`hire_select` what a row keeps, `hire_ffn` the sparse FFN, `hire_head` the sparse LM head.
+`hire_select` what a row keeps, `hire_native` the way to the native kernels, `hire_ffn` the sparse
+FFN, `hire_head` the sparse LM head.
 """
 
 RUNTIME_FILES = (
@@ -12,6 +13,7 @@ RUNTIME_FILES = (
     "hire_io.py",
     "hire_predict.py",
     "hire_select.py",
+    "hire_native.py",
     "hire_ffn.py",
     "hire_head.py",
 )

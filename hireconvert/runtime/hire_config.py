@@ -268,8 +268,8 @@ def head_tensor_shapes(spec: Mapping[str, Any], width: int) -> dict[str, tuple[i
     return {"head.factor_in": (spec["rank"], width), "head.lift": (width, spec["rank"])}
 
 
-def describe(hire: Mapping[str, Any]) -> str:
-    """One line that says which path decoding will take."""
+def describe(hire: Mapping[str, Any], path: str = "PyTorch path") -> str:
+    """One line that says which path decoding will take; `path` is what runs the FFN layers."""
     layers = [spec for spec in (hire["ffn"] or {"layers": []})["layers"] if spec is not None]
     pieces = []
     if layers:
@@ -288,5 +288,5 @@ def describe(hire: Mapping[str, Any]) -> str:
     return (
         "decoding with "
         + " and ".join(pieces or ["dense layers only"])
-        + ", PyTorch path; prefill is dense"
+        + f", {path}; prefill is dense"
     )

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from . import hire_native
 from .hire_predict import Predictor, decode_down, unit_scores, varies
 from .hire_select import candidate_mask, kept_mask, row_candidates, row_kept
 
@@ -126,6 +127,7 @@ class Prepared:
     norm_F: torch.Tensor
     predictor: Predictor
     estimate_FD: torch.Tensor | None  # float32 copy of down_FD for neurons that are not selected
+    native: Any  # the layer as the native kernels read it, or None
 
 
 class SparseFfn(nn.Module):
@@ -183,6 +185,7 @@ class SparseFfn(nn.Module):
             )
         up_FD = parts.up.weight_out_in().detach().contiguous()
         down_FD = parts.down_FD().detach().contiguous()
+        norm_F = down_FD.float().norm(dim=1)
         moved = {name: tensor.to(up_FD.device) for name, tensor in self.predictor_tensors.items()}
         self.prepared = Prepared(
             stamp=stamp,
@@ -192,9 +195,10 @@ class SparseFfn(nn.Module):
             else parts.gate.weight_out_in().detach().contiguous(),
             up_FD=up_FD,
             down_FD=down_FD,
-            norm_F=down_FD.float().norm(dim=1),
+            norm_F=norm_F,
             predictor=Predictor(self.spec["predictor"], moved, up_FD.shape[1]),
             estimate_FD=self._low_bit_down(moved, up_FD.shape[1]),
+            native=hire_native.pack(self.spec, parts, moved, norm_F),
         )
 
     def _low_bit_down(self, tensors: Mapping[str, torch.Tensor], width: int) -> Any:
@@ -239,8 +243,11 @@ class SparseFfn(nn.Module):
         """The FFN output [N, D] with selection at every row not marked in `dense_rows_N`."""
         if not torch.compiler.is_compiling() and self.prepared is None:
             self.prepare()
-        if x_ND.shape[0] == 1 and dense_rows_N is None and not torch.is_grad_enabled():
-            return self.gathered(x_ND)
+        if dense_rows_N is None:
+            if hire_native.serves(self.prepared.native, x_ND):
+                return hire_native.run(self, x_ND)
+            if x_ND.shape[0] == 1 and not torch.is_grad_enabled():
+                return self.gathered(x_ND)
         return self.masked(x_ND, dense_rows_N)
 
     def masked(self, x_ND: torch.Tensor, dense_rows_N: torch.Tensor | None = None) -> torch.Tensor:

@@ -16,6 +16,7 @@ from transformers.conversion_mapping import (
 )
 from transformers.utils.hub import cached_file
 
+from . import hire_native
 from .hire_config import (
     PREDICTOR_FILE,
     check_predictor_tensors,
@@ -33,6 +34,7 @@ RUNTIME_FILES = (
     "hire_io.py",
     "hire_predict.py",
     "hire_select.py",
+    "hire_native.py",
     "hire_ffn.py",
     "hire_head.py",
 )
@@ -109,7 +111,8 @@ class HireIoMixin(Native):
             counter.zero_()  # Transformers fills non-persistent buffers with whatever memory held
         if head is not None:
             head.counts.zero_()
-        logger.warning("hire: %s", describe(self.config.hire))
+        path = hire_native.path(base.hire_layers.values())
+        logger.warning("hire: %s", describe(self.config.hire, path))
 
     def _hire_assign(self, path: Any, base: Any, head: SparseHead | None) -> None:
         try:

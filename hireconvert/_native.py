@@ -1,0 +1,223 @@
+"""The native library of sparse FFN decoding: layers packed for it, and calls into it.
+
+Importing this raises ImportError where no library was built. Nothing but torch is needed; the
+files that ship in checkpoints import this module when it is there (`runtime/hire_native.py`), so
+what they use of it may only change together with `ABI`.
+
+Shape suffixes: N rows, D width, F neurons, P parts (gate and up, or up alone).
+"""
+
+import ctypes
+import importlib.machinery
+import itertools
+import os
+import threading
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hireconvert._packing import LANES, TYPES, pack, together
+
+ABI = 1
+LEVELS = ("portable", "avx2", "avx512")
+VARIABLE = "HIRE_NATIVE"  # of the environment: `off`, or the highest level to use
+_NUMBERS = (
+    "width", "stride", "num_neurons", "num_candidates", "num_kept", "gated", "activation",
+    "weight_type", "bits", "block", "symmetric", "tile_bytes", "rest_bits", "rest_block",
+    "rest_symmetric", "rest_bytes",
+)  # fmt: skip
+_POINTERS = (
+    "tiles", "mean", "inverse_scale", "bias", "soft", "norm", "rows", "row_bias", "down_bias",
+    "rest",
+)  # fmt: skip
+
+
+class _Struct(ctypes.Structure):
+    """hire_layer of native/kernels.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _NUMBERS),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+    ]
+
+
+def _load() -> Any:
+    folder = Path(__file__).parent
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = folder / f"_kernels{suffix}"
+        if path.exists():
+            return _declared(ctypes.CDLL(str(path)), path)
+    raise ImportError("hireconvert was installed without a C compiler and has no native library")
+
+
+def _declared(library: Any, path: Path) -> Any:
+    if library.hire_abi() != ABI:
+        raise ImportError(f"{path.name} has ABI {library.hire_abi()}, expected {ABI}")
+    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    library.hire_scratch_bytes.argtypes = [pointer]
+    library.hire_scratch_bytes.restype = size
+    library.hire_scratch_places.argtypes = [pointer, pointer]
+    library.hire_scratch_places.restype = None
+    library.hire_ffn.argtypes = [*[pointer] * 6, size, number, number]
+    library.hire_ffn.restype = size
+    library.hire_top_k.argtypes = [pointer, size, size, pointer, pointer]
+    library.hire_top_k.restype = None
+    return library
+
+
+_LIBRARY = _load()
+_LOCAL = threading.local()  # the scratch memory of each thread
+_LAYERS: "weakref.WeakValueDictionary[int, FfnLayer]" = weakref.WeakValueDictionary()
+_HANDLES = itertools.count()
+
+
+def level() -> str | None:
+    """The level that new layers use: one of LEVELS, None when the environment switches it off.
+
+    Raises ValueError when the variable holds something else.
+    """
+    wanted = os.environ.get(VARIABLE) or LEVELS[-1]
+    if wanted == "off":
+        return None
+    if wanted not in LEVELS:
+        raise ValueError(f"{VARIABLE} is {wanted!r}, expected off or one of {', '.join(LEVELS)}")
+    return LEVELS[_LIBRARY.hire_level_at_most(LEVELS.index(wanted))]
+
+
+# --------------------------------------------------------------------------- layers
+
+
+class FfnLayer:
+    """One FFN packed for the library. Immutable: a change of weights calls for another one."""
+
+    def __init__(self, numbers: Mapping[str, int], tensors: Mapping[str, torch.Tensor]) -> None:
+        self.numbers, self.tensors = dict(numbers), together(tensors)
+        self.level = level()
+        self._level = LEVELS.index(self.level or LEVELS[0])
+        pointers = {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
+        self._struct = _Struct(**self.numbers, **pointers)
+        self._address = ctypes.addressof(self._struct)
+        self._scratch_bytes = _LIBRARY.hire_scratch_bytes(self._address)
+        self._width = self.numbers["width"]
+        self.dtype = TYPES[self.numbers["weight_type"]]
+        self.handle = next(_HANDLES)
+        _LAYERS[self.handle] = self
+
+    @classmethod
+    def pack(
+        cls, settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor | None]
+    ) -> "FfnLayer":
+        """A layer of weights and predictor tensors (docs/format.md); raises ValueError.
+
+        `settings`: `activation`, `num_candidates`, `num_kept` (as many: none is dropped), the
+        predictor's `bits`, `block`, `symmetric`, and `rest` (the same three keys, or None).
+        `tensors`: `gate` (or None), `up` and `down` [F, D]; their biases as `gate_bias`, ...;
+        `norm` [F], what scores are multiplied by; the predictor's and the low-bit copy's.
+        """
+        return cls(*pack(settings, tensors))
+
+    def __deepcopy__(self, memo: Any) -> "FfnLayer":
+        return self
+
+    def __reduce__(self) -> Any:
+        return FfnLayer, (self.numbers, self.tensors)
+
+    @property
+    def down_FD(self) -> torch.Tensor:
+        """The output rows, a view."""
+        return self.tensors["rows"][:, -1, : self._width]
+
+    def run(
+        self, x_ND: torch.Tensor, counts: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(y [N, D]; None, or the bool mask [N] of the rows that were finite and so were written).
+
+        `counts`, int64 [5] on the CPU, gets calls, rows, kept, candidates and dense rows added.
+        Output bits depend neither on the number of threads nor on the other rows. Raises
+        ValueError when x is not [N, D] of the weights' type.
+        """
+        if x_ND.dim() != 2 or x_ND.shape[1] != self._width or x_ND.dtype != self.dtype:
+            raise ValueError(f"native: x is {x_ND.dtype} {list(x_ND.shape)}, width {self._width}")
+        x_ND, num_rows = x_ND.contiguous(), x_ND.shape[0]
+        y_ND, finite_N = torch.empty_like(x_ND), torch.empty(num_rows, dtype=torch.bool)
+        bad = _LIBRARY.hire_ffn(
+            self._address,
+            x_ND.data_ptr(),
+            y_ND.data_ptr(),
+            finite_N.data_ptr(),
+            None if counts is None else counts.data_ptr(),
+            _scratch(self._scratch_bytes).data_ptr(),
+            num_rows,
+            torch.get_num_threads(),
+            self._level,
+        )
+        return y_ND, (finite_N if bad else None)
+
+    def last(self) -> dict[str, torch.Tensor]:
+        """What the last row of this thread left in the scratch memory; for tests.
+
+        `z` [P, Fp], `score` [F], `index` [C] and `chosen` [K], the kept among the candidates.
+        """
+        numbers, places = self.numbers, (ctypes.c_int64 * 4)()
+        _LIBRARY.hire_scratch_places(self._address, ctypes.addressof(places))
+        scratch = _scratch(self._scratch_bytes)
+        start = -scratch.data_ptr() % 64
+        neurons = numbers["num_neurons"]
+        padded, parts = -(-neurons // LANES) * LANES, 1 + numbers["gated"]
+        sizes = (parts * padded, neurons, numbers["num_candidates"], numbers["num_kept"])
+        z, score, index, chosen = (
+            scratch[start + place : start + place + 4 * size].view(torch.int32).clone()
+            for place, size in zip(places, sizes, strict=True)
+        )
+        z_PF = z.view(torch.float32).view(parts, padded)[:, :neurons]
+        if numbers["num_kept"] == numbers["num_candidates"]:  # nothing chose among them
+            chosen = torch.arange(numbers["num_kept"], dtype=torch.int32)
+        return {"z": z_PF, "score": score.view(torch.float32), "index": index, "chosen": chosen}
+
+
+def _scratch(size: int) -> torch.Tensor:
+    """At least `size` bytes of this thread's own."""
+    scratch = getattr(_LOCAL, "scratch", None)
+    if scratch is None or scratch.numel() < size:
+        with torch.inference_mode(False):
+            scratch = _LOCAL.scratch = torch.zeros(size, dtype=torch.uint8)
+    return scratch
+
+
+def top_k(score_F: torch.Tensor, num: int) -> torch.Tensor:
+    """The `num` largest scores, none negative or NaN, as ascending int32 indices.
+
+    Ties go to the lowest index. Raises ValueError.
+    """
+    total = score_F.numel()
+    if score_F.dtype != torch.float32 or score_F.dim() != 1 or not 1 <= num <= total:
+        raise ValueError(f"native: {num} of {score_F.dtype} {list(score_F.shape)}")
+    score_F = score_F.contiguous()
+    out, spare = torch.zeros(2, total + 1, dtype=torch.int32)
+    _LIBRARY.hire_top_k(score_F.data_ptr(), total, num, out.data_ptr(), spare.data_ptr())
+    return out[:num]
+
+
+# --------------------------------------------------------------------------- inside graphs
+
+_OPERATORS = torch.library.Library("hire_native", "DEF")
+_OPERATORS.define("ffn(Tensor x, int handle) -> (Tensor, Tensor)")
+
+
+def _ffn(x_ND: torch.Tensor, handle: int) -> tuple[torch.Tensor, torch.Tensor]:
+    y_ND, finite_N = _LAYERS[handle].run(x_ND)
+    if finite_N is None:
+        finite_N = torch.ones(x_ND.shape[0], dtype=torch.bool)
+    return y_ND, finite_N
+
+
+def _ffn_shapes(x_ND: torch.Tensor, handle: int) -> tuple[torch.Tensor, torch.Tensor]:
+    del handle
+    return torch.empty_like(x_ND), x_ND.new_empty(x_ND.shape[0], dtype=torch.bool)
+
+
+_OPERATORS.impl("ffn", _ffn, "CPU")
+torch.library.register_fake("hire_native::ffn", _ffn_shapes, lib=_OPERATORS)

@@ -1,0 +1,277 @@
+"""FFN layers as the native kernels read them: checked tensors, packed into one piece of memory.
+
+Everything that `native/kernels.h` says about sizes is made true here; the library trusts it.
+
+Shape suffixes: D width, F neurons, P parts (gate and up, or up alone), T tiles of 16 neurons,
+L lanes, G blocks of a row.
+"""
+
+import contextlib
+import mmap
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "relu", "relu2", "gelu_quick")
+PREDICTOR_BITS, REST_BITS = (2, 3, 4), (2, 3, 4, 8)
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+LANES, STRIDE = 16, 32
+_PAGE = 2**21
+_MOST = 2**31 - 64  # indices are 32 bits wide
+
+
+# --------------------------------------------------------------------------- packing
+
+
+def _lane_bytes(codes: int, bits: int) -> int:
+    if codes == 0:
+        return 0
+    return 1 if codes <= 8 // bits else 2 if codes <= 16 // bits else 4
+
+
+def pack_lanes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 [..., bytes] from codes [..., n, 16]: the n codes of each of 16 lanes, lane by lane.
+
+    As many whole codes as fit lie in 32-bit words, [word][lane]; what is left over takes the
+    narrowest of 8, 16 and 32 bits a lane.
+    """
+    per_word, pieces = 32 // bits, []
+    for start in range(0, codes.shape[-2], per_word):
+        some = codes[..., start : start + per_word, :].to(torch.int64)
+        shift = torch.arange(some.shape[-2])[:, None] * bits
+        word = (some << shift).sum(-2)
+        size = 4 if some.shape[-2] == per_word else _lane_bytes(some.shape[-2], bits)
+        octets = (word[..., None] >> (8 * torch.arange(size))) & 255
+        pieces.append(octets.to(torch.uint8).flatten(-2))
+    return torch.cat(pieces, dim=-1)
+
+
+def _octets(halves: torch.Tensor) -> torch.Tensor:
+    return halves.to(torch.float16).contiguous().view(torch.uint8)
+
+
+def _codes(planes: torch.Tensor, length: int) -> torch.Tensor:
+    shift = torch.arange(8, dtype=torch.uint8)
+    codes = torch.zeros(planes.shape[1], length, dtype=torch.uint8)
+    for bit, plane in enumerate(planes):
+        codes |= ((plane[..., None] >> shift) & 1).flatten(-2)[:, :length] << bit
+    return codes
+
+
+def _by_tile(rows: torch.Tensor, parts: int) -> torch.Tensor:
+    """[T, P, 16, columns] from [P * F, columns]; neurons that fill the last tile are zeros."""
+    part = rows.unflatten(0, (parts, -1))
+    padded = part.new_zeros(parts, -(-part.shape[1] // LANES) * LANES, part.shape[2])
+    padded[:, : part.shape[1]] = part
+    return padded.unflatten(1, (-1, LANES)).transpose(0, 1)
+
+
+def _tiles(
+    codes: torch.Tensor, scales: list[torch.Tensor], parts: int, bits: int, block: int
+) -> torch.Tensor:
+    """uint8 [T, bytes]: for each block the codes of every part, then scales, then offsets."""
+    code_TPLD = _by_tile(codes, parts)
+    scale_TPLG = [_by_tile(scale, parts) for scale in scales]
+    pieces = []
+    for index, start in enumerate(range(0, codes.shape[1], block)):
+        lanes = code_TPLD[..., start : start + block].transpose(-1, -2)
+        pieces.append(pack_lanes(lanes, bits).flatten(1))
+        pieces += [_octets(scale[..., index]).flatten(1) for scale in scale_TPLG]
+    return torch.cat(pieces, dim=1).contiguous()
+
+
+def _rest_rows(
+    codes_FD: torch.Tensor, scales: list[torch.Tensor], bits: int, stride: int
+) -> torch.Tensor:
+    """uint8 [F, bytes]: codes with 16 outputs side by side, then scales, then offsets."""
+    padded = torch.zeros(codes_FD.shape[0], stride, dtype=torch.uint8)
+    padded[:, : codes_FD.shape[1]] = codes_FD
+    lanes = pack_lanes(padded.unflatten(1, (-1, LANES)), bits)
+    return torch.cat([lanes, *[_octets(scale) for scale in scales]], dim=1)
+
+
+def _memory(size: int) -> torch.Tensor:
+    """uint8 [size], in large pages where the system has them: a stream of rows that are read once
+    spends a third of its time on the addresses of small ones."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(size, dtype=torch.uint8)
+    pages = mmap.mmap(-1, size + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(pages, dtype=torch.uint8)
+    start = -memory.data_ptr() % _PAGE
+    return memory[start : start + size]
+
+
+def together(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same tensors in one piece of memory, each at a cache line and with one behind it."""
+    starts, total = {}, 0
+    for name, tensor in tensors.items():
+        starts[name] = total
+        # Scales are read 16 at a time, beyond the end of the last row.
+        total += -(-tensor.nbytes // 64) * 64 + 64
+    memory, moved = _memory(total), {}
+    for name, tensor in tensors.items():
+        piece = memory[starts[name] : starts[name] + tensor.nbytes]
+        moved[name] = piece.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    return moved
+
+
+# --------------------------------------------------------------------------- checked input
+
+
+class _Tensors:
+    """Named tensors handed over with the shapes that they must have. Raises ValueError."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor | None]) -> None:
+        self._tensors = tensors
+
+    def get(self, name: str, *shape: int) -> torch.Tensor:
+        """The tensor, detached, on the CPU."""
+        tensor = self._tensors.get(name)
+        if tensor is None:
+            raise ValueError(f"native: {name} is missing")
+        if tuple(tensor.shape) != shape or tensor.device.type != "cpu":
+            found = f"{list(tensor.shape)} on {tensor.device}"
+            raise ValueError(f"native: {name} is {found}, expected {list(shape)} on the CPU")
+        return tensor.detach()
+
+    def floats(self, name: str, *shape: int) -> torch.Tensor:
+        """The tensor in float32."""
+        tensor = self.get(name, *shape)
+        if not tensor.is_floating_point():
+            raise ValueError(f"native: {name} is {tensor.dtype}, expected a floating-point type")
+        return tensor.float()
+
+    def has(self, name: str) -> bool:
+        """Whether the tensor was given."""
+        return self._tensors.get(name) is not None
+
+    def planes(self, name: str, bits: int, rows: int, length: int) -> torch.Tensor:
+        """The codes of bit planes, uint8 [rows, length]."""
+        planes = self.get(name, bits, rows, -(-length // 8))
+        if planes.dtype != torch.uint8:
+            raise ValueError(f"native: {name} is {planes.dtype}, expected torch.uint8")
+        return _codes(planes, length)
+
+
+def _number(settings: Mapping[str, Any], key: str, low: int, high: int) -> int:
+    value = settings.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"native: {key} is {value!r}, expected an integer in [{low}, {high}]")
+    return value
+
+
+def _one_of(settings: Mapping[str, Any], key: str, choices: tuple[Any, ...]) -> int:
+    value = settings.get(key)
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise ValueError(f"native: {key} is {value!r}, expected one of {list(choices)}")
+    return choices.index(value)
+
+
+def _scales(
+    given: _Tensors, prefix: str, symmetric: bool, rows: int, blocks: int
+) -> list[torch.Tensor]:
+    names = ["scale"] if symmetric else ["scale", "offset"]
+    return [given.floats(prefix + name, rows, blocks) for name in names]
+
+
+def _pad_parts(values: torch.Tensor, parts: int) -> torch.Tensor:
+    """float32 [P, Fp] from [P * F]."""
+    return _by_tile(values[:, None], parts).transpose(0, 1).reshape(parts, -1).contiguous()
+
+
+def _predictor(
+    given: _Tensors, numbers: dict[str, int], settings: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
+    width, neurons, parts = numbers["width"], numbers["num_neurons"], 1 + numbers["gated"]
+    outputs, bits = parts * neurons, PREDICTOR_BITS[_one_of(settings, "bits", PREDICTOR_BITS)]
+    block = min(_number(settings, "block", 1, _MOST), width)
+    symmetric = bool(_one_of(settings, "symmetric", (False, True)))
+    codes = given.planes("planes", bits, outputs, width)
+    scales = _scales(given, "", symmetric, outputs, -(-width // block))
+    tiles = _tiles(codes, scales, parts, bits, block)
+    numbers |= {"bits": bits, "block": block, "symmetric": symmetric, "tile_bytes": tiles.shape[1]}
+    tensors = {
+        "tiles": tiles,
+        "mean": given.floats("mean", width),
+        "inverse_scale": 1.0 / given.floats("column_scale", width),
+        "bias": _pad_parts(given.floats("bias", outputs), parts),
+        "norm": _pad_parts(given.floats("norm", neurons), 1),
+    }
+    if given.has("soft"):
+        tensors["soft"] = _pad_parts(given.floats("soft", outputs), parts)
+    return tensors
+
+
+def _rest(
+    given: _Tensors, numbers: dict[str, int], rest: Mapping[str, Any] | None
+) -> dict[str, torch.Tensor]:
+    if rest is None:
+        return {}
+    width, neurons = numbers["width"], numbers["num_neurons"]
+    bits = REST_BITS[_one_of(rest, "bits", REST_BITS)]
+    block = min(_number(rest, "block", 1, _MOST), width)
+    if block % LANES and block < width:
+        raise ValueError(f"native: block of down rows is {block}, no multiple of {LANES}")
+    symmetric = bool(_one_of(rest, "symmetric", (False, True)))
+    codes = given.planes("down_planes", bits, neurons, width)
+    scales = _scales(given, "down_", symmetric, neurons, -(-width // block))
+    rows = _rest_rows(codes, scales, bits, numbers["stride"])
+    numbers |= {"rest_bits": bits, "rest_block": block, "rest_symmetric": symmetric}
+    numbers["rest_bytes"] = rows.shape[1]
+    return {"rest": rows}
+
+
+def _weights(given: _Tensors, numbers: dict[str, int], up: torch.Tensor) -> dict[str, torch.Tensor]:
+    width, neurons, gated = numbers["width"], numbers["num_neurons"], numbers["gated"]
+    names = ["gate", "up"] if gated else ["up"]
+    matrices = [given.get(name, neurons, width) for name in [*names, "down"]]
+    if any(matrix.dtype != up.dtype for matrix in matrices):
+        raise ValueError(f"native: matrices are {[str(m.dtype) for m in matrices]}")
+    rows = torch.zeros(neurons, len(matrices), numbers["stride"], dtype=up.dtype)
+    for place, matrix in enumerate(matrices):
+        rows[:, place, :width] = matrix
+    tensors = {"rows": rows}
+    if any(given.has(f"{name}_bias") for name in names):
+        tensors["row_bias"] = torch.stack(
+            [
+                given.floats(f"{name}_bias", neurons)
+                if given.has(f"{name}_bias")
+                else torch.zeros(neurons)
+                for name in names
+            ]
+        )
+    if given.has("down_bias"):
+        tensors["down_bias"] = given.floats("down_bias", width)
+    return tensors
+
+
+def pack(
+    settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor | None]
+) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
+    """(numbers, tensors) of hire_layer in native/kernels.h; see FfnLayer.pack.
+
+    Raises ValueError.
+    """
+    given, up = _Tensors(tensors), tensors.get("up")
+    if up is None or up.dim() != 2 or up.dtype not in TYPES or not up.numel():
+        raise ValueError("native: up is not a matrix of float32, bfloat16 or float16")
+    neurons, width = up.shape
+    if neurons > _MOST or width > _MOST:
+        raise ValueError(f"native: {neurons} x {width} is too large")
+    candidates = _number(settings, "num_candidates", 1, neurons)
+    numbers = {
+        "width": width,
+        "stride": -(-width // STRIDE) * STRIDE,
+        "num_neurons": neurons,
+        "num_candidates": candidates,
+        "num_kept": _number(settings, "num_kept", 1, candidates),
+        "gated": int(given.has("gate")),
+        "activation": _one_of(settings, "activation", ACTIVATIONS),
+        "weight_type": TYPES.index(up.dtype),
+    }
+    packed = _predictor(given, numbers, settings) | _weights(given, numbers, up)
+    packed |= _rest(given, numbers, settings.get("rest"))
+    return numbers, packed

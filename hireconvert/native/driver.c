@@ -1,0 +1,279 @@
+/* The order of steps, the threads that share them, and the selection between them. */
+#include "kernels.h"
+
+#include <stddef.h>
+#include <string.h>
+
+#ifdef _OPENMP
+#define OMP(text) _Pragma(#text)
+#else
+#define OMP(text)
+#endif
+
+int hire_abi(void) { return HIRE_ABI; }
+
+int hire_level_at_most(int wanted)
+{
+#ifdef HIRE_X86
+    __builtin_cpu_init();
+    const int narrow = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                       __builtin_cpu_supports("f16c");
+    const int wide = narrow && __builtin_cpu_supports("avx512f") &&
+                     __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                     __builtin_cpu_supports("avx512vl");
+    if (wanted >= HIRE_AVX512 && wide) return HIRE_AVX512;
+    if (wanted >= HIRE_AVX2 && narrow) return HIRE_AVX2;
+#else
+    (void)wanted;
+#endif
+    return HIRE_PORTABLE;
+}
+
+static const hire_kernels *kernels_of(int level)
+{
+#ifdef HIRE_X86
+    if (level == HIRE_AVX512) return &hire_kernels_avx512;
+    if (level == HIRE_AVX2) return &hire_kernels_avx2;
+#endif
+    (void)level;
+    return &hire_kernels_portable;
+}
+
+/* ------------------------------------------------------------------ selection */
+
+enum { TOP_BITS = 11, MIDDLE_BITS = 10, LOW_BITS = 10 };
+
+static uint32_t bits_of(float score)
+{
+    uint32_t bits;
+    memcpy(&bits, &score, sizeof bits);
+    return bits & 0x7fffffff; /* -0 is 0; floats that are not negative order like their bits */
+}
+
+/* The bucket that holds the *k-th largest; *k becomes its rank within the bucket. */
+static uint32_t bucket_of_kth(const int32_t *count, uint32_t buckets, int64_t *k)
+{
+    uint32_t bucket = buckets - 1;
+    while (bucket > 0 && count[bucket] < *k) *k -= count[bucket--];
+    return bucket;
+}
+
+/* Bits of the k-th largest score, by histograms of ever lower bits; *ties becomes how many of
+ * the scores equal to it are among the k largest. */
+static uint32_t kth_bits(const float *score, int64_t n, int64_t *ties, int32_t *spare)
+{
+    int32_t count[1 << TOP_BITS] = {0};
+    for (int64_t i = 0; i < n; i++) count[bits_of(score[i]) >> (MIDDLE_BITS + LOW_BITS)]++;
+    const uint32_t top = bucket_of_kth(count, 1 << TOP_BITS, ties);
+    int64_t left = 0;
+    for (int64_t i = 0; i < n; i++) {
+        spare[left] = (int32_t)i;
+        left += bits_of(score[i]) >> (MIDDLE_BITS + LOW_BITS) == top;
+    }
+    memset(count, 0, sizeof(int32_t) << MIDDLE_BITS);
+    for (int64_t i = 0; i < left; i++)
+        count[bits_of(score[spare[i]]) >> LOW_BITS & ((1 << MIDDLE_BITS) - 1)]++;
+    const uint32_t high = top << MIDDLE_BITS | bucket_of_kth(count, 1 << MIDDLE_BITS, ties);
+    memset(count, 0, sizeof(int32_t) << LOW_BITS);
+    for (int64_t i = 0; i < left; i++) {
+        const uint32_t bits = bits_of(score[spare[i]]);
+        if (bits >> LOW_BITS == high) count[bits & ((1 << LOW_BITS) - 1)]++;
+    }
+    return high << LOW_BITS | bucket_of_kth(count, 1 << LOW_BITS, ties);
+}
+
+void hire_top_k(const float *score, int64_t n, int64_t k, int32_t *out, int32_t *spare)
+{
+    if (k >= n) {
+        for (int64_t i = 0; i < n; i++) out[i] = (int32_t)i;
+        return;
+    }
+    int64_t ties = k, found = 0;
+    const uint32_t kth = kth_bits(score, n, &ties, spare);
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t bits = bits_of(score[i]);
+        const int equal = bits == kth;
+        out[found] = (int32_t)i; /* out has room for one more than k */
+        found += bits > kth || (equal && ties > 0);
+        ties -= equal;
+    }
+}
+
+/* ------------------------------------------------------------------ scratch memory */
+
+static int64_t whole(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
+
+/* Cuts `scratch` (or, when it is NULL, nothing) into the arrays of a run; returns all its bytes. */
+static int64_t cut_scratch(const hire_layer *layer, char *scratch, hire_run *run)
+{
+    const int64_t lanes = HIRE_LANES, padded = whole(layer->num_neurons, lanes);
+    const int64_t parts = layer->gated ? 2 : 1, blocks = layer->width / layer->block + 1;
+    int64_t rest_blocks = 0;
+    if (layer->rest != NULL) rest_blocks = whole(layer->width / layer->rest_block + 1, lanes);
+    run->partial_stride = layer->stride + 5 * rest_blocks;
+    const int64_t sizes[] = {layer->stride, layer->stride, blocks, parts * padded, padded, padded,
+                             padded, padded, padded + 1, padded + 1, padded,
+                             layer->stride / lanes, HIRE_SEGMENTS * run->partial_stride};
+    void *places[sizeof sizes / sizeof *sizes];
+    int64_t total = 0;
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        places[i] = scratch == NULL ? NULL : scratch + total;
+        total += whole(sizes[i] * (int64_t)sizeof(float), 64);
+    }
+    run->x = places[0];
+    run->u = places[1];
+    run->u_sum = places[2];
+    run->z = places[3];
+    run->score = places[4];
+    run->value = places[5];
+    run->h = places[6];
+    run->exact = places[7];
+    run->index = places[8];
+    run->chosen = places[9];
+    run->spare = places[10];
+    run->rest_scale_of = places[11];
+    run->partial = places[12];
+    return total;
+}
+
+int64_t hire_scratch_bytes(const hire_layer *layer)
+{
+    hire_run run;
+    return cut_scratch(layer, NULL, &run) + 64; /* to start at a whole cache line */
+}
+
+static char *aligned(void *scratch)
+{
+    return (char *)(((uintptr_t)scratch + 63) / 64 * 64);
+}
+
+void hire_scratch_places(const hire_layer *layer, int64_t *place_of_4)
+{
+    static char nothing[64];
+    hire_run run;
+    char *start = aligned(nothing);
+    cut_scratch(layer, start, &run);
+    place_of_4[0] = (char *)run.z - start;
+    place_of_4[1] = (char *)run.score - start;
+    place_of_4[2] = (char *)run.index - start;
+    place_of_4[3] = (char *)run.chosen - start;
+}
+
+/* ------------------------------------------------------------------ one row */
+
+/* Piece s of `total` cut into HIRE_SEGMENTS pieces of whole fours. */
+static int64_t cut(int64_t total, int64_t s)
+{
+    const int64_t at = whole(whole(total, HIRE_SEGMENTS) / HIRE_SEGMENTS, 4) * s;
+    return at < total ? at : total;
+}
+
+static void choose_kept(const hire_layer *layer, hire_run *run)
+{
+    if (layer->num_kept == layer->num_candidates) {
+        for (int64_t i = 0; i < layer->num_kept; i++) run->chosen[i] = (int32_t)i;
+    } else {
+        hire_top_k(run->exact, layer->num_candidates, layer->num_kept, run->chosen, run->spare);
+    }
+    if (layer->rest == NULL) return;
+    for (int64_t i = 0; i < layer->num_candidates; i++) run->value[run->index[i]] = run->h[i];
+    for (int64_t i = 0; i < layer->num_kept; i++) run->value[run->index[run->chosen[i]]] = 0.0f;
+}
+
+static void sum_segment(const hire_layer *layer, const hire_kernels *kernels, hire_run *run,
+                        int64_t s, int *finite)
+{
+    float *partial = run->partial + s * run->partial_stride;
+    memset(partial, 0, (size_t)layer->stride * sizeof *partial);
+    const int64_t kept = layer->num_kept, all = layer->num_neurons;
+    if (kept == layer->num_candidates)
+        *finite &= kernels->exact(layer, run, cut(kept, s), cut(kept, s + 1), partial);
+    else
+        kernels->kept(layer, run, cut(kept, s), cut(kept, s + 1), partial);
+    if (layer->rest != NULL) kernels->rest(layer, run, cut(all, s), cut(all, s + 1), partial);
+}
+
+/* 1 where the row was finite throughout and y was written. */
+static int one_row(const hire_layer *layer, const hire_kernels *kernels, hire_run *run,
+                   const void *x, void *y, int num_threads)
+{
+    const int64_t tiles = whole(layer->num_neurons, HIRE_LANES) / HIRE_LANES;
+    const int64_t all = layer->num_neurons, candidates = layer->num_candidates;
+    const int fused = layer->num_kept == candidates;
+    int bad = 0, estimates_bad = 0;
+    (void)num_threads;
+    kernels->start(layer, x, run);
+    OMP(omp parallel num_threads(num_threads) if (num_threads > 1))
+    {
+        int finite = 1;
+        if (candidates < all) { /* else nothing needs an estimate */
+            OMP(omp for schedule(static))
+            for (int64_t tile = 0; tile < tiles; tile++)
+                finite &= kernels->estimate(layer, run, tile, tile + 1);
+            if (!finite) {
+                OMP(omp atomic write)
+                estimates_bad = 1;
+            }
+            OMP(omp barrier)
+        }
+        OMP(omp single)
+        {
+            if (!estimates_bad) {
+                hire_top_k(run->score, all, candidates, run->index, run->spare);
+                /* Kept neurons are known before they are computed: none of them is in the rest. */
+                if (fused && layer->rest != NULL)
+                    for (int64_t i = 0; i < candidates; i++) run->value[run->index[i]] = 0.0f;
+            }
+        }
+        if (!estimates_bad) {
+            if (!fused) {
+                OMP(omp for schedule(static, 1))
+                for (int64_t s = 0; s < HIRE_SEGMENTS; s++)
+                    finite &= kernels->exact(layer, run, cut(candidates, s),
+                                             cut(candidates, s + 1), NULL);
+                if (!finite) {
+                    OMP(omp atomic write)
+                    bad = 1;
+                }
+                OMP(omp barrier)
+                OMP(omp single)
+                if (!bad) choose_kept(layer, run);
+            }
+            if (fused || !bad) {
+                OMP(omp for schedule(static, 1))
+                for (int64_t s = 0; s < HIRE_SEGMENTS; s++)
+                    sum_segment(layer, kernels, run, s, &finite);
+                if (!finite && fused) {
+                    OMP(omp atomic write)
+                    bad = 1;
+                }
+            }
+        }
+    }
+    if (bad || estimates_bad) return 0;
+    kernels->finish(layer, run, y);
+    return 1;
+}
+
+int64_t hire_ffn(const hire_layer *layer, const void *x, void *y, uint8_t *finite, int64_t *counts,
+                 void *scratch, int64_t num_rows, int32_t num_threads, int32_t level)
+{
+    const hire_kernels *kernels = kernels_of(hire_level_at_most(level));
+    const int64_t row_bytes = layer->width * (layer->weight_type == HIRE_FLOAT32 ? 4 : 2);
+    hire_run run;
+    int64_t bad = 0;
+    cut_scratch(layer, aligned(scratch), &run);
+    for (int64_t i = 0; i < num_rows; i++) {
+        finite[i] = (uint8_t)one_row(layer, kernels, &run, (const char *)x + i * row_bytes,
+                                     (char *)y + i * row_bytes, num_threads);
+        bad += !finite[i];
+    }
+    if (counts != NULL) {
+        counts[0] += 1;
+        counts[1] += num_rows;
+        counts[2] += (num_rows - bad) * layer->num_kept;
+        counts[3] += (num_rows - bad) * layer->num_candidates;
+        counts[4] += bad;
+    }
+    return bad;
+}

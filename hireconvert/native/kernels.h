@@ -1,0 +1,120 @@
+/* Feed-forward layers decoded from few bytes: what the Python side and the C files agree on.
+ *
+ * Letters as in docs/design.md: D width, F neurons, C candidates, K kept, G blocks of a row. A tile
+ * is HIRE_LANES neurons whose codes lie side by side, one neuron to a lane.
+ */
+#ifndef HIRE_KERNELS_H
+#define HIRE_KERNELS_H
+
+#include <stdint.h>
+
+#define HIRE_ABI 1
+#define HIRE_LANES 16
+/* Rows of weights are cut into this many pieces whatever the number of threads, and the sums of the
+ * pieces are added in order: the output's bits do not depend on how many threads there are. */
+#define HIRE_SEGMENTS 32
+
+enum hire_type { HIRE_FLOAT32 = 0, HIRE_BFLOAT16 = 1, HIRE_FLOAT16 = 2 };
+enum hire_activation {
+    HIRE_SILU = 0,
+    HIRE_GELU_TANH = 1,
+    HIRE_GELU_ERF = 2,
+    HIRE_RELU = 3,
+    HIRE_RELU2 = 4,
+    HIRE_GELU_QUICK = 5
+};
+enum hire_level { HIRE_PORTABLE = 0, HIRE_AVX2 = 1, HIRE_AVX512 = 2 };
+
+/* One layer, read-only while it runs. Parts are gate and up, or up alone. Fp is F rounded up to
+ * whole tiles. Every pointer is checked for size by the Python side (hireconvert/_native.py). */
+typedef struct {
+    int64_t width;          /* D */
+    int64_t stride;         /* elements of one row with its padding, a multiple of 32, >= D */
+    int64_t num_neurons;    /* F */
+    int64_t num_candidates; /* C: neurons computed exactly */
+    int64_t num_kept;       /* K <= C: fewer, and the exact scores of the candidates choose them */
+    int64_t gated;          /* 2 parts, else 1 */
+    int64_t activation;     /* enum hire_activation */
+    int64_t weight_type;    /* enum hire_type, of rows, x and y */
+    int64_t bits;           /* of the predictor: 2, 3, 4 */
+    int64_t block;          /* inputs to a scale, <= D */
+    int64_t symmetric;
+    int64_t tile_bytes;
+    int64_t rest_bits;      /* of the low-bit output vectors: 2, 3, 4, 8; 0: the rest counts 0 */
+    int64_t rest_block;     /* outputs to a scale: D, or a multiple of HIRE_LANES */
+    int64_t rest_symmetric;
+    int64_t rest_bytes;     /* of one neuron's low-bit row */
+    const uint8_t *tiles;   /* [Fp / 16, tile_bytes]: for each block codes, scales, offsets */
+    const float *mean;          /* [D] */
+    const float *inverse_scale; /* [D] */
+    const float *bias;          /* [parts, Fp] of the estimates */
+    const float *soft;          /* [parts, Fp] or NULL */
+    const float *norm;          /* [Fp]; ones where scores are plain */
+    const void *rows;           /* [F, parts + 1, stride]: gate, up, down of a neuron in turn */
+    const float *row_bias;      /* [parts, F] or NULL */
+    const float *down_bias;     /* [D] or NULL */
+    const uint8_t *rest;        /* [F, rest_bytes] or NULL */
+} hire_layer;
+
+/* Where one row's intermediate results lie; all of it is the caller's scratch memory. */
+typedef struct {
+    float *x;        /* [stride], zeros behind D */
+    float *u;        /* [stride]: the predictor's input */
+    float *u_sum;    /* [G]: sums of u over blocks */
+    float *z;        /* [parts, Fp] estimates */
+    float *score;    /* [Fp] estimated */
+    float *value;    /* [Fp] hidden values of the rest: estimates, exact where computed */
+    float *h;        /* [F] exact hidden values of the candidates */
+    float *exact;    /* [F] exact scores of the candidates */
+    int32_t *index;  /* [F + 1] candidates, ascending */
+    int32_t *chosen; /* [F + 1] positions of the kept among the candidates, ascending */
+    int32_t *spare;  /* [F] */
+    int32_t *rest_scale_of; /* [stride / 16]: block of each vector of outputs */
+    float *partial;  /* [HIRE_SEGMENTS, partial_stride]: sums of outputs, then a row's scales */
+    int64_t partial_stride;
+} hire_run;
+
+typedef struct {
+    void (*start)(const hire_layer *, const void *x, hire_run *);
+    /* Tiles [from, to): z, score, value; 1 unless a score is NaN or inf. */
+    int (*estimate)(const hire_layer *, hire_run *, int64_t from, int64_t to);
+    /* Candidates [from, to): h, exact; with `partial` also their output. 1 unless NaN or inf. */
+    int (*exact)(const hire_layer *, hire_run *, int64_t from, int64_t to, float *partial);
+    void (*kept)(const hire_layer *, hire_run *, int64_t from, int64_t to, float *partial);
+    /* Low-bit rows of the neurons [from, to) whose value is not 0. */
+    void (*rest)(const hire_layer *, hire_run *, int64_t from, int64_t to, float *partial);
+    void (*finish)(const hire_layer *, hire_run *, void *y);
+} hire_kernels;
+
+extern const hire_kernels hire_kernels_portable;
+#if defined(__x86_64__)
+#define HIRE_X86 1
+extern const hire_kernels hire_kernels_avx2;
+extern const hire_kernels hire_kernels_avx512;
+#endif
+
+#if defined(_WIN32)
+#define HIRE_API __declspec(dllexport)
+#else
+#define HIRE_API __attribute__((visibility("default")))
+#endif
+
+HIRE_API int hire_abi(void);
+/* The highest level that this machine runs and that is at most `wanted`. */
+HIRE_API int hire_level_at_most(int wanted);
+/* Bytes of scratch memory that `hire_ffn` needs for the layer. */
+HIRE_API int64_t hire_scratch_bytes(const hire_layer *layer);
+/* Where in the scratch memory z, score, index and chosen of the last row lie, for tests. */
+HIRE_API void hire_scratch_places(const hire_layer *layer, int64_t *place_of_4);
+/* y [num_rows, D] from x [num_rows, D]; finite[i] is 0 where a row met NaN or inf and y[i] was
+ * not written. `counts` (or NULL) gets calls, rows, kept, candidates, dense rows added. Returns
+ * how many rows were not finite. */
+HIRE_API int64_t hire_ffn(const hire_layer *layer, const void *x, void *y, uint8_t *finite,
+                          int64_t *counts, void *scratch, int64_t num_rows, int32_t num_threads,
+                          int32_t level);
+
+/* The k largest of n scores (not negative, no NaN) as ascending indices in out [n + 1]; ties go to
+ * the lowest index. spare [n]. */
+HIRE_API void hire_top_k(const float *score, int64_t n, int64_t k, int32_t *out, int32_t *spare);
+
+#endif

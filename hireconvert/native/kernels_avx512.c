@@ -1,0 +1,26 @@
+/* The kernels for x86 with AVX-512 (F, BW, DQ, VL); called only where the CPU says it has them. */
+#include "kernels.h"
+
+#ifdef HIRE_X86
+#include <immintrin.h>
+#include <stddef.h>
+#include <string.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+
+#include "simd_avx512.h"
+#include "kernels_body.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+const hire_kernels hire_kernels_avx512 = {start, estimate, exact, kept, rest, finish};
+#endif

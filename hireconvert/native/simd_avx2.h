@@ -1,0 +1,121 @@
+/* Sixteen floats at a time as two AVX2 registers; FMA and F16C come with every CPU that has it. */
+#ifndef HIRE_SIMD_H
+#define HIRE_SIMD_H
+
+#include <immintrin.h>
+#include <stdint.h>
+
+#define HIRE_SPECIALISED 1
+#define HIRE_UNROLL _Pragma("GCC unroll 16")
+
+typedef struct {
+    __m256 a, b;
+} v16;
+typedef struct {
+    __m256i a, b;
+} w16;
+
+#define HIRE_BOTH(op, x, y) ((v16){op((x).a, (y).a), op((x).b, (y).b)})
+
+static inline v16 v_set1(float a) { return (v16){_mm256_set1_ps(a), _mm256_set1_ps(a)}; }
+static inline v16 v_load(const float *p) { return (v16){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+static inline void v_store(float *p, v16 x)
+{
+    _mm256_storeu_ps(p, x.a);
+    _mm256_storeu_ps(p + 8, x.b);
+}
+static inline v16 v_add(v16 x, v16 y) { return HIRE_BOTH(_mm256_add_ps, x, y); }
+static inline v16 v_sub(v16 x, v16 y) { return HIRE_BOTH(_mm256_sub_ps, x, y); }
+static inline v16 v_mul(v16 x, v16 y) { return HIRE_BOTH(_mm256_mul_ps, x, y); }
+static inline v16 v_div(v16 x, v16 y) { return HIRE_BOTH(_mm256_div_ps, x, y); }
+static inline v16 v_max(v16 x, v16 y) { return HIRE_BOTH(_mm256_max_ps, x, y); }
+static inline v16 v_min(v16 x, v16 y) { return HIRE_BOTH(_mm256_min_ps, x, y); }
+static inline v16 v_fma(v16 x, v16 y, v16 z)
+{
+    return (v16){_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
+static inline v16 v_sqrt(v16 x) { return (v16){_mm256_sqrt_ps(x.a), _mm256_sqrt_ps(x.b)}; }
+static inline v16 v_abs(v16 x)
+{
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return (v16){_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
+}
+static inline v16 v_round(v16 x)
+{
+    return (v16){_mm256_round_ps(x.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
+                 _mm256_round_ps(x.b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+static inline __m256 v_pow2_half(__m256 x)
+{
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(x), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+}
+/* 2^x for whole numbers in [-126, 127]. */
+static inline v16 v_pow2(v16 x) { return (v16){v_pow2_half(x.a), v_pow2_half(x.b)}; }
+static inline float v_sum(v16 x)
+{
+    const __m256 eight = _mm256_add_ps(x.a, x.b);
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+static inline int v_finite(v16 x)
+{
+    const __m256 most = _mm256_set1_ps(__builtin_inff());
+    const v16 size = v_abs(x);
+    return _mm256_movemask_ps(_mm256_and_ps(_mm256_cmp_ps(size.a, most, _CMP_LT_OQ),
+                                            _mm256_cmp_ps(size.b, most, _CMP_LT_OQ))) == 0xff;
+}
+static inline v16 v_load_f16(const void *p)
+{
+    const __m128i *halves = p;
+    return (v16){_mm256_cvtph_ps(_mm_loadu_si128(halves)),
+                 _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
+}
+static inline __m256 v_bf16_half(const __m128i *p)
+{
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+static inline v16 v_load_bf16(const void *p)
+{
+    const __m128i *halves = p;
+    return (v16){v_bf16_half(halves), v_bf16_half(halves + 1)};
+}
+static inline w16 w_load4(const uint8_t *p)
+{
+    return (w16){_mm256_loadu_si256((const __m256i *)p),
+                 _mm256_loadu_si256((const __m256i *)(p + 32))};
+}
+static inline w16 w_load2(const uint8_t *p)
+{
+    return (w16){_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)),
+                 _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p + 16)))};
+}
+static inline w16 w_load1(const uint8_t *p)
+{
+    return (w16){_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)),
+                 _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p + 8)))};
+}
+/* The codes that start `shift` bits up in every lane, less the middle code. Up to 3 bits a permutation of a table is the
+ * conversion: it looks at 3 bits of each lane only. */
+static inline __m256 v_code_half(__m256i x, int shift, int bits)
+{
+    const __m256i moved = shift ? _mm256_srli_epi32(x, shift) : x;
+    if (bits == 2)
+        return _mm256_permutevar8x32_ps(
+            _mm256_setr_ps(-1.5f, -0.5f, 0.5f, 1.5f, -1.5f, -0.5f, 0.5f, 1.5f), moved);
+    if (bits == 3)
+        return _mm256_permutevar8x32_ps(
+            _mm256_setr_ps(-3.5f, -2.5f, -1.5f, -0.5f, 0.5f, 1.5f, 2.5f, 3.5f), moved);
+    const __m256 code =
+        _mm256_cvtepi32_ps(_mm256_and_si256(moved, _mm256_set1_epi32((1 << bits) - 1)));
+    return _mm256_sub_ps(code, _mm256_set1_ps((float)((1 << bits) - 1) / 2));
+}
+static inline v16 v_code(w16 x, int shift, int bits)
+{
+    return (v16){v_code_half(x.a, shift, bits), v_code_half(x.b, shift, bits)};
+}
+static inline void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+
+#endif

@@ -1,0 +1,175 @@
+"""Layers for the native kernels, and what they must compute, in float64.
+
+Shape suffixes: N rows, D width, F neurons, M predictor outputs, C candidates.
+"""
+
+import shutil
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from hireconvert.quantize import GridFormat, encode_down, encode_matrix, fit_grid, round_codes
+from hireconvert.runtime.hire_predict import top_k_indices
+from tests.decoding import decode_matrix
+
+try:
+    from hireconvert import _native
+except ImportError:
+    # A machine without a compiler has no library; one with a compiler must have built it.
+    assert shutil.which("cc") is None and shutil.which("gcc") is None
+    _native = None
+
+LEVELS = () if _native is None else _native.LEVELS[: _native.LEVELS.index(_native.level()) + 1]
+ACTS: dict[str, Any] = {
+    "silu": F.silu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "gelu_erf": F.gelu,
+    "relu": F.relu,
+    "relu2": lambda z: F.relu(z).square(),
+    "gelu_quick": lambda z: z * torch.sigmoid(1.702 * z),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer: sizes and settings."""
+
+    width: int
+    neurons: int
+    candidates: int
+    kept: int
+    gated: bool = True
+    dtype: torch.dtype = torch.float32
+    bits: int = 4
+    block: int = 32
+    symmetric: bool = True
+    rest: tuple[int, int, bool] | None = None
+    act: str = "silu"
+    bias: bool = False
+    soft: bool = False
+
+
+CASES = {
+    "plain": Case(64, 96, 60, 40),
+    "fused": Case(64, 96, 48, 48, rest=(4, 32, False)),
+    "odd": Case(50, 77, 41, 30, bits=3, block=12, rest=(3, 16, True), bias=True),
+    "long_block": Case(33, 70, 30, 20, bits=2, block=1000, symmetric=False, rest=(8, 1000, False)),
+    "one_of_each": Case(1, 1, 1, 1, rest=(2, 16, True)),
+    "one_kept": Case(97, 131, 5, 1, symmetric=False, rest=(4, 48, False), act="gelu_tanh"),
+    "all_candidates": Case(96, 100, 100, 33, rest=(4, 32, True), act="relu", bias=True),
+    "ungated": Case(72, 161, 80, 50, gated=False, act="relu2", rest=(2, 16, False), bias=True),
+    "ungated_erf": Case(40, 64, 20, 20, gated=False, act="gelu_erf", bits=3, block=7),
+    "soft": Case(60, 90, 45, 30, bits=2, soft=True, rest=(4, 16, False), act="gelu_quick"),
+    "soft_ungated": Case(60, 90, 45, 30, bits=2, soft=True, gated=False, act="gelu_erf"),
+    "bfloat16": Case(96, 200, 90, 60, dtype=torch.bfloat16, rest=(4, 96, False), bias=True),
+    "float16": Case(95, 200, 90, 90, dtype=torch.float16, symmetric=False, rest=(3, 32, False)),
+    "wide": Case(576, 320, 150, 150, block=96, rest=(4, 32, False)),
+}  # fmt: skip
+
+
+def tensors_of(case: Case, seed: int = 0) -> dict[str, Any]:
+    """Weights and a quantized predictor, as FfnLayer.pack takes them."""
+    dice = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(*shape, generator=dice) * scale).to(case.dtype)
+
+    width, neurons = case.width, case.neurons
+    tensors: dict[str, Any] = {"gate": None, "down": normal(neurons, width)}
+    names = ["gate", "up"] if case.gated else ["up"]
+    for name in names:
+        tensors[name] = normal(neurons, width, scale=width**-0.5)
+        tensors[f"{name}_bias"] = normal(neurons, scale=0.3) if case.bias else None
+    tensors["down_bias"] = normal(width) if case.bias else None
+    weight_MD = torch.cat([tensors[name].float() for name in names])
+    column_scale = torch.rand(width, generator=dice) + 0.5
+    grid = fit_grid(weight_MD * column_scale, GridFormat(case.bits, case.block, case.symmetric))
+    tensors |= encode_matrix(round_codes(weight_MD * column_scale, grid), grid)
+    mean = normal(width, scale=0.1).float()
+    bias = weight_MD @ mean
+    if case.bias:
+        bias = bias + torch.cat([tensors[f"{name}_bias"].float() for name in names])
+    tensors |= {"column_scale": column_scale, "mean": mean, "bias": bias}
+    tensors["norm"] = tensors["down"].float().norm(dim=1)
+    if case.soft:
+        tensors["soft"] = (torch.rand(len(names) * neurons, generator=dice) * 0.2).half()
+    if case.rest is not None:
+        tensors |= encode_down(tensors["down"].float(), GridFormat(*case.rest))
+    return tensors
+
+
+def settings_of(case: Case) -> dict[str, Any]:
+    rest = None if case.rest is None else dict(zip(("bits", "block", "symmetric"), case.rest))  # noqa: B905
+    return {
+        "activation": case.act,
+        "num_candidates": case.candidates,
+        "num_kept": case.kept,
+        "bits": case.bits,
+        "block": case.block,
+        "symmetric": case.symmetric,
+        "rest": rest,
+    }
+
+
+def rows_of(case: Case, num: int = 3, seed: int = 1) -> torch.Tensor:
+    dice = torch.Generator().manual_seed(seed)
+    return torch.randn(num, case.width, generator=dice).to(case.dtype)
+
+
+def estimates(case: Case, tensors: dict[str, Any], x_D: torch.Tensor, dtype: Any) -> torch.Tensor:
+    """z [M] from the tensors on disk, in the arithmetic of `dtype`."""
+    form = GridFormat(case.bits, case.block, case.symmetric)
+    outputs = tensors["bias"].shape[0]
+    copy_MD = decode_matrix(tensors, form, (outputs, case.width)).to(dtype)
+    u_D = (x_D.to(dtype) - tensors["mean"].to(dtype)) / tensors["column_scale"].to(dtype)
+    return tensors["bias"].to(dtype) + copy_MD @ u_D
+
+
+def hidden(case: Case, z_M: torch.Tensor) -> torch.Tensor:
+    act = ACTS[case.act]
+    return act(z_M[: case.neurons]) * z_M[case.neurons :] if case.gated else act(z_M)
+
+
+def sizes(case: Case, tensors: dict[str, Any], z_M: torch.Tensor) -> torch.Tensor:
+    """What scores are made of, softened where the case says so."""
+    if not case.soft:
+        return hidden(case, z_M).abs()
+    act, soft_M = ACTS[case.act], tensors["soft"].to(z_M.dtype)
+    first, s = z_M[: case.neurons], soft_M[: case.neurons]
+    size = ((act(first + s).square() + act(first - s).square()) / 2).sqrt()
+    if case.gated:
+        size = size * (z_M[case.neurons :].square() + soft_M[case.neurons :].square()).sqrt()
+    return size
+
+
+def exact_hidden(case: Case, tensors: dict[str, Any], x_D: torch.Tensor) -> torch.Tensor:
+    """float64 [F]."""
+    products = []
+    for name in ["gate", "up"] if case.gated else ["up"]:
+        bias = tensors[f"{name}_bias"]
+        product = tensors[name].double() @ x_D.double()
+        products.append(product if bias is None else product + bias.double())
+    return hidden(case, torch.cat(products))
+
+
+def output(
+    case: Case, tensors: dict[str, Any], x_D: torch.Tensor, index: Any, kept: Any
+) -> torch.Tensor:
+    """float64 [D]: the output when `index` are the candidates and `kept` those of them kept."""
+    h_F = exact_hidden(case, tensors, x_D)
+    y_D = h_F[kept] @ tensors["down"].double()[kept]
+    if case.rest is not None:
+        value_F = hidden(case, estimates(case, tensors, x_D, torch.float64))
+        value_F[index] = h_F[index]
+        value_F[kept] = 0.0
+        own = {k.removeprefix("down_"): t for k, t in tensors.items() if k.startswith("down_")}
+        shape = (case.neurons, case.width)
+        y_D = y_D + value_F @ decode_matrix(own, GridFormat(*case.rest), shape).double()
+    return y_D if tensors["down_bias"] is None else y_D + tensors["down_bias"].double()
+
+
+def selected(score_F: torch.Tensor, num: int) -> torch.Tensor:
+    """The runtime's own selection."""
+    return top_k_indices(score_F[None], num)[0]

@@ -1,0 +1,117 @@
+"""The C files: no warnings, no undefined behaviour, and an installation that does without them."""
+
+import importlib.machinery
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.native import LEVELS, _native
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ROOT / "hireconvert" / "native"
+COMPILER = shutil.which("gcc")
+SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="this machine has no gcc")
+STRICT = ("-std=c11", "-Wall", "-Wextra", "-Werror", "-Wpedantic", "-fPIC", "-shared")
+
+
+def build(out: Path, *flags: str) -> None:
+    sources = sorted(map(str, SOURCES.glob("*.c")))
+    command = [COMPILER, *STRICT, *flags, "-o", str(out), *sources]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and not done.stderr, done.stderr[-3000:]
+
+
+def run_python(code: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=500,
+        check=False,
+    )
+
+
+def test_every_machine_has_the_portable_level_and_says_its_abi():
+    assert LEVELS[0] == "portable"
+    header = (SOURCES / "kernels.h").read_text()
+    assert int(re.search(r"#define HIRE_ABI (\d+)", header)[1]) == _native.ABI
+    fields = re.search(r"typedef struct \{(.*?)\} hire_layer;", header, re.DOTALL)[1]
+    fields = re.sub(r"/\*.*?\*/", "", fields, flags=re.DOTALL)
+    names = re.findall(r"(\w+);", fields)
+    assert names == [*_native._NUMBERS, *_native._POINTERS]
+
+
+@pytest.mark.parametrize("flags", [("-O2", "-fopenmp"), ("-O0",)])
+def test_the_sources_compile_without_a_warning(flags, tmp_path):
+    build(tmp_path / "kernels.so", *flags)
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory) -> Path:
+    """A folder with the package and its tests, the library built with sanitizers."""
+    folder = tmp_path_factory.mktemp("sanitized")
+    package = folder / "hireconvert"
+    shutil.copytree(
+        ROOT / "hireconvert", package, ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    shutil.copytree(ROOT / "tests", folder / "tests")
+    checks = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fopenmp")
+    build(package / f"_kernels{SUFFIX}", "-O1", *checks)
+    return folder
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_nothing_is_read_or_written_out_of_bounds(level, sanitized):
+    """Some hundred mutations of what layers are packed from, under the sanitizers."""
+    found = subprocess.run(
+        [COMPILER, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    )
+    done = run_python(
+        ["-P", "-m", "tests.native_fuzz", "300" if level == LEVELS[-1] else "60"],
+        LD_PRELOAD=str(Path(found.stdout.strip()).resolve()),
+        ASAN_OPTIONS="detect_leaks=0",
+        HIRE_NATIVE=level,
+        PYTHONPATH=str(sanitized),
+        OMP_NUM_THREADS="2",
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    refused, ran = map(int, done.stdout.split())
+    assert refused > 20 and ran > 3
+
+
+def test_the_package_lives_without_a_library(tmp_path):
+    package = tmp_path / "hireconvert"
+    shutil.copytree(
+        ROOT / "hireconvert", package, ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    code = (
+        "from hireconvert.runtime import hire_native as n;"
+        "assert n.native is None; print(n._MISSING)"
+    )
+    done = run_python(["-P", "-c", code], PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "installed without a C compiler and has no native library" in done.stdout
+
+
+def test_setup_goes_on_where_nothing_compiles(tmp_path):
+    tree = tmp_path / "tree"
+    shutil.copytree(SOURCES, tree / "hireconvert" / "native")
+    shutil.copy(ROOT / "setup.py", tree)
+    for compiler, built in (("/bin/false", False), (COMPILER, True)):
+        done = subprocess.run(
+            [sys.executable, "setup.py", "build_ext", "--inplace"],
+            cwd=tree,
+            env={**os.environ, "CC": compiler},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert bool(list((tree / "hireconvert").glob("_kernels*"))) == built
