@@ -31,7 +31,7 @@ pydoc_data.topics
 
 {table}
 
-The bytes bound the speed-up at {bound:.2f} in bfloat16; decoding in float32 reached {measured:.2f} here.
+The bytes bound the speed-up at {bound:.2f}; decoding in float32 reached {measured:.2f} here.
 
 > {prompt}
 {sample}
