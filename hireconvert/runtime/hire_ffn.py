@@ -13,7 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from . import hire_native
+from .hire_native import pack as pack_native
+from .hire_native import run as run_native
+from .hire_native import serves as serves_native
 from .hire_predict import Predictor, decode_down, unit_scores, varies
 from .hire_select import candidate_mask, kept_mask, row_candidates, row_kept
 
@@ -198,7 +200,7 @@ class SparseFfn(nn.Module):
             norm_F=norm_F,
             predictor=Predictor(self.spec["predictor"], moved, up_FD.shape[1]),
             estimate_FD=self._low_bit_down(moved, up_FD.shape[1]),
-            native=hire_native.pack(self.spec, parts, moved, norm_F),
+            native=pack_native(self.spec, parts, moved, norm_F),
         )
 
     def _low_bit_down(self, tensors: Mapping[str, torch.Tensor], width: int) -> Any:
@@ -244,8 +246,8 @@ class SparseFfn(nn.Module):
         if not torch.compiler.is_compiling() and self.prepared is None:
             self.prepare()
         if dense_rows_N is None:
-            if hire_native.serves(self.prepared.native, x_ND):
-                return hire_native.run(self, x_ND)
+            if serves_native(self.prepared.native, x_ND):
+                return run_native(self, x_ND)
             if x_ND.shape[0] == 1 and not torch.is_grad_enabled():
                 return self.gathered(x_ND)
         return self.masked(x_ND, dense_rows_N)

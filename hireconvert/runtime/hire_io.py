@@ -16,7 +16,6 @@ from transformers.conversion_mapping import (
 )
 from transformers.utils.hub import cached_file
 
-from . import hire_native
 from .hire_config import (
     PREDICTOR_FILE,
     check_predictor_tensors,
@@ -26,6 +25,7 @@ from .hire_config import (
 )
 from .hire_head import SparseHead
 from .hire_install import Native
+from .hire_native import path as native_path
 
 RUNTIME_FILES = (
     "modeling_hire.py",
@@ -111,7 +111,7 @@ class HireIoMixin(Native):
             counter.zero_()  # Transformers fills non-persistent buffers with whatever memory held
         if head is not None:
             head.counts.zero_()
-        path = hire_native.path(base.hire_layers.values())
+        path = native_path(base.hire_layers.values())
         logger.warning("hire: %s", describe(self.config.hire, path))
 
     def _hire_assign(self, path: Any, base: Any, head: SparseHead | None) -> None:
