@@ -56,8 +56,10 @@ def activation_name(act: Any) -> str | None:
 def _beyond_spec(spec: Mapping[str, Any], width: int) -> str | None:
     """What of a layer's spec the kernels do not cover."""
     predictor, rest = spec["predictor"], spec.get("unselected")
-    if predictor["kind"] != "q" or predictor["bits"] == 8:
-        return f"predictor {predictor['kind']} of {predictor['bits']} bits"
+    if predictor["kind"] != "q":  # a config may then leave out what only copies have
+        return f"predictor {predictor['kind']}"
+    if predictor["bits"] == 8:
+        return "predictor of 8 bits"
     if predictor["num_inputs"] < width:
         return "predictor of some inputs"
     if predictor["groups"] or spec["group_size"] > 1 or spec["num_common"] > 0:

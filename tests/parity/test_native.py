@@ -245,8 +245,8 @@ def test_a_changed_weight_is_seen():
 REASONS = {
     "groups": "groups or common neurons",
     "common": "groups or common neurons",
-    "lr": "predictor lr of None bits",
-    "qlr": "predictor qlr of 2 bits",
+    "lr": "predictor lr",
+    "qlr": "predictor qlr",
     "loud_inputs": "predictor of some inputs",
     "threshold": "a number of neurons that varies",
 }
