@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from hireconvert.runtime.hire_predict import unpack_planes
+
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "relu", "relu2", "gelu_quick")
 PREDICTOR_BITS, REST_BITS = (2, 3, 4), (2, 3, 4, 8)
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,14 +51,6 @@ def pack_lanes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def _octets(halves: torch.Tensor) -> torch.Tensor:
     return halves.to(torch.float16).contiguous().view(torch.uint8)
-
-
-def _codes(planes: torch.Tensor, length: int) -> torch.Tensor:
-    shift = torch.arange(8, dtype=torch.uint8)
-    codes = torch.zeros(planes.shape[1], length, dtype=torch.uint8)
-    for bit, plane in enumerate(planes):
-        codes |= ((plane[..., None] >> shift) & 1).flatten(-2)[:, :length] << bit
-    return codes
 
 
 def _by_tile(rows: torch.Tensor, parts: int) -> torch.Tensor:
@@ -153,7 +147,7 @@ class _Tensors:
         planes = self.get(name, bits, rows, -(-length // 8))
         if planes.dtype != torch.uint8:
             raise ValueError(f"native: {name} is {planes.dtype}, expected torch.uint8")
-        return _codes(planes, length)
+        return unpack_planes(planes, length)
 
 
 def _number(settings: Mapping[str, Any], key: str, low: int, high: int) -> int:

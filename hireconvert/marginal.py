@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hireconvert.scoring import kth_score
+from hireconvert.scoring import best
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,6 @@ class Marginal:
                 named = _total(by_copy_NF * error_NF * _band(score_NF, *edges))
             self.saved[index] -= _total(gain_NF * made.h_NF * _band(score_NF, more, fewer)) + named
         self._seen.clear()
-
-
-def best(score_NF: torch.Tensor, num: int) -> torch.Tensor:
-    """bool [N, F]: the `num` largest scores; neurons that tie with the last stay too."""
-    kth_N1 = kth_score(score_NF.cpu(), num).to(score_NF.device)
-    return score_NF >= kth_N1
 
 
 def _band(score_NF: torch.Tensor, more: int, fewer: int) -> torch.Tensor:

@@ -18,8 +18,9 @@ from torch import nn
 
 from hireconvert.families import Layout, base_model, ffn_parts, num_layers
 from hireconvert.lowbit import LiveCopies
-from hireconvert.marginal import Marginal, Pass, best
+from hireconvert.marginal import Marginal, Pass
 from hireconvert.measures import LOGITS_AT_ONCE, head_logits, logit_chunks, prove_logits
+from hireconvert.scoring import best
 
 PROBABILITIES_KEPT = 2**27  # elements of dense probabilities kept in memory; beyond, computed anew
 Active = tuple[int, ...]

@@ -157,8 +157,9 @@ def encode_down(down_FD: torch.Tensor, form: GridFormat) -> dict[str, torch.Tens
     Feedback of rounding errors under the hidden values' moments, least-squares corrections and
     shrinking neurons by the trust in their estimates bought nothing (docs/log.md, 2026-11-22).
     """
-    grid = fit_grid(down_FD.float(), form)
-    tensors = encode_matrix(round_codes(down_FD.float(), grid), grid)
+    down_FD = down_FD.float()
+    grid = fit_grid(down_FD, form)
+    tensors = encode_matrix(round_codes(down_FD, grid), grid)
     return {f"down_{name}": tensor for name, tensor in tensors.items()}
 
 

@@ -305,13 +305,20 @@ def kth_score(score_NS: torch.Tensor, num: int) -> torch.Tensor:
     return torch.from_numpy(kth_N).unsqueeze(1)
 
 
+def best(score_NS: torch.Tensor, num: int) -> torch.Tensor:
+    """bool [N, S]: the `num` largest scores of each row; what ties with the last stays too."""
+    if score_NS.device.type == "cpu":
+        return score_NS >= kth_score(score_NS, num)
+    return score_NS >= score_NS.topk(num, dim=1, sorted=False).values.amin(1, keepdim=True)
+
+
 def top_mask(score_NS: torch.Tensor, num: int) -> torch.Tensor:
     """bool [N, S]: the very entries that the runtime's `top_k_indices` names."""
-    mask_NS = score_NS >= kth_score(score_NS, num)
+    mask_NS = best(score_NS, num)
     tied_N = mask_NS.sum(1) != num
     if bool(tied_N.any()):  # only ties need the runtime's slower rule, lowest index first
-        best = top_k_indices(score_NS[tied_N], num)
-        mask_NS[tied_N] = members_mask(best, score_NS.shape[1])
+        index_NK = top_k_indices(score_NS[tied_N], num)
+        mask_NS[tied_N] = members_mask(index_NK, score_NS.shape[1])
     return mask_NS
 
 

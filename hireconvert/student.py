@@ -21,7 +21,7 @@ from hireconvert.lowbit import LiveCopies
 from hireconvert.runtime.hire_ffn import FfnParts
 from hireconvert.runtime.hire_predict import Predictor, num_active, unit_scores, varies
 from hireconvert.runtime.hire_select import candidate_mask, kept_mask
-from hireconvert.scoring import kth_score, round_half_up
+from hireconvert.scoring import best, round_half_up
 
 
 def trained_weights(
@@ -203,9 +203,7 @@ class LayerStudent:
         number = (count - self.counts["num_common"]) // self.counts["group_size"]
         if number >= unit_NS.shape[1]:
             return torch.ones_like(unit_NS, dtype=torch.bool)
-        if unit_NS.device.type == "cpu":  # ties keep both: they do not matter to training
-            return unit_NS >= kth_score(unit_NS, number)
-        return unit_NS >= unit_NS.topk(number, dim=1, sorted=False).values.amin(1, keepdim=True)
+        return best(unit_NS, number)  # ties do not matter to training
 
 
 @dataclass

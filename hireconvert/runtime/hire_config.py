@@ -37,6 +37,13 @@ def _choice(spec: Mapping[str, Any], key: str, choices: tuple[Any, ...], where: 
         )
 
 
+def _object(spec: Any, where: str) -> None:
+    if not isinstance(spec, Mapping):
+        raise ValueError(
+            f"config.hire: {where} is {type(spec).__name__}, expected an object or null"
+        )
+
+
 def _check_predictor(spec: Mapping[str, Any], where: str) -> None:
     _choice(spec, "kind", ("lr", "q", "qlr"), where)
     _choice(spec, "groups", (True, False), where)
@@ -63,10 +70,7 @@ def _number(spec: Mapping[str, Any], key: str, low: float, high: float, where: s
 
 def _check_selection(layer: Mapping[str, Any], where: str) -> None:
     spec = layer["selection"]
-    if not isinstance(spec, Mapping):
-        raise ValueError(
-            f"config.hire: {where} is {type(spec).__name__}, expected an object or null"
-        )
+    _object(spec, where)
     # Predicted group scores are logarithms, of which only an order is known.
     groups = layer["predictor"]["groups"]
     _choice(spec, "rule", ("threshold",) if groups else RULES, where)
@@ -77,10 +81,7 @@ def _check_selection(layer: Mapping[str, Any], where: str) -> None:
 
 def _check_unselected(layer: Mapping[str, Any], where: str) -> None:
     spec = layer["unselected"]
-    if not isinstance(spec, Mapping):
-        raise ValueError(
-            f"config.hire: {where} is {type(spec).__name__}, expected an object or null"
-        )
+    _object(spec, where)
     if layer["predictor"]["groups"]:
         raise ValueError(f"config.hire: {where} needs estimates of neurons, not of groups")
     _choice(spec, "bits", (2, 3, 4, 8), where)
@@ -89,10 +90,7 @@ def _check_unselected(layer: Mapping[str, Any], where: str) -> None:
 
 
 def _check_layer(spec: Any, where: str) -> None:
-    if not isinstance(spec, Mapping):
-        raise ValueError(
-            f"config.hire: {where} is {type(spec).__name__}, expected an object or null"
-        )
+    _object(spec, where)
     total = _integer(spec, "num_neurons", 1, 2**31, where)
     group = _integer(spec, "group_size", 1, total, where)
     common = _integer(spec, "num_common", 0, total - group, where)
@@ -114,8 +112,7 @@ def _check_layer(spec: Any, where: str) -> None:
 
 
 def _check_head(spec: Any) -> None:
-    if not isinstance(spec, Mapping):
-        raise ValueError(f"config.hire: head is {type(spec).__name__}, expected an object or null")
+    _object(spec, "head")
     _choice(spec, "kind", ("q", "lr"), "head")
     _integer(spec, "num_candidates", 1, 2**31, "head")
     _integer(spec, "certify_top", 1, 2**31, "head")
