@@ -68,7 +68,7 @@ def _declared(library: Any, path: Path) -> Any:
     return library
 
 
-_LIBRARY = _load()
+LIBRARY = _load()
 _LOCAL = threading.local()  # the scratch memory of each thread
 _LAYERS: "weakref.WeakValueDictionary[int, FfnLayer]" = weakref.WeakValueDictionary()
 _HANDLES = itertools.count()
@@ -84,7 +84,7 @@ def level() -> str | None:
         return None
     if wanted not in LEVELS:
         raise ValueError(f"{VARIABLE} is {wanted!r}, expected off or one of {', '.join(LEVELS)}")
-    return LEVELS[_LIBRARY.hire_level_at_most(LEVELS.index(wanted))]
+    return LEVELS[LIBRARY.hire_level_at_most(LEVELS.index(wanted))]
 
 
 # --------------------------------------------------------------------------- layers
@@ -100,7 +100,7 @@ class FfnLayer:
         pointers = {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
         self._struct = _Struct(**self.numbers, **pointers)
         self._address = ctypes.addressof(self._struct)
-        self._scratch_bytes = _LIBRARY.hire_scratch_bytes(self._address)
+        self._scratch_bytes = LIBRARY.hire_scratch_bytes(self._address)
         self._width = self.numbers["width"]
         self.dtype = TYPES[self.numbers["weight_type"]]
         self.handle = next(_HANDLES)
@@ -143,13 +143,13 @@ class FfnLayer:
             raise ValueError(f"native: x is {x_ND.dtype} {list(x_ND.shape)}, width {self._width}")
         x_ND, num_rows = x_ND.contiguous(), x_ND.shape[0]
         y_ND, finite_N = torch.empty_like(x_ND), torch.empty(num_rows, dtype=torch.bool)
-        bad = _LIBRARY.hire_ffn(
+        bad = LIBRARY.hire_ffn(
             self._address,
             x_ND.data_ptr(),
             y_ND.data_ptr(),
             finite_N.data_ptr(),
             None if counts is None else counts.data_ptr(),
-            _scratch(self._scratch_bytes).data_ptr(),
+            scratch(self._scratch_bytes).data_ptr(),
             num_rows,
             torch.get_num_threads(),
             self._level,
@@ -162,14 +162,14 @@ class FfnLayer:
         `z` [P, Fp], `score` [F], `index` [C] and `chosen` [K], the kept among the candidates.
         """
         numbers, places = self.numbers, (ctypes.c_int64 * 4)()
-        _LIBRARY.hire_scratch_places(self._address, ctypes.addressof(places))
-        scratch = _scratch(self._scratch_bytes)
-        start = -scratch.data_ptr() % 64
+        LIBRARY.hire_scratch_places(self._address, ctypes.addressof(places))
+        memory = scratch(self._scratch_bytes)
+        start = -memory.data_ptr() % 64
         neurons = numbers["num_neurons"]
         padded, parts = -(-neurons // LANES) * LANES, 1 + numbers["gated"]
         sizes = (parts * padded, neurons, numbers["num_candidates"], numbers["num_kept"])
         z, score, index, chosen = (
-            scratch[start + place : start + place + 4 * size].view(torch.int32).clone()
+            memory[start + place : start + place + 4 * size].view(torch.int32).clone()
             for place, size in zip(places, sizes, strict=True)
         )
         z_PF = z.view(torch.float32).view(parts, padded)[:, :neurons]
@@ -178,13 +178,13 @@ class FfnLayer:
         return {"z": z_PF, "score": score.view(torch.float32), "index": index, "chosen": chosen}
 
 
-def _scratch(size: int) -> torch.Tensor:
+def scratch(size: int) -> torch.Tensor:
     """At least `size` bytes of this thread's own."""
-    scratch = getattr(_LOCAL, "scratch", None)
-    if scratch is None or scratch.numel() < size:
+    memory = getattr(_LOCAL, "scratch", None)
+    if memory is None or memory.numel() < size:
         with torch.inference_mode(False):
-            scratch = _LOCAL.scratch = torch.zeros(size, dtype=torch.uint8)
-    return scratch
+            memory = _LOCAL.scratch = torch.zeros(size, dtype=torch.uint8)
+    return memory
 
 
 def top_k(score_F: torch.Tensor, num: int) -> torch.Tensor:
@@ -197,7 +197,7 @@ def top_k(score_F: torch.Tensor, num: int) -> torch.Tensor:
         raise ValueError(f"native: {num} of {score_F.dtype} {list(score_F.shape)}")
     score_F = score_F.contiguous()
     out, spare = torch.zeros(2, total + 1, dtype=torch.int32)
-    _LIBRARY.hire_top_k(score_F.data_ptr(), total, num, out.data_ptr(), spare.data_ptr())
+    LIBRARY.hire_top_k(score_F.data_ptr(), total, num, out.data_ptr(), spare.data_ptr())
     return out[:num]
 
 

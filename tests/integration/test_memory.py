@@ -65,6 +65,13 @@ def test_planned_peak_holds_within_a_fifth(case: str, model: Path, tmp_path: Pat
     overrides = [f"data={text}", "evaluate.num_tokens=0", *CASES[case]]
     sets = [part for override in overrides for part in ("--set", override)]
     planned = make_plan(str(model), load_recipe("tiny-ci", overrides))["peak_memory_bytes"]
-    measured = peak_of("convert", model, tmp_path / "out", "-r", "tiny-ci", *sets)
-    assert measured / 1.2 < planned < measured * 1.2, (planned, measured)
-    assert measured > 1.7 * LIBRARIES_BYTES  # or the libraries alone would pass
+    measured = []
+    # Where the allocator's free memory happens to lie moves a peak by a tenth from run to run. The
+    # plan has to cover the highest one, so a low one may be tried again, a high one may not.
+    for run in range(3):
+        out = tmp_path / f"out{run}"
+        measured.append(peak_of("convert", model, out, "-r", "tiny-ci", *sets))
+        if planned < max(measured) * 1.2:
+            break
+    assert max(measured) / 1.2 < planned < max(measured) * 1.2, (planned, measured)
+    assert max(measured) > 1.7 * LIBRARIES_BYTES  # or the libraries alone would pass
