@@ -1,10 +1,12 @@
 """Budgets per layer against equal shares at equal bytes, on texts that no search saw.
 
     python tools/evidence_budget.py --model FOLDER --data DIR --out OUT.md [--keep 0.5 0.4]
+        [--unselected]
 
 FOLDER is a dense model, DIR holds calib.txt, heldout_wiki.txt and heldout_c4.txt. Neurons are kept
-by exact score. Intervals are 95 %, paired over windows. OUT.md is written anew after every row;
-scores are kept in OUT.scores, so that it can be stopped and started again.
+by exact score; those left out count as zero, or (`--unselected`) by 4-bit estimate. Intervals are
+95 %, paired over windows. OUT.md is written anew after every row; scores are kept in OUT.scores, so
+that it can be stopped and started again.
 
 Shape suffixes: W windows, T tokens of a window.
 """
@@ -23,12 +25,16 @@ from hireconvert.allocation import Allocation, Keeps, Trades
 from hireconvert.budget import Memo, Trials, descend, evolve
 from hireconvert.data import evaluation_windows
 from hireconvert.families import find_layout
+from hireconvert.lowbit import live_copies
 from hireconvert.masked import MaskedModel
 from hireconvert.paired import block_mean, perplexity_ratio
 from hireconvert.schema import FfnRecipe
 from hireconvert.schema_budget import BudgetRecipe
 
 HELD = ("heldout_wiki", "heldout_c4")
+# The fields of the shipped recipes, as a simulation needs them.
+FORM: dict[str, Any] = {"bits": 4, "block": 32, "symmetric": False}
+ESTIMATED: dict[str, Any] = {"predictor": FORM, "unselected": FORM}
 HEAD = (
     "| keep | shares | KL searched | perplexity over dense, wiki / c4 | KL, wiki / c4 "
     "| perplexity over equal shares, wiki | c4 | KL less that of equal shares, both "
@@ -94,15 +100,20 @@ def compare(args: argparse.Namespace) -> None:
     recipe = BudgetRecipe(
         generations=args.generations, sweeps=args.sweeps, probe_tokens=args.probe_tokens
     )
-    memo = Memo(args.out.with_suffix(".scores"), {"tokens": [args.tokens, args.held_tokens]})
+    fields = ESTIMATED if args.unselected else {}
+    scored = {"tokens": [args.tokens, args.held_tokens], "unselected": args.unselected}
+    memo = Memo(args.out.with_suffix(".scores"), scored)
+    ffn = FfnRecipe(keep_fraction=args.keep[0], **fields)
+    copies = live_copies(model, layout, ffn) if args.unselected else ()
     with ExitStack() as stack:
         masked = {
-            name: stack.enter_context(MaskedModel(model, layout, ids_WT))
+            name: stack.enter_context(MaskedModel(model, layout, ids_WT, copies=copies))
             for name, ids_WT in texts.items()
         }
         neurons = masked["search"].neurons
         for keep in args.keep:
-            allocation = Allocation(neurons, FfnRecipe(keep_fraction=keep, over_select=1.0))
+            ffn = FfnRecipe(keep_fraction=keep, over_select=1.0, **fields)
+            allocation = Allocation(neurons, ffn)
             trials = {name: Trials(name, one, allocation, memo) for name, one in masked.items()}
             search = trials.pop("search")
             table = args.table = args.table or Table(args.out, trials, search)
@@ -129,6 +140,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.4])
     parser.add_argument("--methods", nargs="+", default=["greedy", "evolution"])
+    parser.add_argument("--unselected", action="store_true", help="left out count by estimate")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--held-tokens", type=int, default=6144, help="of each text")
     parser.add_argument("--probe-tokens", type=int, default=512)
