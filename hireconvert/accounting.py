@@ -4,12 +4,18 @@ D width, F neurons, M predictor outputs, R rank, V vocabulary. What a sparse FFN
 by the runtime (`hire_predict.layer_bytes`); here are the tables of stored tensors, head and sums.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from math import ceil, prod
 from typing import Any, TypeAlias
 
 from hireconvert.errors import InputError
-from hireconvert.runtime.hire_config import down_tensors, expected_tensors, head_tensor_shapes
+from hireconvert.runtime.hire_config import (
+    down_tensors,
+    expected_tensors,
+    head_tensor_shapes,
+    low_tensors,
+)
 from hireconvert.runtime.hire_predict import FFN_PARTS, layer_bytes, num_active, varies
 
 ITEM_BYTES = {"U8": 1, "I8": 1, "F8_E4M3": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8, "I64": 8}
@@ -38,6 +44,11 @@ def down_table(layer: Mapping[str, Any], width: int) -> TensorTable:
     return {name: ("U8" if "planes" in name else "F16", shape) for name, shape in shapes.items()}
 
 
+def low_table(layer: Mapping[str, Any], width: int, outputs: int) -> TensorTable:
+    """As `predictor_table`, of the scales of refined rows; none where rows are stored."""
+    return {name: ("F16", shape) for name, shape in low_tensors(layer, width, outputs).items()}
+
+
 def _layers(hire: Mapping[str, Any]) -> list[Mapping[str, Any] | None]:
     return list(hire["ffn"]["layers"]) if hire["ffn"] else []
 
@@ -57,6 +68,7 @@ def hire_tensors(hire: Mapping[str, Any], width: int, head_width: int) -> Tensor
         if layer is not None:
             outputs = num_outputs(layer, gated=num_matrices(hire) == 3)
             own = predictor_table(layer["predictor"], width, outputs) | down_table(layer, width)
+            own |= low_table(layer, width, outputs)
             table |= {f"layers.{index}.{name}": entry for name, entry in own.items()}
     if hire["head"]:
         shapes = head_tensor_shapes(hire["head"], head_width)
@@ -158,6 +170,22 @@ def head_bytes(head: Mapping[str, Any] | None, shape_VD: Sequence[int], weight_b
     return copy + bounds + min(rescored, vocabulary) * width * weight_bytes
 
 
+def attention_bytes(attention: Mapping[str, Any] | None, tensors: TensorTable) -> tuple[int, int]:
+    """Bytes of the attention's matrices as they are stored and as 8-bit codes with their scales.
+
+    Both are 0 where none is rounded.
+    """
+    dense = converted = 0
+    if attention is None:
+        return dense, converted
+    names = "|".join(map(re.escape, attention["matrices"]))
+    for key, (dtype, shape) in tensors.items():
+        if re.search(rf"\.\d+\.({names})\.weight$", key):
+            dense += ITEM_BYTES[dtype] * prod(shape)
+            converted += prod(shape) + 4 * shape[0] * ceil(shape[1] / attention["block"])
+    return dense, converted
+
+
 def token_bytes(hire: Mapping[str, Any], tensors: TensorTable, config: Any) -> dict[str, Any]:
     """Bytes read per decoded token, dense and converted, and the speed-up that they bound.
 
@@ -175,11 +203,13 @@ def token_bytes(hire: Mapping[str, Any], tensors: TensorTable, config: Any) -> d
     head_dense = head_bytes(None, shape_VD, weight_bytes)
     head = head_bytes(hire["head"], shape_VD, weight_bytes)
     dense = dense_bytes(tensors, config)
-    converted = dense - ffn_dense - head_dense + ffn + head
+    attention_dense, attention = attention_bytes(hire.get("attention"), tensors)
+    converted = dense - ffn_dense - head_dense - attention_dense + ffn + head + attention
     return {
         "dense": dense,
         "converted": converted,
         "speedup_bound": round(dense / converted, 4),
         "ffn": {"dense": ffn_dense, "converted": ffn, **parts},
         "head": {"dense": head_dense, "converted": head},
+        "attention": {"dense": attention_dense, "converted": attention},
     }

@@ -6,13 +6,13 @@ up rows alone, or one row a group), R rank, S selectable units (neurons or group
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from hireconvert.errors import InputError
-from hireconvert.families import FfnWeights
+from hireconvert.families import FfnWeights, permuted
 from hireconvert.fitting import (
     Batch,
     Moments,
@@ -35,6 +35,7 @@ from hireconvert.quantize import (
     fit_grid,
 )
 from hireconvert.recipe import FfnRecipe, PredictorRecipe
+from hireconvert.rounding import low_scales
 from hireconvert.runtime.hire_predict import Predictor, varies
 from hireconvert.scoring import (
     ROW_CHUNK,
@@ -130,7 +131,7 @@ def distill_layer(
     norm_F = score_norms(weights, recipe.score)
     permutation_F = None if ordered else final_order(weights, fit_ND, recipe, keep_fraction)
     if permutation_F is not None:
-        weights, norm_F = _permuted(weights, permutation_F), norm_F[permutation_F]
+        weights, norm_F = permuted(weights, permutation_F), norm_F[permutation_F]
     job = _Job(weights, fit_ND, held_ND, norm_F, counts, seed)
     if predictor.kind == "auto":
         spec, tensors, report = _cheapest(job, predictor)
@@ -138,6 +139,7 @@ def distill_layer(
         spec, tensors, report = _fitted(job, predictor)
     if recipe.unselected is not None:
         tensors |= encode_down(weights.down_FD, GridFormat(**recipe.unselected.model_dump()))
+    tensors |= low_scales(weights, spec, tensors)
     return LayerResult(spec, tensors, permutation_F, report)
 
 
@@ -383,17 +385,3 @@ def _finite_rows(x_ND: torch.Tensor, name: str) -> torch.Tensor:
             f"no finite {name} row of FFN inputs remains; the model's activations overflow"
         )
     return rows
-
-
-def _permuted(weights: FfnWeights, order: torch.Tensor) -> FfnWeights:
-    def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else tensor[order].contiguous()
-
-    return replace(
-        weights,
-        gate_FD=moved(weights.gate_FD),
-        up_FD=weights.up_FD[order].contiguous(),
-        down_FD=weights.down_FD[order].contiguous(),
-        gate_bias_F=moved(weights.gate_bias_F),
-        up_bias_F=moved(weights.up_bias_F),
-    )

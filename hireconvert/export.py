@@ -66,6 +66,7 @@ def hire_dict(
     layout: Mapping[str, Any] | None,
     layers: list[Mapping[str, Any] | None] | None,
     head: Mapping[str, Any] | None,
+    attention: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """`config.hire` of docs/format.md."""
     return {
@@ -73,6 +74,7 @@ def hire_dict(
         "layout": None if layers is None or layout is None else dict(layout),
         "ffn": None if layers is None else {"layers": layers},
         "head": None if head is None else dict(head),
+        **({} if attention is None else {"attention": dict(attention)}),
         "max_decode_queries": recipe.decode.max_decode_queries,
         "max_sparse_rows": recipe.decode.max_sparse_rows,
     }

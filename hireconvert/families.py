@@ -8,7 +8,7 @@ Shape suffixes: N rows, D width, F neurons.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -241,3 +241,19 @@ def permute_ffn(
             bias.copy_(bias[permutation_F])
     down_FD = parts.down_FD()
     down_FD.copy_(down_FD[permutation_F])
+
+
+def permuted(weights: FfnWeights, order_F: torch.Tensor) -> FfnWeights:
+    """The same FFN with its neurons in another order (old numbers, int64 [F])."""
+
+    def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor[order_F].contiguous()
+
+    return replace(
+        weights,
+        gate_FD=moved(weights.gate_FD),
+        up_FD=weights.up_FD[order_F].contiguous(),
+        down_FD=weights.down_FD[order_F].contiguous(),
+        gate_bias_F=moved(weights.gate_bias_F),
+        up_bias_F=moved(weights.up_bias_F),
+    )

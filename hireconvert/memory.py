@@ -158,7 +158,8 @@ def _evaluating(shapes: Shapes, recipe: Recipe) -> int:
     if recipe.evaluate.num_tokens == 0:
         return 0
     config = shapes.config
-    models = 2 if recipe.finetune is not None and shapes.layers else 1
+    others = recipe.finetune is not None or recipe.rounds_weights
+    models = 2 if others and shapes.layers else 1
     beside = sum(_beside_layer(shapes, layer) for layer in shapes.layers)
     width = head_width(config) if shapes.hire["head"] else 0
     tokens = min(recipe.evaluate.num_tokens, recipe.data.num_held_tokens)

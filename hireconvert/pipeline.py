@@ -193,7 +193,9 @@ def _fingerprints(run: Run) -> dict[str, dict[str, Any]]:
         sections = {"data": data, "ffn": recipe["ffn"], **tuning}
         predictors = {**activations, "recipe": sections}
     made_from = {**predictors.get("recipe", {}), "name": recipe["name"]}
-    made_from |= {key: recipe[key] for key in ("description", "head", "decode", "output")}
+    made_from |= {
+        key: recipe[key] for key in ("description", "head", "attention", "decode", "output")
+    }
     export = {**predictors, "recipe": {"ffn": recipe["ffn"], **made_from}}
     export["runtime"] = {name: file_sha256(RUNTIME_FOLDER / name) for name in RUNTIME_FILES}
     evaluation = {**export, "recipe": {**export["recipe"], "evaluate": recipe["evaluate"]}}

@@ -36,6 +36,7 @@ from hireconvert.memory import (
     trained_numel,
 )
 from hireconvert.recipe import FfnRecipe, Recipe, per_layer
+from hireconvert.rounding import attention_matrices
 from hireconvert.scoring import head_spec, layer_counts, predictor_spec
 
 SMALL_FILES_BYTES = 50_000_000  # tokenizer, report, runtime
@@ -114,7 +115,16 @@ def planned_hire(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
         "layout": skeleton.layout if layers else None,
         "ffn": {"layers": layers} if layers else None,
         "head": None if recipe.head is None else head_spec(recipe.head, vocabulary),
+        "attention": _planned_attention(skeleton, recipe) if layers else None,
     }
+
+
+def _planned_attention(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any] | None:
+    """`config.hire.attention`."""
+    if recipe.attention is None or skeleton.layout is None:
+        return None
+    matrices = attention_matrices(skeleton.model, skeleton.layout)
+    return {"bits": 8, "block": recipe.attention.block, "matrices": matrices}
 
 
 def _planned_layers(skeleton: Skeleton, ffn: FfnRecipe) -> list[dict[str, Any]]:

@@ -3,14 +3,15 @@
 `recipe.py` reads and writes its YAML form and exports these names.
 """
 
-import re
 from collections.abc import Iterator
 from typing import Annotated, Literal, TypeAlias, TypeVar
 
 from pydantic import Discriminator, Field, Tag
 
 from hireconvert.schema_budget import BudgetRecipe
-from hireconvert.sections import Count, CountOrZero, Positive, Share, Text
+from hireconvert.schema_finetune import FinetuneLossRecipe as FinetuneLossRecipe
+from hireconvert.schema_finetune import FinetuneRecipe as FinetuneRecipe
+from hireconvert.sections import Count, CountOrZero, Positive, Share, Text, source_problems
 from hireconvert.sections import In as In
 from hireconvert.sections import Problem as Problem
 from hireconvert.sections import Section as Section
@@ -27,11 +28,6 @@ def _each(key: str, value: T | list[T]) -> list[tuple[str, T]]:
     if isinstance(value, list):
         return [(f"{key}.{index}", one) for index, one in enumerate(value)]
     return [(key, value)]
-
-
-def _source_problems(source: str) -> Iterator[Problem]:
-    if source.startswith("hub:") and not re.fullmatch(r"hub:[\w.-]+(/[\w.-]+)?", source):
-        yield "source", f"{source!r} is not of the form hub:org/name"
 
 
 class DataRecipe(Section):
@@ -66,7 +62,7 @@ class DataRecipe(Section):
         for key in ("num_tokens", "num_held_tokens"):
             if (count := getattr(self, key)) < self.window:
                 yield key, f"{count} is less than one window of {self.window} tokens (data.window)"
-        yield from _source_problems(self.source)
+        yield from source_problems(self.source)
         if self.source.startswith("hub:"):
             return
         for key in ("config", "revision"):
@@ -154,6 +150,15 @@ class UnselectedRecipe(Section):
     )
 
 
+def _beyond_refining(predictor: PredictorRecipe) -> str | None:
+    """What of a predictor leaves no 4-bit copy of every weight of gate and up."""
+    if predictor.kind != "q" or predictor.bits != 4:
+        return f"kind {predictor.kind} of {predictor.bits} bits"
+    if predictor.input_keep < 1:
+        return f"input_keep {predictor.input_keep:g}"
+    return "group_scores" if predictor.group_scores else None
+
+
 class FfnRecipe(Section):
     """The FFN: which share of the neurons a token keeps, and how they are found."""
 
@@ -185,6 +190,11 @@ class FfnRecipe(Section):
         default=None,
         description="neurons that are not kept count by their estimated values; null: as zero",
     )
+    rows: Literal["stored", "refined"] = Field(
+        default="stored",
+        description="what is computed exactly: weights as the model stores them, or rounded to "
+        "the 4-bit copies and 4 bits more, which alone are read for a candidate",
+    )
     group_size: Count = Field(default=1, description="neurons selected together")
     common_path: Annotated[float, In(0, 1, open_high=True)] = Field(
         default=0.0, description="share of the neurons that is always active, in [0, 1)"
@@ -201,8 +211,8 @@ class FfnRecipe(Section):
                 yield "common_path", f"{self.common_path:g} is not below {key} ({keep:g})"
         if self.budget is not None:
             yield from self._budget_problems(self.budget)
-        found = (one.kind for _, one in _each("predictor", self.predictor))
-        if self.selection != "fixed" and self.over_select == 1 and "auto" not in found:
+        kinds = (one.kind for _, one in _each("predictor", self.predictor))
+        if self.selection != "fixed" and self.over_select == 1 and "auto" not in kinds:
             why = "with as many candidates as are kept on average no row can keep more"
             yield "over_select", f"selection {self.selection} needs more than 1: {why}"
         for key, predictor in _each("predictor", self.predictor):
@@ -212,6 +222,10 @@ class FfnRecipe(Section):
                 yield "selection", f"{self.selection} needs neuron scores, not {key}.group_scores"
             if predictor.group_scores and self.unselected is not None:
                 yield "unselected", f"needs estimates of neurons, not {key}.group_scores"
+            if self.rows == "refined" and (found := _beyond_refining(predictor)):
+                yield "rows", f"refined needs {key} to be kind q of 4 bits for neurons, not {found}"
+        if self.rows == "refined" and (self.unselected is None or self.unselected.bits != 4):
+            yield "rows", "refined needs unselected.bits 4: its copy of down is refined as well"
 
     def not_simulated(self) -> str | None:
         """What forbids trying on the dense model what `unselected` estimates; None: nothing."""
@@ -236,6 +250,15 @@ class FfnRecipe(Section):
             yield "budget.mode", f"search measures single neurons; needs 1 and 0, not {found}"
         if budget.mode == "search" and (why := self.not_simulated()):
             yield "unselected", f"budget.mode search {why}"
+
+
+class AttentionRecipe(Section):
+    """The matrices of the attention: read whole by every token, so what counts is their type."""
+
+    weights: Literal["int8"] = Field(
+        default="int8", description="rounded to 8 bits, a scale a block of each row"
+    )
+    block: Block = Field(default=64, description="weights per scale")
 
 
 class HeadRecipe(Section):
@@ -281,80 +304,6 @@ class DecodeRecipe(Section):
     )
 
 
-class FinetuneLossRecipe(Section):
-    """Weights of the parts of the training loss; a part of weight 0 is not computed."""
-
-    kl: Annotated[float, In(0)] = Field(
-        default=1.0, description="KL(dense original || student) of the logits, weight"
-    )
-    features: Annotated[float, In(0)] = Field(
-        default=0.0, description="normalised squared error of each decoder layer's output, weight"
-    )
-    lm: Annotated[float, In(0)] = Field(
-        default=0.0, description="cross-entropy of the text's own next tokens, weight"
-    )
-
-    def _problems(self) -> Iterator[Problem]:
-        if self.kl == self.features == self.lm == 0:
-            yield "kl", "every weight is 0; at least one part of the loss must count"
-
-
-class FinetuneRecipe(Section):
-    """A short training run in which the student selects as it will when decoding."""
-
-    source: Text | None = Field(
-        default=None,
-        description="text to train on, in the form of data.source and read with its columns and "
-        "split; null takes that",
-    )
-    num_tokens: Count = Field(default=262144, description="tokens to train on")
-    window: Annotated[int, In(2)] = Field(default=512, description="tokens per packed window")
-    step_windows: Count = Field(default=2, description="windows per optimizer step")
-    learning_rate: Positive = Field(default=5.0e-5, description="peak learning rate")
-    warmup: Annotated[float, In(0, 1)] = Field(
-        default=0.03, description="share of the steps over which the learning rate rises"
-    )
-    weight_decay: Annotated[float, In(0)] = Field(default=0.0, description="AdamW weight decay")
-    clip: Positive = Field(default=1.0, description="largest norm of the gradient")
-    loss: FinetuneLossRecipe = Field(default=FinetuneLossRecipe(), description="what is minimised")
-    mask: Literal["oracle", "predicted", "oracle_then_predicted"] = Field(
-        default="oracle",
-        description="who selects: exact scores, predictors, or exact scores for the first half",
-    )
-    anneal: Annotated[float, In(0, 1)] = Field(
-        default=0.3,
-        description="share of the steps over which the kept share falls to the recipe's",
-    )
-    anneal_from: Share = Field(
-        default=0.7, description="kept share of the first step, unless the recipe's is larger"
-    )
-    dense_prefix: Annotated[float, In(0, 1, open_high=True)] = Field(
-        default=0.0, description="largest share of a window that runs dense first, as prompts do"
-    )
-    parameters: Literal["ffn", "ffn_and_norms", "all_but_embeddings"] = Field(
-        default="ffn_and_norms", description="which weights are trained"
-    )
-    lora_rank: Count | None = Field(
-        default=None,
-        description="train low-rank updates of this rank and merge them; null: weights",
-    )
-    precision: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="of the forward and backward passes; weights stay float32"
-    )
-    checkpoint_steps: Count = Field(
-        default=50, description="optimizer steps between checkpoints that --resume continues from"
-    )
-
-    def _problems(self) -> Iterator[Problem]:
-        if self.num_tokens < self.window:
-            found = f"{self.num_tokens} is less than one window of {self.window} tokens"
-            yield "num_tokens", f"{found} (finetune.window)"
-        elif self.num_tokens // self.window < self.step_windows:
-            step = f"{self.step_windows} windows of {self.window} tokens"
-            yield "num_tokens", f"{self.num_tokens} is less than one step of {step}"
-        yield from _source_problems(self.source or "self")
-
-
 class EvaluateRecipe(Section):
     """The evaluation after conversion."""
 
@@ -382,6 +331,9 @@ class Recipe(Section):
     head: HeadRecipe | None = Field(
         default=None, description="the output head; null leaves it dense"
     )
+    attention: AttentionRecipe | None = Field(
+        default=None, description="the attention's matrices; null leaves them as stored"
+    )
     finetune: FinetuneRecipe | None = Field(
         default=None, description="training of the selecting model; null leaves the weights alone"
     )
@@ -389,9 +341,17 @@ class Recipe(Section):
     evaluate: EvaluateRecipe = Field(default=EvaluateRecipe(), description="evaluation")
     output: OutputRecipe = Field(default=OutputRecipe(), description="files written")
 
+    @property
+    def rounds_weights(self) -> bool:
+        """Whether the checkpoint's dense weights are others than the source's for being rounded."""
+        refined = self.ffn is not None and self.ffn.rows == "refined"
+        return refined or self.attention is not None
+
     def _problems(self) -> Iterator[Problem]:
         if self.ffn is None and self.head is None:
             yield "", "nothing to convert: give ffn, head or both"
+        if self.ffn is None and self.attention is not None:
+            yield "attention", "is rounded beside an FFN that selects; give ffn, or attention: null"
         if self.ffn is None and self.finetune is not None:
             yield "finetune", "trains the selecting FFN; give ffn, or finetune: null"
         if self.ffn is not None and self.finetune is not None and (why := self.ffn.not_simulated()):

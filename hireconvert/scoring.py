@@ -71,6 +71,8 @@ def layer_counts(num_neurons: int, recipe: FfnRecipe, keep_fraction: float) -> d
         counts["selection"] = rule
     if recipe.unselected is not None:
         counts["unselected"] = recipe.unselected.model_dump()
+    if recipe.rows != "stored":
+        counts["rows"] = recipe.rows
     return with_candidates(counts, counts["num_candidates"])
 
 

@@ -1,9 +1,10 @@
 """What strict YAML sections are made of: intervals, and a base that refuses what it does not know.
 
-The sections of a recipe are in `schema.py`, those of a budget search in `schema_budget.py`.
+The sections of a recipe are in `schema.py`, `schema_budget.py` and `schema_finetune.py`.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias
@@ -87,3 +88,9 @@ class Section(BaseModel):
             text = "; ".join(message for _, message in problems)
             raise PydanticCustomError("together", "{text}", {"text": text, "problems": problems})
         return self
+
+
+def source_problems(source: str) -> Iterator[Problem]:
+    """What is wrong with the name of a text, for the key `source` of a section."""
+    if source.startswith("hub:") and not re.fullmatch(r"hub:[\w.-]+(/[\w.-]+)?", source):
+        yield "source", f"{source!r} is not of the form hub:org/name"

@@ -44,6 +44,8 @@ from hireconvert.families import (
 from hireconvert.loading import load
 from hireconvert.planning import Skeleton
 from hireconvert.recipe import Recipe, per_layer
+from hireconvert.rounding import refine_ffn, round_attention
+from hireconvert.runtime.hire_predict import is_refined
 from hireconvert.sampling import sample_from_model
 from hireconvert.workspace import Workspace, write_json
 
@@ -284,6 +286,7 @@ def export_model(
                 layout=results[0].layout if results else None,
                 layers=[result.spec for result in results] or None,
                 head=run.hire["head"],
+                attention=run.hire["attention"],
             )
             model: Any = run.skeleton.model
             conversion = Conversion(
@@ -301,15 +304,24 @@ def export_model(
 
 
 def _rewritten(run: Run, results: list[Fitted]) -> PreTrainedModel | None:
-    """The model in its stored dtype with neurons reordered; None when files can be copied."""
-    permuted = [index for index, result in enumerate(results) if result.permutation_F is not None]
-    if not permuted and not needs_resharding(run.weights.folder, run.recipe.output.max_shard_gb):
+    """The model in its stored dtype, reordered and rounded; None when files can be copied."""
+    moved = [index for index, result in enumerate(results) if result.permutation_F is not None]
+    refined = [index for index, result in enumerate(results) if is_refined(result.spec)]
+    attention = run.hire["attention"]
+    large = needs_resharding(run.weights.folder, run.recipe.output.max_shard_gb)
+    if not (moved or refined or attention or large):
         return None
     model = run.weights.load_model()
-    for index in permuted:
-        permutation_F, layout = results[index].permutation_F, results[index].layout
-        assert permutation_F is not None and layout is not None
-        permute_ffn(model, layout, index, permutation_F)
+    for index in sorted({*moved, *refined}):
+        result = results[index]
+        assert result.layout is not None
+        if result.permutation_F is not None:
+            permute_ffn(model, result.layout, index, result.permutation_F)
+        if is_refined(result.spec):
+            refine_ffn(model, result.layout, index, result.spec, result.tensors)
+    if attention:
+        assert results[0].layout is not None
+        round_attention(model, results[0].layout, attention)
     return model
 
 
@@ -318,7 +330,7 @@ def evaluate_export(
 ) -> dict[str, Any] | None:
     """Figures on held-out windows, in float32; None without any, or when the recipe skips it.
 
-    They are against the dense view, or against the source where the weights were trained.
+    They are against the dense view, or against the source where the weights are others.
     """
     wanted = run.recipe.evaluate.num_tokens
     if tokens is None or wanted == 0:
@@ -331,7 +343,7 @@ def evaluate_export(
             windows = EvalWindows(ids_WT, scored, tokens.text_sha256)
             run.release()
             baseline = None
-            if run.trained is not None:
+            if run.trained is not None or run.recipe.rounds_weights:
                 baseline = run.checkpoint.load_model(dtype=torch.float32)
             model = load(folder, dtype=torch.float32)
             report = evaluate_model(model, baseline, windows, progress=steps(advance, total))

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from .hire_ffn import SparseFfn
-from .hire_predict import num_active, varies
+from .hire_predict import is_refined, num_active, varies
 from .hire_select import RULES
 
 FORMAT_VERSION = 1
 PREDICTOR_FILE = "hire/predictors.safetensors"
+LOW_BITS = 4  # bits of refined rows below those of the copies
 _LARGEST = 3.0e38  # levels are compared with float32 numbers
 _PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 _SLICE = re.compile(_PATH.pattern + r"(:0/2|:1/2)?")
@@ -89,6 +90,30 @@ def _check_unselected(layer: Mapping[str, Any], where: str) -> None:
     _choice(spec, "symmetric", (True, False), where)
 
 
+def _check_rows(layer: Mapping[str, Any], where: str) -> None:
+    _choice(layer, "rows", ("stored", "refined"), where)
+    if not is_refined(layer):
+        return
+    predictor, unselected = layer["predictor"], layer.get("unselected") or {}
+    copies = [predictor["kind"], predictor.get("bits"), unselected.get("bits"), predictor["groups"]]
+    if copies != ["q", 4, 4, False]:
+        raise ValueError(f"config.hire: {where}.rows is 'refined' without 4-bit copies to refine")
+
+
+def _check_attention(spec: Any) -> None:
+    _object(spec, "attention")
+    _choice(spec, "bits", (8,), "attention")
+    _integer(spec, "block", 1, 2**24, "attention")
+    names = spec.get("matrices")
+    known = isinstance(names, list) and all(
+        isinstance(name, str) and _PATH.fullmatch(name) for name in names
+    )
+    if not known or not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"config.hire: attention.matrices is {names!r}, expected names of modules, each once"
+        )
+
+
 def _check_layer(spec: Any, where: str) -> None:
     _object(spec, where)
     total = _integer(spec, "num_neurons", 1, 2**31, where)
@@ -109,6 +134,8 @@ def _check_layer(spec: Any, where: str) -> None:
         _check_selection(spec, f"{where}.selection")
     if spec.get("unselected") is not None:
         _check_unselected(spec, f"{where}.unselected")
+    if "rows" in spec:
+        _check_rows(spec, where)
 
 
 def _check_head(spec: Any) -> None:
@@ -170,6 +197,9 @@ def check_hire_config(config: Any) -> None:
         _check_ffn(hire, config.get_text_config().num_hidden_layers)
     if hire["head"] is not None:
         _check_head(hire["head"])
+    if hire.get("attention") is not None:
+        _check_layout(hire.get("layout"))
+        _check_attention(hire["attention"])
 
 
 def expected_tensors(
@@ -212,6 +242,19 @@ def down_tensors(
     return shapes if spec["symmetric"] else {**shapes, "down_offset": scales}
 
 
+def low_tensors(
+    layer: Mapping[str, Any], width: int, num_outputs: int
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the scales of refined rows."""
+    if not is_refined(layer):
+        return {}
+    blocks = [-(-width // layer[key]["block"]) for key in ("predictor", "unselected")]
+    return {
+        "low_scale": (num_outputs, blocks[0]),
+        "down_low_scale": (layer["num_neurons"], blocks[1]),
+    }
+
+
 def _check_type(tensor: torch.Tensor, name: str, where: str) -> None:
     codes = {"planes": torch.uint8, "down_planes": torch.uint8}
     codes |= {"factor_in_codes": torch.int8, "factor_out_codes": torch.int8}
@@ -252,8 +295,11 @@ def layer_tensor_shapes(layer: SparseFfn) -> dict[str, tuple[int, ...]]:
     outputs = num_neurons // spec["group_size"]
     if not spec["predictor"]["groups"]:
         outputs = num_neurons * (1 if parts.gate is None else 2)
+    if is_refined(spec) and spec["predictor"]["num_inputs"] < width:
+        raise ValueError("config.hire: rows are 'refined', but the predictor copies some inputs")
     copy = down_tensors(spec.get("unselected"), num_neurons, width)
-    return {**expected_tensors(spec["predictor"], width, outputs), **copy}
+    low = low_tensors(spec, width, outputs)
+    return {**expected_tensors(spec["predictor"], width, outputs), **copy, **low}
 
 
 def head_tensor_shapes(spec: Mapping[str, Any], width: int) -> dict[str, tuple[int, ...]]:

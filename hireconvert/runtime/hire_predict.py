@@ -244,6 +244,11 @@ def predictor_bytes(spec: Mapping[str, Any], width: int, num_outputs: int) -> in
     return total + (2 * num_outputs if spec.get("soften") else 0)
 
 
+def _low_row_bytes(copy: Mapping[str, Any], width: int) -> int:
+    """Bytes that a refined row adds to its row of the copy: codes and one scale a block."""
+    return _low_bit_row_bytes({"bits": copy["bits"], "block": copy["block"], "symmetric": 1}, width)
+
+
 def _low_bit_row_bytes(spec: Mapping[str, Any], width: int) -> int:
     """Bytes of one row of a low-bit copy with its scales."""
     scales = 2 if spec["symmetric"] else 4
@@ -254,6 +259,11 @@ def _low_bit_row_bytes(spec: Mapping[str, Any], width: int) -> int:
 def varies(spec: Mapping[str, Any]) -> bool:
     """Whether a layer keeps another number of neurons for each row."""
     return spec.get("selection") is not None
+
+
+def is_refined(spec: Mapping[str, Any]) -> bool:
+    """Whether a layer's weights are its 4-bit copies and a few bits more."""
+    return spec.get("rows", "stored") == "refined"
 
 
 def num_active(spec: Mapping[str, Any]) -> int:
@@ -269,7 +279,8 @@ def layer_bytes(
     """Bytes one row reads: predictor, candidates' first matrices, down rows; and dense.
 
     Down rows are those of the kept neurons and, where the others count by estimate, the low-bit
-    rows of the rest. Where the number of neurons kept varies, the bytes of the mean.
+    rows of the rest. Refined rows are the low-bit ones and what these left over. Where the number
+    of neurons kept varies, the bytes of the mean.
     """
     units = (
         spec["num_neurons"] // spec["group_size"]
@@ -281,10 +292,14 @@ def layer_bytes(
     exact = num_active(spec) if spec["keep"] == "candidates" else spec["num_candidates"]
     unselected = spec.get("unselected")
     rest = 0 if unselected is None else spec["num_neurons"] - num_active(spec)
+    first = last = row
+    if is_refined(spec):
+        first, last = (_low_row_bytes(spec[key], width) for key in ("predictor", "unselected"))
+        rest = spec["num_neurons"]
     return {
         "predictor": predictor_bytes(spec["predictor"], width, outputs),
         "unselected": 0 if unselected is None else rest * _low_bit_row_bytes(unselected, width),
-        "candidates": exact * (num_matrices - 1) * row,
-        "kept": num_active(spec) * row,
+        "candidates": exact * (num_matrices - 1) * first,
+        "kept": num_active(spec) * last,
         "dense": spec["num_neurons"] * num_matrices * row,
     }

@@ -1,0 +1,78 @@
+"""Refined rows and 8-bit attention through `convert`, `inspect` and generation."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hireconvert.loading import load
+from tests.cli import Cli
+from tests.tiny_files import save_tiny
+
+FORM = "bits: 4, block: 16, symmetric: false"
+CHANGES = (
+    f"ffn.predictor={{{FORM}}}",
+    f"ffn.unselected={{{FORM}}}",
+    "ffn.rows=refined",
+    "attention={block: 16}",
+)
+RECIPE = ("-r", "tiny-ci", *(part for change in CHANGES for part in ("--set", change)))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, hireconvert: Cli) -> tuple[Path, Path]:
+    source = save_tiny(tmp_path_factory.mktemp("rounding") / "tiny")
+    ended = hireconvert("convert", source, source.parent / "out", *RECIPE)
+    assert ended.code == 0, ended.err
+    return source, source.parent / "out"
+
+
+def test_only_ffn_and_attention_are_rounded(folders: tuple[Path, Path]) -> None:
+    source, out = (load_file(folder / "model.safetensors") for folder in folders)
+    assert source.keys() == out.keys()
+    for name, tensor in source.items():
+        assert out[name].dtype == tensor.dtype
+        rounded = ("mlp" in name or "self_attn" in name) and name.endswith("weight")
+        assert torch.equal(out[name], tensor) != rounded, name
+        if rounded:
+            error = (out[name].float() - tensor.float()).norm() / tensor.float().norm()
+            assert error < 0.01, name
+
+
+def test_bytes_count_what_kernels_read(folders: tuple[Path, Path], hireconvert: Cli) -> None:
+    _, out = folders
+    found = json.loads(hireconvert("inspect", out, "--json").out)
+    plan = json.loads(hireconvert("convert", folders[0], "x", *RECIPE, "--dry-run", "--json").out)
+    assert plan["bytes_per_token"] == found["bytes_per_token"]
+    width, low_row = 32, 32 // 2 + 2 * 2
+    for row in found["layers"]:
+        rest = row["neurons"] * (width // 2 + 4 * 2)
+        exact = (2 * row["candidates"] + row["kept"]) * low_row
+        assert row["read_bytes"] == row["predictor_bytes"] + rest + exact
+    names = json.loads((out / "config.json").read_text())["hire"]["attention"]["matrices"]
+    tensors = load_file(out / "model.safetensors")
+    mine = [t for key, t in tensors.items() if any(f".{name}.weight" in key for name in names)]
+    attention = found["bytes_per_token"]["attention"]
+    assert attention["dense"] == sum(t.numel() * t.element_size() for t in mine)
+    assert attention["converted"] == sum(t.numel() + t.numel() // 16 * 4 for t in mine)
+
+
+def test_evaluation_is_against_the_source(folders: tuple[Path, Path]) -> None:
+    report = json.loads((folders[1] / "hire_report.json").read_text())
+    assert "dense" in report["evaluation"]
+    assert report["evaluation"]["dense"]["kl_mean"] > 0  # the rounded dense view is another model
+
+
+def test_decodes_with_the_rounded_weights(folders: tuple[Path, Path]) -> None:
+    _, out = folders
+    ids = torch.arange(3, 9)[None]
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    model = load(out, dtype=torch.float32)
+    model.generate(ids, **settings)
+    assert model.hire_stats()["ffn"]["kept"] > 0
+    model.set_hire_scope("off")
+    native = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert torch.equal(model.generate(ids, **settings), native.generate(ids, **settings))

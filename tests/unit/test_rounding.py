@@ -1,0 +1,138 @@
+"""Refined FFN rows and 8-bit attention: what is rounded, how far, and that it can be found again.
+
+Shape suffixes: M rows, D columns, F neurons.
+"""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from hireconvert.errors import InputError, UsageError
+from hireconvert.families import find_layout, read_ffn_weights
+from hireconvert.recipe import load_recipe
+from hireconvert.rounding import attention_matrices, low_scales, round_attention, round_rows
+from hireconvert.runtime.hire_predict import decode_blocks, decode_down
+from tests.tiny import base_of, hire_model, tiny_model
+
+FORM = {"bits": 4, "block": 16, "symmetric": False}
+REFINED: dict[str, Any] = {"predictor": FORM, "unselected": FORM, "rows": "refined"}
+
+
+@pytest.fixture(scope="module")
+def native() -> Any:
+    return tiny_model("llama")
+
+
+def refined(native: Any, dtype: torch.dtype = torch.float32) -> Any:
+    return hire_model(native.to(dtype), ffn=REFINED)
+
+
+def test_refined_weights_are_eight_bits_near_the_source(native: Any) -> None:
+    model = refined(native)
+    for index, layer in base_of(model).hire_layers.items():
+        source = read_ffn_weights(native, model.config.hire["layout"], index)
+        parts = layer.parts
+        pairs = [
+            (source.gate_FD, parts.gate.weight_out_in()),
+            (source.up_FD, parts.up.weight_out_in()),
+            (source.down_FD, parts.down_FD()),
+        ]
+        for dense_FD, rounded_FD in pairs:
+            assert dense_FD is not None
+            blocks = dense_FD.unflatten(1, (-1, 16))
+            span = (blocks.amax(-1) - blocks.amin(-1)).repeat_interleave(16, dim=1)
+            error = (rounded_FD - dense_FD).abs()
+            assert error.max() > 0
+            # 16 levels of 16, and a margin for codes that error feedback put off the nearest.
+            assert (error <= span / 15 / 6).float().mean() > 0.98
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_are_found_again_from_the_stored_weights(native: Any, dtype: torch.dtype) -> None:
+    model = refined(copy.deepcopy(native), dtype)
+    for layer in base_of(model).hire_layers.values():
+        tensors, width = layer.predictor_tensors, layer.parts.up.weight_out_in().shape[1]
+        first = torch.cat([p.weight_out_in() for p in (layer.parts.gate, layer.parts.up)]).float()
+        copies = {
+            "low_scale": (
+                first * tensors["column_scale"],
+                decode_blocks(tensors, layer.spec["predictor"], width),
+            ),
+            "down_low_scale": (
+                layer.parts.down_FD().float(),
+                decode_down(tensors, layer.spec["unselected"], width),
+            ),
+        }
+        for name, (weight_MD, copy_MD) in copies.items():
+            step_MD = tensors[name].float().repeat_interleave(16, dim=1)
+            code_MD = (weight_MD - copy_MD) / step_MD + 7.5
+            off = (code_MD - code_MD.round()).abs()
+            # Rounding to bfloat16 moves the largest weights of a block by up to half a step.
+            assert off.max() < 1e-2 if dtype == torch.float32 else off.mean() < 0.15
+            assert code_MD.min() > -0.6 and code_MD.max() < 15.6
+
+
+def test_stored_rows_have_no_scales(native: Any) -> None:
+    model = hire_model(native, ffn={"predictor": FORM, "unselected": FORM})
+    layer = base_of(model).hire_layers[0]
+    weights = read_ffn_weights(native, find_layout(native), 0)
+    assert low_scales(weights, layer.spec, layer.predictor_tensors) == {}
+    assert "rows" not in layer.spec
+
+
+def test_rows_round_to_the_nearest_level_and_stay_there() -> None:
+    weight_MD = torch.randn(7, 50, generator=torch.Generator().manual_seed(0))
+    weight_MD[2, :16] = 0
+    rounded_MD = round_rows(weight_MD, 16)
+    for start in range(0, 50, 16):
+        block, was = rounded_MD[:, start : start + 16], weight_MD[:, start : start + 16]
+        step = was.abs().amax(1, keepdim=True) / 127
+        assert ((block - was).abs() <= step * 0.5001).all()
+        assert torch.equal(block.abs().amax(1), was.abs().amax(1))  # so the grid is found again
+    assert torch.equal(round_rows(rounded_MD, 16), rounded_MD)
+    stored = rounded_MD.bfloat16().float()
+    codes = stored.unflatten(0, (7,))[:, :16] / (weight_MD[:, :16].abs().amax(1, True) / 127)
+    again = round_rows(stored, 16)[:, :16] / (stored[:, :16].abs().amax(1, True) / 127)
+    keep = weight_MD[:, :16].abs().amax(1) > 0
+    assert torch.equal(codes[keep].round(), again[keep].round())
+
+
+def test_attention_matrices_are_those_beside_the_ffn(native: Any) -> None:
+    layout = find_layout(native)
+    names = attention_matrices(native, layout)
+    assert names == [f"self_attn.{name}_proj" for name in "qkvo"]
+    rounded = copy.deepcopy(native)
+    round_attention(rounded, layout, {"bits": 8, "block": 16, "matrices": names})
+    before, after = native.state_dict(), rounded.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "self_attn" in name and name.endswith("weight")}
+
+
+def test_attention_without_linear_layers_is_refused() -> None:
+    gpt2 = tiny_model("gpt2")
+    with pytest.raises(InputError, match="attention=null"):
+        attention_matrices(gpt2, find_layout(gpt2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["ffn.unselected=null"], "refined needs unselected.bits 4"),
+        (["ffn.unselected.bits=3"], "refined needs unselected.bits 4"),
+        (["ffn.predictor.bits=3"], "kind q of 3 bits"),
+        (["ffn.predictor.kind=qlr"], "kind qlr of 4 bits"),
+        (["ffn.predictor.input_keep=0.5"], "input_keep 0.5"),
+    ],
+)
+def test_refined_rows_need_copies(changes: list[str], said: str) -> None:
+    base = ["ffn.unselected={bits: 4}", "ffn.rows=refined"]
+    with pytest.raises(UsageError, match=said):
+        load_recipe("tiny-ci", [*base, *changes])
+    assert load_recipe("tiny-ci", base).rounds_weights
+
+
+def test_attention_needs_an_ffn_that_selects() -> None:
+    with pytest.raises(UsageError, match="beside an FFN that selects"):
+        load_recipe("lossless", ["attention={}"])
