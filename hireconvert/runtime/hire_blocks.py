@@ -212,7 +212,7 @@ def check_model(base: Any) -> None:
 def dense_blocks(base: Any) -> tuple[list[Any], Ropes, list[int]]:
     ropes = Ropes(base)
     windows = _windows(base.config, len(base.layers))
-    kinds = getattr(base.config, "layer_types", None)
+    kinds: Any = getattr(base.config, "layer_types", None)
     blocks = []
     for index, window in enumerate(windows):
         rope = 0 if ropes.names == [None] else ropes.names.index(kinds[index])
@@ -263,7 +263,7 @@ def _try_layer(base: Any, index: int, block: Any, ropes: Ropes) -> None:
     past = [torch.randn(shape, generator=dice) * gain for gain in (3.0, 1.0)]
     x_QD = torch.randn(2, width, generator=dice)
     cache, place = DynamicCache(), twin.self_attn.layer_idx
-    cache.update(*past, place)
+    cache.update(past[0], past[1], place)
     expected = []
     for row, x_D in enumerate(x_QD):
         position = torch.arange(cached + row, cached + row + 1)

@@ -39,6 +39,11 @@ class _Group:
         return self.first + self.length + MOST_NEW <= self.buffer.shape[3]
 
 
+def served(cache: Any) -> bool:
+    """Whether it is a kind of cache whose layers can be given buffers."""
+    return type(cache) is DynamicCache and not cache.offloading
+
+
 def _key(layer: Any) -> tuple[Any, ...] | None:
     """What layers of one group have in common; None for a layer that cannot be served."""
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or not layer.is_initialized:
@@ -157,11 +162,12 @@ class Caches:
 
 
 def _groups(cache: Any, step: Any, windows: Iterable[int]) -> list[list[int]] | None:
-    if type(cache) is not DynamicCache or cache.offloading or len(cache.layers) != len(step.heads):
+    layers: list[Any] = cache.layers
+    if len(layers) != len(step.heads) or not served(cache):
         return None
     found: dict[Any, list[int]] = {}
-    total = cache.get_seq_length()
-    for index, (layer, window) in enumerate(zip(cache.layers, windows, strict=True)):
+    total = layers[0].get_seq_length()
+    for index, (layer, window) in enumerate(zip(layers, windows, strict=True)):
         key = _key(layer)
         if key is None or layer.get_seq_length() != total:
             return None

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .hire_blocks import Obstacle, Ropes, check_model, dense_blocks, steps, try_out, with_ffns
-from .hire_cache import MOST_NEW, Caches
+from .hire_cache import MOST_NEW, Caches, served
 from .hire_ffn import weight_stamp
 from .hire_native import native as library
 
@@ -130,7 +130,7 @@ class NativeStep:
 
     def prepare(self, base: Any, thorough: bool) -> None:
         """Describe the model to the library, or again when a weight or module has changed."""
-        if steps is None:
+        if steps is None or base.training:
             return
         modules = list(_modules(base)) if hasattr(base, "rotary_emb") else []
         stamp = (_stamp(base, modules), library.level(), library.steps_allowed())
@@ -140,6 +140,8 @@ class NativeStep:
         self._seen, self._plan = stamp, None
         try:
             check_model(base)
+            if any("forward" in vars(module) for module in modules):
+                raise Obstacle("a module whose forward was replaced")
             blocks, ropes, windows = dense_blocks(base)
             types = list(map(type, modules))
             if types != self._tried:
@@ -161,18 +163,19 @@ class NativeStep:
         plan = self._plan
         if plan is None or base.training or not _plain(base.config, call) or plan.hooked():
             return None
-        cache, embedded = call.get("past_key_values"), call.get("inputs_embeds")
-        given = call.get("input_ids") if embedded is None else embedded
+        cache: Any = call.get("past_key_values")
+        embedded: Any = call.get("inputs_embeds")
+        given: Any = call.get("input_ids") if embedded is None else embedded
         batch, num = given.shape[:2]
-        if batch != 1 or num > MOST_NEW or given.device.type != "cpu":
-            return None
-        held = self._caches.claim(cache, plan.step, plan.windows)
-        if held is None:
+        if batch != 1 or num > MOST_NEW or given.device.type != "cpu" or not served(cache):
             return None
         start = cache.get_seq_length()
         if not _everything(call.get("attention_mask"), start + num):
             return None
         if not _in_order(call.get("position_ids"), start, num):
+            return None
+        held = self._caches.claim(cache, plan.step, plan.windows)
+        if held is None:
             return None
         if embedded is None:
             embedded = base.embed_tokens(given)
