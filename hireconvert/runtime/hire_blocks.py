@@ -35,6 +35,10 @@ _NORMS = (
         "ffn_out_norm": "post_feedforward_layernorm",
     },
 )
+# Of a model whose FFNs are all dense, which need not say where they lie.
+_LAYOUT = {
+    "ffn": "mlp", "gate": "gate_proj", "up": "up_proj", "down": "down_proj", "act": "act_fn",
+}  # fmt: skip
 # Angles depend on the position alone: they are kept in a table.
 _FIXED_ROPES = {"default", "linear", "llama3", "yarn"}
 _TABLE = 512
@@ -87,10 +91,14 @@ def _norm_names(layer: nn.Module, ffn: str) -> dict[str, str]:
     raise Obstacle(f"{type(layer).__name__} of {sorted(layer._modules)}")
 
 
-def _ffn_parts(layer: nn.Module, layout: Mapping[str, Any]) -> FfnParts:
+def _ffn_parts(layer: nn.Module, layout: Mapping[str, Any] | None) -> FfnParts:
+    layout = layout or _LAYOUT
     if layout["ffn"] != "mlp":
         raise Obstacle("an FFN that is no module of its layer")
-    parts = FfnParts.resolve(layer.get_submodule("mlp"), layout)
+    try:
+        parts = FfnParts.resolve(layer.get_submodule("mlp"), layout)
+    except AttributeError as error:
+        raise Obstacle(f"{type(layer).__name__}: {error}") from error
     for part in parts.matrices():
         _linear(part.module)
     return parts
@@ -241,9 +249,10 @@ def with_ffns(base: Any, blocks: list[Any]) -> list[Any]:
 # --------------------------------------------------------------------------- trying it
 
 
-def _signature(block: Any) -> tuple[Any, ...]:
+def _signature(layer: nn.Module, block: Any) -> tuple[Any, ...]:
+    types = [id(type(module)) for module in layer.modules()]
     shapes = [(name, tuple(m.weight_OI.shape)) for name, m in block.matrices.items()]
-    return (shapes, sorted(block.norms), block.rope, block.window > 0, block.softcap)
+    return (types, shapes, sorted(block.norms), block.rope, block.window > 0, block.softcap)
 
 
 def _differs(found: torch.Tensor, expected: torch.Tensor, most: float) -> bool:
@@ -350,7 +359,7 @@ def try_out(base: Any, blocks: list[Any], ropes: Ropes) -> None:
     tried = set()
     try:
         for index, block in enumerate(blocks):
-            kind = repr(_signature(block))
+            kind = repr(_signature(base.layers[index], block))
             if kind not in tried:
                 tried.add(kind)
                 _try_layer(base, index, block, ropes)

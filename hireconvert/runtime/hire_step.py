@@ -70,7 +70,10 @@ def _stamp(base: Any, modules: Sequence[nn.Module]) -> Any:
     weights = [m for m in modules if "weight" in m._parameters]
     natives = [layer.prepared and layer.prepared.native for layer in base.hire_layers.values()]
     plain = [m if hasattr(m, "bias") else _Unbiased(m) for m in weights]
-    return (list(map(id, modules)), weight_stamp(plain), list(map(id, natives)))
+    return (
+        list(map(id, modules)), list(map(type, modules)), weight_stamp(plain),
+        list(map(id, natives)),
+    )  # fmt: skip
 
 
 class _Unbiased:
@@ -98,8 +101,8 @@ class NativeStep:
 
     def __init__(self) -> None:
         self._plan: _Plan | None = None
-        self._reason: str | None = "not prepared"
-        self._seen: Any = None  # the stamp that `_reason` was found for
+        self.reason: str | None = "not prepared"
+        self._seen: Any = None  # the stamp that `reason` was found for
         self._tried: list[type] | None = None  # modules that computed what PyTorch does
         self._caches = Caches()
 
@@ -149,9 +152,9 @@ class NativeStep:
                 self._tried = types
             step = steps.Step(with_ffns(base, blocks))
         except Obstacle as error:
-            self._reason = str(error)
+            self.reason = str(error)
             return
-        self._reason = None
+        self.reason = None
         hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._plan = _Plan(
             step, ropes, windows, blocks[0].cache_type, modules,
