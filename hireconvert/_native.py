@@ -23,7 +23,7 @@ from hireconvert._packing import LANES, TYPES, pack, together
 
 ABI = 1
 LEVELS = ("portable", "avx2", "avx512")
-VARIABLE = "HIRE_NATIVE"  # of the environment: `off`, or the highest level to use
+VARIABLE = "HIRE_NATIVE"  # of the environment: `off`, `ffn`, or the highest level to use
 _NUMBERS = (
     "width", "stride", "num_neurons", "num_candidates", "num_kept", "gated", "activation",
     "weight_type", "bits", "block", "symmetric", "tile_bytes", "rest_bits", "rest_block",
@@ -82,9 +82,17 @@ def level() -> str | None:
     wanted = os.environ.get(VARIABLE) or LEVELS[-1]
     if wanted == "off":
         return None
+    if wanted == "ffn":
+        wanted = LEVELS[-1]
     if wanted not in LEVELS:
-        raise ValueError(f"{VARIABLE} is {wanted!r}, expected off or one of {', '.join(LEVELS)}")
+        choices = ", ".join(("off", "ffn", *LEVELS))
+        raise ValueError(f"{VARIABLE} is {wanted!r}, expected one of {choices}")
     return LEVELS[LIBRARY.hire_level_at_most(LEVELS.index(wanted))]
+
+
+def steps_allowed() -> bool:
+    """Whether whole decode steps may run natively: with `ffn` only FFNs do."""
+    return os.environ.get(VARIABLE) != "ffn"
 
 
 # --------------------------------------------------------------------------- layers
@@ -124,6 +132,11 @@ class FfnLayer:
 
     def __reduce__(self) -> Any:
         return FfnLayer, (self.numbers, self.tensors)
+
+    @property
+    def address(self) -> int:
+        """Where the library finds it, as long as the layer lives."""
+        return self._address
 
     @property
     def down_FD(self) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hireconvert import _native
+from tests import native_step_fuzz
 from tests.native import CASES, Case, rows_of, settings_of, tensors_of
 
 NASTY: tuple[Any, ...] = (None, True, -1, 0, 1, 2, 3, 5, 16, 31, 33, 97, 2**31, 2**62, 0.5, "q")
@@ -93,6 +94,7 @@ def main(number: int) -> None:
         except ValueError as error:
             assert str(error).startswith("native: "), error
             refused += 1
+    native_step_fuzz.main(number)
     print(refused, ran)
 
 

@@ -29,7 +29,7 @@ int hire_level_at_most(int wanted)
     return HIRE_PORTABLE;
 }
 
-static const hire_kernels *kernels_of(int level)
+const hire_kernels *hire_kernels_of(int level)
 {
 #ifdef HIRE_X86
     if (level == HIRE_AVX512) return &hire_kernels_avx512;
@@ -104,7 +104,7 @@ void hire_top_k(const float *score, int64_t n, int64_t k, int32_t *out, int32_t 
 static int64_t whole(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
 /* Cuts `scratch` (or, when it is NULL, nothing) into the arrays of a run; returns all its bytes. */
-static int64_t cut_scratch(const hire_layer *layer, char *scratch, hire_run *run)
+int64_t hire_cut_scratch(const hire_layer *layer, char *scratch, hire_run *run)
 {
     const int64_t lanes = HIRE_LANES, padded = whole(layer->num_neurons, lanes);
     const int64_t parts = layer->gated ? 2 : 1, blocks = layer->width / layer->block + 1;
@@ -139,7 +139,7 @@ static int64_t cut_scratch(const hire_layer *layer, char *scratch, hire_run *run
 int64_t hire_scratch_bytes(const hire_layer *layer)
 {
     hire_run run;
-    return cut_scratch(layer, NULL, &run) + 64; /* to start at a whole cache line */
+    return hire_cut_scratch(layer, NULL, &run) + 64; /* to start at a whole cache line */
 }
 
 static char *aligned(void *scratch)
@@ -152,7 +152,7 @@ void hire_scratch_places(const hire_layer *layer, int64_t *place_of_4)
     static char nothing[64];
     hire_run run;
     char *start = aligned(nothing);
-    cut_scratch(layer, start, &run);
+    hire_cut_scratch(layer, start, &run);
     place_of_4[0] = (char *)run.z - start;
     place_of_4[1] = (char *)run.score - start;
     place_of_4[2] = (char *)run.index - start;
@@ -193,76 +193,76 @@ static void sum_segment(const hire_layer *layer, const hire_kernels *kernels, hi
     if (layer->rest != NULL) kernels->rest(layer, run, cut(all, s), cut(all, s + 1), partial);
 }
 
-/* 1 where the row was finite throughout and y was written. */
-static int one_row(const hire_layer *layer, const hire_kernels *kernels, hire_run *run,
-                   const void *x, void *y, int num_threads)
+void hire_row_of_team(const hire_layer *layer, const hire_kernels *kernels, hire_run *run, int *bad)
 {
     const int64_t tiles = whole(layer->num_neurons, HIRE_LANES) / HIRE_LANES;
     const int64_t all = layer->num_neurons, candidates = layer->num_candidates;
     const int fused = layer->num_kept == candidates;
-    int bad = 0, estimates_bad = 0;
-    (void)num_threads;
-    kernels->start(layer, x, run);
-    OMP(omp parallel num_threads(num_threads) if (num_threads > 1))
-    {
-        int finite = 1;
-        if (candidates < all) { /* else nothing needs an estimate */
-            OMP(omp for schedule(static))
-            for (int64_t tile = 0; tile < tiles; tile++)
-                finite &= kernels->estimate(layer, run, tile, tile + 1);
-            if (!finite) {
-                OMP(omp atomic write)
-                estimates_bad = 1;
-            }
-            OMP(omp barrier)
+    int finite = 1;
+    if (candidates < all) { /* else nothing needs an estimate */
+        OMP(omp for schedule(static) nowait)
+        for (int64_t tile = 0; tile < tiles; tile++)
+            finite &= kernels->estimate(layer, run, tile, tile + 1);
+        if (!finite) {
+            OMP(omp atomic write)
+            bad[0] = 1;
         }
-        OMP(omp single)
-        {
-            if (!estimates_bad) {
-                hire_top_k(run->score, all, candidates, run->index, run->spare);
-                /* Kept neurons are known before they are computed: none of them is in the rest. */
-                if (fused && layer->rest != NULL)
-                    for (int64_t i = 0; i < candidates; i++) run->value[run->index[i]] = 0.0f;
-            }
-        }
-        if (!estimates_bad) {
-            if (!fused) {
-                OMP(omp for schedule(static, 1))
-                for (int64_t s = 0; s < HIRE_SEGMENTS; s++)
-                    finite &= kernels->exact(layer, run, cut(candidates, s),
-                                             cut(candidates, s + 1), NULL);
-                if (!finite) {
-                    OMP(omp atomic write)
-                    bad = 1;
-                }
-                OMP(omp barrier)
-                OMP(omp single)
-                if (!bad) choose_kept(layer, run);
-            }
-            if (fused || !bad) {
-                OMP(omp for schedule(static, 1))
-                for (int64_t s = 0; s < HIRE_SEGMENTS; s++)
-                    sum_segment(layer, kernels, run, s, &finite);
-                if (!finite && fused) {
-                    OMP(omp atomic write)
-                    bad = 1;
-                }
-            }
-        }
+        OMP(omp barrier)
     }
-    if (bad || estimates_bad) return 0;
-    kernels->finish(layer, run, y);
+    OMP(omp master)
+    if (!bad[0]) {
+        hire_top_k(run->score, all, candidates, run->index, run->spare);
+        /* Kept neurons are known before they are computed: none of them is in the rest. */
+        if (fused && layer->rest != NULL)
+            for (int64_t i = 0; i < candidates; i++) run->value[run->index[i]] = 0.0f;
+    }
+    OMP(omp barrier)
+    if (bad[0]) return;
+    if (!fused) {
+        OMP(omp for schedule(static, 1) nowait)
+        for (int64_t s = 0; s < HIRE_SEGMENTS; s++)
+            finite &= kernels->exact(layer, run, cut(candidates, s), cut(candidates, s + 1), NULL);
+        if (!finite) {
+            OMP(omp atomic write)
+            bad[1] = 1;
+        }
+        OMP(omp barrier)
+        OMP(omp master)
+        if (!bad[1]) choose_kept(layer, run);
+        OMP(omp barrier)
+        if (bad[1]) return;
+    }
+    OMP(omp for schedule(static, 1) nowait)
+    for (int64_t s = 0; s < HIRE_SEGMENTS; s++) sum_segment(layer, kernels, run, s, &finite);
+    if (!finite && fused) {
+        OMP(omp atomic write)
+        bad[1] = 1;
+    }
+    OMP(omp barrier)
+}
+
+/* 1 where the row was finite throughout and y was written. */
+static int one_row(const hire_layer *layer, const hire_kernels *kernels, hire_run *run,
+                   const void *x, void *y, int num_threads)
+{
+    int bad[2] = {0, 0};
+    (void)num_threads;
+    kernels->start(layer, x, (int)layer->weight_type, run);
+    OMP(omp parallel num_threads(num_threads) if (num_threads > 1))
+    hire_row_of_team(layer, kernels, run, bad);
+    if (bad[0] || bad[1]) return 0;
+    kernels->finish(layer, run, y, (int)layer->weight_type);
     return 1;
 }
 
 int64_t hire_ffn(const hire_layer *layer, const void *x, void *y, uint8_t *finite, int64_t *counts,
                  void *scratch, int64_t num_rows, int32_t num_threads, int32_t level)
 {
-    const hire_kernels *kernels = kernels_of(hire_level_at_most(level));
+    const hire_kernels *kernels = hire_kernels_of(hire_level_at_most(level));
     const int64_t row_bytes = layer->width * (layer->weight_type == HIRE_FLOAT32 ? 4 : 2);
     hire_run run;
     int64_t bad = 0;
-    cut_scratch(layer, aligned(scratch), &run);
+    hire_cut_scratch(layer, aligned(scratch), &run);
     for (int64_t i = 0; i < num_rows; i++) {
         finite[i] = (uint8_t)one_row(layer, kernels, &run, (const char *)x + i * row_bytes,
                                      (char *)y + i * row_bytes, num_threads);

@@ -44,7 +44,8 @@ typedef struct {
     int64_t rest_block;     /* outputs to a scale: D, or a multiple of HIRE_LANES */
     int64_t rest_symmetric;
     int64_t rest_bytes;     /* of one neuron's low-bit row */
-    const uint8_t *tiles;   /* [Fp / 16, tile_bytes]: for each block codes, scales, offsets */
+    const uint8_t *tiles;   /* [Fp / 16, tile_bytes]: for each block codes, scales, offsets; NULL
+                               where C = F, with mean, inverse_scale and bias */
     const float *mean;          /* [D] */
     const float *inverse_scale; /* [D] */
     const float *bias;          /* [parts, Fp] of the estimates */
@@ -75,7 +76,7 @@ typedef struct {
 } hire_run;
 
 typedef struct {
-    void (*start)(const hire_layer *, const void *x, hire_run *);
+    void (*start)(const hire_layer *, const void *x, int type, hire_run *);
     /* Tiles [from, to): z, score, value; 1 unless a score is NaN or inf. */
     int (*estimate)(const hire_layer *, hire_run *, int64_t from, int64_t to);
     /* Candidates [from, to): h, exact; with `partial` also their output. 1 unless NaN or inf. */
@@ -83,7 +84,7 @@ typedef struct {
     void (*kept)(const hire_layer *, hire_run *, int64_t from, int64_t to, float *partial);
     /* Low-bit rows of the neurons [from, to) whose value is not 0. */
     void (*rest)(const hire_layer *, hire_run *, int64_t from, int64_t to, float *partial);
-    void (*finish)(const hire_layer *, hire_run *, void *y);
+    void (*finish)(const hire_layer *, hire_run *, void *y, int type);
 } hire_kernels;
 
 extern const hire_kernels hire_kernels_portable;
@@ -92,6 +93,13 @@ extern const hire_kernels hire_kernels_portable;
 extern const hire_kernels hire_kernels_avx2;
 extern const hire_kernels hire_kernels_avx512;
 #endif
+
+/* For step.c: the level's kernels, scratch memory cut up, and the work between start and finish
+ * of a row, called by every thread of a team. bad [2] is shared, zeros before; one of the two is
+ * set where estimates or exact values meet NaN or inf, and stays as it is once a thread returns. */
+const hire_kernels *hire_kernels_of(int level);
+int64_t hire_cut_scratch(const hire_layer *layer, char *scratch, hire_run *run);
+void hire_row_of_team(const hire_layer *layer, const hire_kernels *kernels, hire_run *run, int *bad);
 
 #if defined(_WIN32)
 #define HIRE_API __declspec(dllexport)

@@ -1,8 +1,9 @@
 /* The kernels for x86 with AVX-512 (F, BW, DQ, VL); called only where the CPU says it has them. */
-#include "kernels.h"
+#include "step.h"
 
 #ifdef HIRE_X86
 #include <immintrin.h>
+#include <math.h>
 #include <stddef.h>
 #include <string.h>
 
@@ -15,6 +16,7 @@
 
 #include "simd_avx512.h"
 #include "kernels_body.h"
+#include "step_body.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -23,4 +25,6 @@
 #endif
 
 const hire_kernels hire_kernels_avx512 = {start, estimate, exact, kept, rest, finish};
+const hire_step_kernels hire_step_avx512 = {matrix, norm,         rotate, store_at,
+                                            attend, activate_all, add_to, all_finite};
 #endif

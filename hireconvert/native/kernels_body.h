@@ -107,10 +107,9 @@ INLINE w16 load_lanes(const uint8_t *p, int64_t bytes)
 
 /* ------------------------------------------------------------------ the row that comes in */
 
-static void start(const hire_layer *layer, const void *x, hire_run *run)
+static void start(const hire_layer *layer, const void *x, int type, hire_run *run)
 {
     const int64_t width = layer->width, whole = width / 16 * 16;
-    const int type = (int)layer->weight_type;
     for (int64_t j = 0; j < whole; j += 16) v_store(run->x + j, load_as(x, j, type));
     if (whole < width) {
         unsigned char tail[64] = {0};
@@ -121,6 +120,7 @@ static void start(const hire_layer *layer, const void *x, hire_run *run)
         memcpy(run->x + whole, wide, (size_t)(width - whole) * sizeof(float));
     }
     for (int64_t j = width; j < layer->stride; j++) run->x[j] = 0.0f;
+    if (layer->tiles == NULL) return;
     for (int64_t j = 0; j < width; j++)
         run->u[j] = (run->x[j] - layer->mean[j]) * layer->inverse_scale[j];
     for (int64_t begin = 0, b = 0; begin < width; begin += layer->block, b++) {
@@ -572,7 +572,19 @@ static uint16_t to_float16(float value)
     return (uint16_t)(sign | (size - 0x38000000 + 0xfff + odd) >> 13);
 }
 
-static void finish(const hire_layer *layer, hire_run *run, void *y)
+static void store_as(void *to, const float *from, int64_t num, int type)
+{
+    if (type == HIRE_FLOAT32)
+        memcpy(to, from, (size_t)num * sizeof *from);
+    else
+        for (int64_t j = 0; j < num; j++) {
+            const uint16_t half = type == HIRE_BFLOAT16 ? to_bfloat16(from[j])
+                                                        : to_float16(from[j]);
+            memcpy((char *)to + 2 * j, &half, sizeof half);
+        }
+}
+
+static void finish(const hire_layer *layer, hire_run *run, void *y, int type)
 {
     const int64_t width = layer->width;
     float *out = run->x; /* no longer needed, and as long */
@@ -584,12 +596,5 @@ static void finish(const hire_layer *layer, hire_run *run, void *y)
     }
     if (layer->down_bias != NULL)
         for (int64_t j = 0; j < width; j++) out[j] += layer->down_bias[j];
-    if (layer->weight_type == HIRE_FLOAT32)
-        memcpy(y, out, (size_t)width * sizeof *out);
-    else
-        for (int64_t j = 0; j < width; j++) {
-            const uint16_t half = layer->weight_type == HIRE_BFLOAT16 ? to_bfloat16(out[j])
-                                                                      : to_float16(out[j]);
-            memcpy((char *)y + 2 * j, &half, sizeof half);
-        }
+    store_as(y, out, width, type);
 }

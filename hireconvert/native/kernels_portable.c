@@ -1,6 +1,9 @@
 /* The kernels for any machine. */
-#include "kernels.h"
+#include "step.h"
 #include "simd_portable.h"
 #include "kernels_body.h"
+#include "step_body.h"
 
 const hire_kernels hire_kernels_portable = {start, estimate, exact, kept, rest, finish};
+const hire_step_kernels hire_step_portable = {matrix, norm,         rotate, store_at,
+                                              attend, activate_all, add_to, all_finite};

@@ -82,6 +82,13 @@ static inline v16 v_load_bf16(const void *p)
     const __m128i *halves = p;
     return (v16){v_bf16_half(halves), v_bf16_half(halves + 1)};
 }
+static inline v16 v_load_i8(const int8_t *p)
+{
+    const __m128i *codes = (const __m128i *)p;
+    return (v16){
+        _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(codes))),
+        _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p + 8))))};
+}
 static inline w16 w_load4(const uint8_t *p)
 {
     return (w16){_mm256_loadu_si256((const __m256i *)p),

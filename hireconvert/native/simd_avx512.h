@@ -48,6 +48,10 @@ static inline v16 v_load_bf16(const void *p)
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+static inline v16 v_load_i8(const int8_t *p)
+{
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
 static inline w16 w_load4(const uint8_t *p) { return _mm512_loadu_si512(p); }
 static inline w16 w_load2(const uint8_t *p)
 {

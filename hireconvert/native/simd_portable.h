@@ -99,6 +99,7 @@ static inline v16 v_load_bf16(const void *p)
     return r;
 }
 
+static inline v16 v_load_i8(const int8_t *p) { v16 r; HIRE_LOOP r.l[l] = (float)p[l]; return r; }
 static inline w16 w_load4(const uint8_t *p) { w16 r; memcpy(&r, p, sizeof r); return r; }
 static inline w16 w_load2(const uint8_t *p)
 {

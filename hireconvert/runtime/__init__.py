@@ -14,6 +14,9 @@ RUNTIME_FILES = (
     "hire_predict.py",
     "hire_select.py",
     "hire_native.py",
+    "hire_cache.py",
+    "hire_blocks.py",
+    "hire_step.py",
     "hire_ffn.py",
     "hire_head.py",
 )

@@ -26,6 +26,7 @@ class HireState:
         self.scope = "decode"
         self.dense_prefix = 0
         self.sparse_head = True
+        self.native_step = True
         # generate() sets these for its duration: whether it runs, and how the head serves it.
         self.generating = False
         self.head_mode = "recipe"

@@ -35,6 +35,9 @@ RUNTIME_FILES = (
     "hire_predict.py",
     "hire_select.py",
     "hire_native.py",
+    "hire_cache.py",
+    "hire_blocks.py",
+    "hire_step.py",
     "hire_ffn.py",
     "hire_head.py",
 )
@@ -111,7 +114,7 @@ class HireIoMixin(Native):
             counter.zero_()  # Transformers fills non-persistent buffers with whatever memory held
         if head is not None:
             head.counts.zero_()
-        path = native_path(base.hire_layers.values())
+        path = f"{native_path(base.hire_layers.values())}; {base.hire_step.path(base)}"
         logger.warning("hire: %s", describe(self.config.hire, path))
 
     def _hire_assign(self, path: Any, base: Any, head: SparseHead | None) -> None:

@@ -34,6 +34,7 @@ from .hire_install import (
     install_head,
 )
 from .hire_io import HireIoMixin, share_conversions
+from .hire_step import NativeStep
 
 SCOPES = ("decode", "all", "off")
 
@@ -51,6 +52,7 @@ class HireBaseMixin(Native):
         self.hire_state = HireState(hire)
         self.register_buffer("hire_fallbacks", torch.zeros(1, dtype=torch.int64), persistent=False)
         self.hire_layers: dict[int, SparseFfn] = {}
+        self.hire_step = NativeStep()
         if hire["ffn"] is not None:
             layers = decoder_layers(self, hire["layout"]["layers"])
             for index, spec in enumerate(hire["ffn"]["layers"]):
@@ -112,6 +114,7 @@ class HireBaseMixin(Native):
             return
         for layer in layers:
             layer.prepare(thorough)
+        self.hire_step.prepare(self, thorough)
 
 
 class HireCausalMixin(Native):
@@ -207,10 +210,13 @@ class HireCausalMixin(Native):
 
     # ----------------------------------------------------------------- scopes and statistics
 
-    def set_hire_scope(self, scope: str, *, dense_prefix: int = 0, head: bool = True) -> None:
+    def set_hire_scope(
+        self, scope: str, *, dense_prefix: int = 0, head: bool = True, step: bool = True
+    ) -> None:
         """Choose who selects: `decode` steps, `all` positions >= dense_prefix, or none (`off`).
 
-        `head=False` leaves the LM head dense whatever the scope. Raises ValueError.
+        `head=False` leaves the LM head dense whatever the scope, `step=False` the decode step to
+        PyTorch and the FFN kernels. Raises ValueError.
         """
         if scope not in SCOPES:
             raise ValueError(f"scope is {scope!r}, expected one of {list(SCOPES)}")
@@ -218,6 +224,7 @@ class HireCausalMixin(Native):
             raise ValueError(f"dense_prefix is {dense_prefix}, expected at least 0")
         state = self.hire_state
         state.scope, state.dense_prefix, state.sparse_head = scope, dense_prefix, head
+        state.native_step = step
         state.sparse, state.dense_rows_N = False, None
 
     def hire_stats(self, reset: bool = False) -> dict[str, Any]:
@@ -342,8 +349,14 @@ def _base_forward(native: Any) -> Any:
 
     @functools.wraps(native.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self.hire_state.decided:
+        state = self.hire_state
+        if not state.decided:
             self._hire_decide(named(args, kwargs), None)
+        steps = state.sparse and state.native_step and state.scope == "decode"
+        if steps and not torch.compiler.is_compiling():
+            output = self.hire_step.run(self, named(args, kwargs))
+            if output is not None:
+                return output
         return native.forward(self, *args, **kwargs)
 
     return forward

@@ -220,6 +220,7 @@ def test_keep_one_through_the_selecting_code_is_bit_equal(family, dtype, rows, r
     native = tiny_model(family).to(dtype)
     ffn = {"keep_fraction": 1.0, "over_select": 1.0, "unselected": rest}
     model = hire_model(native, ffn=ffn)
+    model.set_hire_scope("decode", step=False)
     ids = tokens(rows, 12)
     assert torch.equal(stepwise(model, ids), stepwise(native, ids))
     counts = model.hire_stats()["ffn"]

@@ -1,0 +1,292 @@
+"""Decoder layers for the native decode step: checked, described in place, and run in one call.
+
+Weights are not copied: what is described here points at the tensors given, and holds them. The
+file of a checkpoint that imports this is `runtime/hire_step.py`.
+
+Shape suffixes: Q new positions, D width, H heads, J key/value heads, E head size, F neurons,
+B decoder layers, R ropes.
+"""
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from hireconvert._native import LEVELS, LIBRARY, FfnLayer, level, scratch
+from hireconvert._packing import ACTIVATIONS, TYPES
+
+MOST_ROWS = 4
+PAST_FIELDS = ("keys", "values", "head_stride", "first", "length")
+SLACK = 64  # bytes that may be read behind the last key or value
+_INT8 = len(TYPES)
+_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+_NORMS = ("attention_norm", "attended_norm", "ffn_norm", "ffn_out_norm", "q_norm", "k_norm")
+_NUMBERS = (
+    "width", "heads", "kv_heads", "head_dim", "rotary", "rope", "window", "cache_type",
+    "activation",
+)  # fmt: skip
+_REALS = ("eps", "scaling", "softcap")
+
+
+class _Matrix(ctypes.Structure):
+    """hire_matrix of native/step.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("rows", "scale", "bias")),
+        *((name, ctypes.c_int64) for name in ("outputs", "inputs", "stride", "type", "block")),
+    ]
+
+
+class _Block(ctypes.Structure):
+    """hire_block of native/step.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _NUMBERS),
+        *((name, ctypes.c_double) for name in _REALS),
+        *((name, _Matrix) for name in _MATRICES),
+        *((name, ctypes.c_void_p) for name in (*_NORMS, "ffn", "counts")),
+    ]
+
+
+_POINTER, _SIZE, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+LIBRARY.hire_step_scratch.argtypes = [_POINTER, _SIZE, _SIZE, _NUMBER]
+LIBRARY.hire_step_scratch.restype = _SIZE
+LIBRARY.hire_step.argtypes = [*[_POINTER] * 1, _SIZE, *[_POINTER] * 3, _SIZE, _POINTER, _SIZE,
+                              _NUMBER, _NUMBER]  # fmt: skip
+LIBRARY.hire_step.restype = _SIZE
+LIBRARY.hire_matvec.argtypes = [*[_POINTER] * 3, _SIZE, _POINTER, _NUMBER, _NUMBER]
+LIBRARY.hire_matvec.restype = None
+
+
+# --------------------------------------------------------------------------- descriptions
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight [outputs, inputs] where it lies, and its bias.
+
+    int8 codes come with float32 `scale_OG` [outputs, blocks]: a row has one, or one for each
+    `block` inputs, a multiple of 32.
+    """
+
+    weight_OI: torch.Tensor
+    bias_O: torch.Tensor | None = None
+    scale_OG: torch.Tensor | None = None
+    block: int = 0
+
+    def described(self, held: list[torch.Tensor]) -> _Matrix:
+        """The library's view; tensors it points at are added to `held`. Raises ValueError."""
+        weight = self.weight_OI.detach()
+        if weight.device.type != "cpu" or weight.dim() != 2 or not weight.numel():
+            raise ValueError(f"native: a matrix is {list(weight.shape)} on {weight.device}")
+        outputs, inputs = weight.shape
+        stride = weight.stride(0) if outputs > 1 else inputs
+        if (inputs > 1 and weight.stride(1) != 1) or stride < inputs:
+            raise ValueError(f"native: a matrix has strides {list(weight.stride())}")
+        described = _Matrix(outputs=outputs, inputs=inputs, stride=stride, block=inputs)
+        if weight.dtype in TYPES:
+            described.type = TYPES.index(weight.dtype)
+        elif weight.dtype == torch.int8 and self.scale_OG is not None:
+            described.type, described.block = _INT8, self.block or inputs
+            described.scale = self._scales(outputs, inputs, held)
+        else:
+            raise ValueError(f"native: a matrix is {weight.dtype}")
+        held.append(weight)
+        described.rows = weight.data_ptr()
+        if self.bias_O is not None:
+            described.bias = _floats("bias", self.bias_O, outputs, held)
+        return described
+
+    def _scales(self, outputs: int, inputs: int, held: list[torch.Tensor]) -> int:
+        assert self.scale_OG is not None
+        block = self.block or inputs
+        if block < 1 or (block % 32 and block < inputs):
+            raise ValueError(f"native: blocks of {block}, expected a multiple of 32")
+        expected = (outputs, -(-inputs // block))
+        if tuple(self.scale_OG.shape) != expected:
+            raise ValueError(f"native: scales are {list(self.scale_OG.shape)}, not {expected}")
+        return _floats("scales", self.scale_OG.flatten(), expected[0] * expected[1], held)
+
+
+def _floats(name: str, tensor: torch.Tensor, size: int, held: list[torch.Tensor]) -> int:
+    """Where a float32 copy of the vector lies."""
+    if tensor.dim() != 1 or tensor.numel() != size or not tensor.is_floating_point():
+        raise ValueError(f"native: {name} is {tensor.dtype} {list(tensor.shape)}, not [{size}]")
+    copy = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+    held.append(copy)
+    return copy.data_ptr()
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder layer, as hire_block of native/step.h has it.
+
+    `matrices`: `q`, `k`, `v`, `o`, `up`, `down` and, for gated FFNs, `gate`. `norms`: what a
+    normalized vector is multiplied by, `attention_norm` and `ffn_norm` at least. With `ffn` the
+    sparse FFN runs in place of the dense one.
+    """
+
+    matrices: Mapping[str, Matrix]
+    norms: Mapping[str, torch.Tensor]
+    head_dim: int
+    rotary: int
+    eps: float
+    scaling: float
+    activation: str
+    rope: int = 0
+    window: int = 0
+    softcap: float = 0.0
+    cache_type: torch.dtype = torch.float32
+    ffn: FfnLayer | None = None
+    counts: torch.Tensor | None = None
+
+    def described(self, held: list[Any]) -> _Block:
+        """The library's view; what it points at is added to `held`. Raises ValueError."""
+        block = _Block()
+        for name, matrix in self.matrices.items():
+            setattr(block, name, matrix.described(held))
+        self._check_matrices(block)
+        block.width, block.head_dim = block.q.inputs, self.head_dim
+        block.heads = block.q.outputs // self.head_dim
+        block.kv_heads = block.k.outputs // self.head_dim
+        if not 0 <= self.rotary <= self.head_dim or self.rotary % 2 or self.rope < 0:
+            raise ValueError(f"native: {self.rotary} of {self.head_dim} numbers are turned")
+        if self.window < 0 or not self.eps >= 0 or not self.softcap >= 0:
+            raise ValueError(f"native: window {self.window}, eps {self.eps}")
+        if self.activation not in ACTIVATIONS or self.cache_type not in TYPES:
+            raise ValueError(f"native: {self.activation!r}, cache of {self.cache_type}")
+        block.rotary, block.rope, block.window = self.rotary, self.rope, self.window
+        block.cache_type = TYPES.index(self.cache_type)
+        block.activation = ACTIVATIONS.index(self.activation)
+        block.eps, block.scaling, block.softcap = self.eps, self.scaling, self.softcap
+        for name in _NORMS:
+            if name in self.norms:
+                size = self.head_dim if name in ("q_norm", "k_norm") else block.width
+                setattr(block, name, _floats(name, self.norms[name], size, held))
+        if block.attention_norm is None or block.ffn_norm is None:
+            raise ValueError("native: a norm is missing")
+        self._add_ffn(block, held)
+        return block
+
+    def _check_matrices(self, block: _Block) -> None:
+        missing = {"q", "k", "v", "o", "up", "down"} - set(self.matrices)
+        if missing or self.head_dim < 1:
+            raise ValueError(f"native: {sorted(missing)} missing, head size {self.head_dim}")
+        width, heads, pairs = block.q.inputs, block.q.outputs, block.k.outputs
+        neurons = block.up.outputs
+        expected = {
+            "q": (heads, width), "k": (pairs, width), "v": (pairs, width), "o": (width, heads),
+            "up": (neurons, width), "down": (width, neurons),
+        }  # fmt: skip
+        if "gate" in self.matrices:
+            expected["gate"] = (neurons, width)
+        for name, shape in expected.items():
+            matrix = getattr(block, name)
+            if (matrix.outputs, matrix.inputs) != shape:
+                found = [matrix.outputs, matrix.inputs]
+                raise ValueError(f"native: {name} is {found}, expected {list(shape)}")
+        if heads % self.head_dim or pairs % self.head_dim or heads % pairs:
+            raise ValueError(f"native: {heads} and {pairs} outputs, heads of {self.head_dim}")
+
+    def _add_ffn(self, block: _Block, held: list[Any]) -> None:
+        if self.counts is not None:
+            counts = self.counts
+            if counts.dtype != torch.int64 or counts.shape != (5,) or counts.device.type != "cpu":
+                raise ValueError(f"native: counts are {counts.dtype} {list(counts.shape)}")
+            held.append(counts)
+            block.counts = counts.data_ptr()
+        if self.ffn is not None:
+            shape = (self.ffn.numbers["num_neurons"], self.ffn.numbers["width"])
+            if shape != (block.up.outputs, block.width):
+                raise ValueError(f"native: the sparse FFN is {list(shape)}")
+            held.append(self.ffn)
+            block.ffn = self.ffn.address
+
+
+# --------------------------------------------------------------------------- calls
+
+
+@dataclass
+class Step:
+    """Decoder layers that run in one call. Raises ValueError when they do not fit together."""
+
+    blocks: Sequence[Block]
+    held: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        described = [block.described(self.held) for block in self.blocks]
+        if not described or len({block.width for block in described}) > 1:
+            raise ValueError(f"native: layers of width {sorted({b.width for b in described})}")
+        self._array = (_Block * len(described))(*described)
+        self._address = ctypes.addressof(self._array)
+        self.width: int = described[0].width
+        self.heads = [(int(block.kv_heads), int(block.head_dim)) for block in described]
+        self.rotary: dict[int, int] = {}
+        for block in described:
+            if self.rotary.setdefault(block.rope, block.rotary) != block.rotary:
+                raise ValueError("native: layers of one rope turn different numbers")
+        self._level = LEVELS.index(level() or LEVELS[0])
+        self._sizes: dict[tuple[int, int], int] = {}
+
+    def past(self) -> torch.Tensor:
+        """int64 [B, 5], columns PAST_FIELDS, all zeros: where the caches lie and what they hold."""
+        return torch.zeros(len(self.blocks), len(PAST_FIELDS), dtype=torch.int64)
+
+    def run(
+        self, x_QD: torch.Tensor, past_B5: torch.Tensor, angles: Sequence[int], most: int
+    ) -> int:
+        """All layers over `x_QD` (float32, contiguous), in place.
+
+        `past_B5` as `past` gives it, filled in by the caller (it vouches for the addresses: room
+        for Q more positions, SLACK behind the end). `angles`: addresses of cos and sin, float32
+        [Q, rotary], of each rope. `most`: at least the longest cache's length and Q together.
+        Returns -1, or the first layer that met NaN or inf, when x and no count is of use. Raises
+        ValueError when sizes do not fit.
+        """
+        num_rows = x_QD.shape[0]
+        if (
+            x_QD.shape != (num_rows, self.width)
+            or not 1 <= num_rows <= MOST_ROWS
+            or x_QD.dtype != torch.float32
+            or not x_QD.is_contiguous()
+            or past_B5.shape != (len(self.blocks), len(PAST_FIELDS))
+            or past_B5.dtype != torch.int64
+            or not past_B5.is_contiguous()
+            or len(angles) != 2 * (max(self.rotary) + 1)
+        ):
+            raise ValueError(f"native: x is {x_QD.dtype} {list(x_QD.shape)}, width {self.width}")
+        threads = torch.get_num_threads()
+        room = max(256, 1 << (most - 1).bit_length())
+        size = self._sizes.get((room, threads))
+        if size is None:
+            size = LIBRARY.hire_step_scratch(self._address, len(self.blocks), room, threads)
+            self._sizes[room, threads] = size
+        pointers = (ctypes.c_void_p * len(angles))(*angles)
+        bad: int = LIBRARY.hire_step(
+            self._address, len(self.blocks), past_B5.data_ptr(), ctypes.addressof(pointers),
+            x_QD.data_ptr(), num_rows, scratch(size).data_ptr(), room, threads, self._level,
+        )  # fmt: skip
+        return bad
+
+
+def matvec(matrix: Matrix, x_QI: torch.Tensor) -> torch.Tensor:
+    """float32 [Q, outputs]: up to MOST_ROWS rows of float32 times the matrix. Raises ValueError."""
+    held: list[torch.Tensor] = []
+    described = matrix.described(held)
+    num_rows = x_QI.shape[0]
+    if (
+        x_QI.shape != (num_rows, described.inputs)
+        or not 1 <= num_rows <= MOST_ROWS
+        or x_QI.dtype != torch.float32
+    ):
+        raise ValueError(f"native: x is {x_QI.dtype} {list(x_QI.shape)}")
+    x_QI = x_QI.contiguous()
+    y_QO = torch.empty(num_rows, described.outputs)
+    memory = scratch(4 * num_rows * (described.inputs + 32) + 64)
+    LIBRARY.hire_matvec(
+        ctypes.addressof(described), x_QI.data_ptr(), y_QO.data_ptr(), num_rows,
+        memory.data_ptr(), torch.get_num_threads(), LEVELS.index(level() or LEVELS[0]),
+    )  # fmt: skip
+    return y_QO

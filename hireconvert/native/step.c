@@ -1,0 +1,351 @@
+/* A decode step: one team of threads goes through all decoder layers together. Each thread keeps
+ * the residual stream and its norms for itself (they cost less than a barrier); what is shared is
+ * written by one thread each and read behind a barrier. */
+#include "step.h"
+
+#include <stddef.h>
+#include <string.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#define OMP(text) _Pragma(#text)
+static int thread_number(void) { return omp_get_thread_num(); }
+#else
+#define OMP(text)
+static int thread_number(void) { return 0; }
+#endif
+
+enum { ROWS_AT_ONCE = 16 }; /* of a matrix, to a piece of work */
+
+/* Rows of x are this far apart: zeros up to whole pairs of vectors. */
+static int64_t padded(int64_t num) { return (num + 31) / 32 * 32; }
+
+typedef struct {
+    const hire_kernels *kernels;
+    const hire_step_kernels *step;
+    int64_t num_rows, most, width, heads, head_dim, neurons; /* the largest there are, padded */
+    float *projected; /* [Q, heads] queries, keys and values side by side */
+    float *attended;  /* [Q, heads] */
+    float *output;    /* [Q, width] of attention or the FFN */
+    float *gate;      /* [Q, neurons] */
+    float *up;        /* [Q, neurons] */
+    char *ffn;        /* scratch memory of the largest sparse FFN */
+    char *own;        /* own_bytes for each thread */
+    int64_t own_bytes;
+    int bad[2];
+} hire_job;
+
+/* A thread's own memory. */
+typedef struct {
+    float *x;      /* [Q, width] the residual stream */
+    float *normed; /* [Q, width] */
+    float *query;  /* [head_dim] */
+    float *out;    /* [head_dim] */
+    float *score;  /* [most, and what vectors need behind it] */
+} hire_own;
+
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* The next piece of `base`, which is NULL while sizes are summed. */
+static void *take(char *base, int64_t *used, int64_t bytes)
+{
+    char *place = base == NULL ? NULL : base + *used;
+    *used += (bytes + 63) / 64 * 64;
+    return place;
+}
+
+static float *floats(char *base, int64_t *used, int64_t count)
+{
+    return take(base, used, count * (int64_t)sizeof(float));
+}
+
+static int64_t cut_own(const hire_job *job, char *base, hire_own *own)
+{
+    int64_t used = 0;
+    own->x = floats(base, &used, HIRE_STEP_ROWS * job->width);
+    own->normed = floats(base, &used, HIRE_STEP_ROWS * job->width);
+    own->query = floats(base, &used, job->head_dim);
+    own->out = floats(base, &used, job->head_dim);
+    own->score = floats(base, &used, job->most + 16);
+    return used + 64; /* no cache line of two threads */
+}
+
+/* Sizes of the largest block, and `base` cut into pieces unless it is NULL; returns all bytes. */
+static int64_t cut_job(const hire_block *blocks, int64_t num_blocks, int64_t most,
+                       int32_t num_threads, char *base, hire_job *job)
+{
+    int64_t ffn_bytes = 0, used = 0;
+    memset(job, 0, sizeof *job);
+    job->most = most;
+    for (int64_t i = 0; i < num_blocks; i++) {
+        const hire_block *b = blocks + i;
+        job->width = larger(job->width, padded(b->width));
+        job->heads = larger(job->heads, padded((b->heads + 2 * b->kv_heads) * b->head_dim));
+        job->head_dim = larger(job->head_dim, padded(b->head_dim));
+        job->neurons = larger(job->neurons, padded(b->up.outputs));
+        if (b->ffn != NULL) {
+            hire_run run;
+            ffn_bytes = larger(ffn_bytes, hire_cut_scratch(b->ffn, NULL, &run));
+        }
+    }
+    job->projected = floats(base, &used, HIRE_STEP_ROWS * job->heads);
+    job->attended = floats(base, &used, HIRE_STEP_ROWS * job->heads);
+    job->output = floats(base, &used, HIRE_STEP_ROWS * job->width);
+    job->gate = floats(base, &used, HIRE_STEP_ROWS * job->neurons);
+    job->up = floats(base, &used, HIRE_STEP_ROWS * job->neurons);
+    job->ffn = take(base, &used, ffn_bytes);
+    hire_own own;
+    job->own_bytes = cut_own(job, NULL, &own);
+    job->own = take(base, &used, num_threads * job->own_bytes);
+    return used;
+}
+
+int64_t hire_step_scratch(const hire_block *blocks, int64_t num_blocks, int64_t most,
+                          int32_t num_threads)
+{
+    hire_job job;
+    return cut_job(blocks, num_blocks, most, num_threads, NULL, &job) + 64;
+}
+
+static const hire_step_kernels *step_kernels_of(int level)
+{
+#ifdef HIRE_X86
+    if (level == HIRE_AVX512) return &hire_step_avx512;
+    if (level == HIRE_AVX2) return &hire_step_avx2;
+#endif
+    (void)level;
+    return &hire_step_portable;
+}
+
+/* ------------------------------------------------------------------ pieces of a layer */
+
+static void zero_behind(float *x, int64_t num)
+{
+    for (int64_t j = num; j < padded(num); j++) x[j] = 0.0f;
+}
+
+static void norm_rows(const hire_job *job, const float *x, int64_t num, const float *weight,
+                      double eps, float *out)
+{
+    for (int64_t i = 0; i < job->num_rows; i++) {
+        job->step->norm(x + i * job->width, weight, eps, num, out + i * job->width);
+        zero_behind(out + i * job->width, num);
+    }
+}
+
+static int64_t type_bytes(int64_t type) { return type == HIRE_FLOAT32 ? 4 : 2; }
+
+/* One head of queries, keys or values: its rows, its norm, its angles; keys and values go to the
+ * cache. */
+static void project(const hire_job *job, const hire_block *b, const hire_past *past,
+                    const float *const *angles, const float *x, int64_t unit)
+{
+    const int64_t size = b->head_dim, heads = b->heads, pairs = b->kv_heads;
+    const int part = unit < heads ? 0 : unit < heads + pairs ? 1 : 2;
+    const int64_t head = part == 0 ? unit : (unit - heads) % pairs;
+    const hire_matrix *matrix = part == 0 ? &b->q : part == 1 ? &b->k : &b->v;
+    const float *norm = part == 0 ? b->q_norm : part == 1 ? b->k_norm : NULL;
+    float *out = job->projected + (unit - head) * size;
+    job->step->matrix(matrix, x, job->width, job->num_rows, head * size, (head + 1) * size, out,
+                      job->heads);
+    for (int64_t i = 0; i < job->num_rows; i++) {
+        float *row = out + i * job->heads + head * size;
+        if (norm != NULL) job->step->norm(row, norm, b->eps, size, row);
+        if (part < 2)
+            job->step->rotate(row, angles[0] + i * b->rotary, angles[1] + i * b->rotary,
+                              b->rotary);
+        const int64_t place = head * past->head_stride + (past->first + past->length + i) * size;
+        if (part > 0)
+            job->step->store(part == 1 ? past->keys : past->values, place, row, size,
+                             (int)b->cache_type);
+    }
+}
+
+static void attend(const hire_job *job, const hire_block *b, const hire_past *past, hire_own *own,
+                   int64_t head)
+{
+    const int64_t size = b->head_dim, pair = head / (b->heads / b->kv_heads);
+    const int64_t start = pair * past->head_stride * type_bytes(b->cache_type);
+    for (int64_t i = 0; i < job->num_rows; i++) {
+        const int64_t to = past->first + past->length + i + 1;
+        int64_t from = past->first;
+        if (b->window > 0 && to - b->window > from) from = to - b->window;
+        memcpy(own->query, job->projected + i * job->heads + head * size,
+               (size_t)size * sizeof(float));
+        zero_behind(own->query, size);
+        job->step->attend(b, own->query, (const char *)past->keys + start,
+                          (const char *)past->values + start, from, to, own->score, own->out);
+        memcpy(job->attended + i * job->heads + head * size, own->out,
+               (size_t)size * sizeof(float));
+    }
+}
+
+/* Rows [at, at + ROWS_AT_ONCE) of a matrix, where it has them. */
+static void piece(const hire_job *job, const hire_matrix *matrix, const float *x, int64_t x_stride,
+                  int64_t at, float *y, int64_t y_stride)
+{
+    const int64_t to = at + ROWS_AT_ONCE < matrix->outputs ? at + ROWS_AT_ONCE : matrix->outputs;
+    job->step->matrix(matrix, x, x_stride, job->num_rows, at, to, y, y_stride);
+}
+
+static void hidden_piece(const hire_job *job, const hire_block *b, const float *x, int64_t at)
+{
+    const int64_t left = b->up.outputs - at, num = left < ROWS_AT_ONCE ? left : ROWS_AT_ONCE;
+    const int gated = b->gate.rows != NULL;
+    if (gated) piece(job, &b->gate, x, job->width, at, job->gate, job->neurons);
+    piece(job, &b->up, x, job->width, at, job->up, job->neurons);
+    for (int64_t i = 0; i < job->num_rows; i++) {
+        const int64_t place = i * job->neurons + at;
+        job->step->activate((int)b->activation, gated ? job->gate + place : NULL, job->up + place,
+                            num);
+    }
+}
+
+/* ------------------------------------------------------------------ a layer, by a whole team */
+
+static void attention(const hire_job *job, const hire_block *b, const hire_past *past,
+                      const float *const *angles, hire_own *own)
+{
+    norm_rows(job, own->x, b->width, b->attention_norm, b->eps, own->normed);
+    OMP(omp for schedule(static))
+    for (int64_t unit = 0; unit < b->heads + 2 * b->kv_heads; unit++)
+        project(job, b, past, angles, own->normed, unit);
+    OMP(omp for schedule(static))
+    for (int64_t head = 0; head < b->heads; head++) {
+        attend(job, b, past, own, head);
+        if (head + 1 == b->heads)
+            for (int64_t i = 0; i < job->num_rows; i++)
+                zero_behind(job->attended + i * job->heads, b->heads * b->head_dim);
+    }
+    OMP(omp for schedule(static))
+    for (int64_t at = 0; at < b->o.outputs; at += ROWS_AT_ONCE)
+        piece(job, &b->o, job->attended, job->heads, at, job->output, job->width);
+}
+
+static void dense_ffn(const hire_job *job, const hire_block *b, const hire_own *own)
+{
+    const float *hidden = b->gate.rows != NULL ? job->gate : job->up;
+    OMP(omp for schedule(static))
+    for (int64_t at = 0; at < b->up.outputs; at += ROWS_AT_ONCE) {
+        hidden_piece(job, b, own->normed, at);
+        if (at + ROWS_AT_ONCE >= b->up.outputs)
+            for (int64_t i = 0; i < job->num_rows; i++)
+                zero_behind((float *)hidden + i * job->neurons, b->up.outputs);
+    }
+    OMP(omp for schedule(static))
+    for (int64_t at = 0; at < b->down.outputs; at += ROWS_AT_ONCE)
+        piece(job, &b->down, hidden, job->neurons, at, job->output, job->width);
+}
+
+/* 1 where every row was finite. */
+static int sparse_ffn(hire_job *job, const hire_block *b, const hire_own *own)
+{
+    hire_run run;
+    hire_cut_scratch(b->ffn, job->ffn, &run);
+    for (int64_t i = 0; i < job->num_rows; i++) {
+        OMP(omp master)
+        job->kernels->start(b->ffn, own->normed + i * job->width, HIRE_FLOAT32, &run);
+        OMP(omp barrier)
+        hire_row_of_team(b->ffn, job->kernels, &run, job->bad);
+        if (job->bad[0] || job->bad[1]) return 0;
+        OMP(omp master)
+        job->kernels->finish(b->ffn, &run, job->output + i * job->width, HIRE_FLOAT32);
+        OMP(omp barrier)
+    }
+    return 1;
+}
+
+/* What a part of the layer put out goes onto the residual stream, after its norm if it has one. */
+static void add_output(const hire_job *job, const hire_block *b, const float *norm, hire_own *own)
+{
+    const float *output = job->output;
+    if (norm != NULL) {
+        norm_rows(job, output, b->width, norm, b->eps, own->normed);
+        output = own->normed;
+    }
+    for (int64_t i = 0; i < job->num_rows; i++)
+        job->step->add(own->x + i * job->width, output + i * job->width, b->width);
+}
+
+/* Every thread of the team runs this; -1, or the block that met NaN or inf. */
+static int64_t all_layers(hire_job *job, const hire_block *blocks, int64_t num_blocks,
+                          const hire_past *pasts, const float *const *angles, hire_own *own)
+{
+    for (int64_t l = 0; l < num_blocks; l++) {
+        const hire_block *b = blocks + l;
+        attention(job, b, pasts + l, angles + 2 * b->rope, own);
+        add_output(job, b, b->attended_norm, own);
+        norm_rows(job, own->x, b->width, b->ffn_norm, b->eps, own->normed);
+        if (b->ffn == NULL)
+            dense_ffn(job, b, own);
+        else if (!sparse_ffn(job, b, own))
+            return l;
+        add_output(job, b, b->ffn_out_norm, own);
+    }
+    return -1;
+}
+
+/* ------------------------------------------------------------------ calls */
+
+static char *aligned(void *scratch) { return (char *)(((uintptr_t)scratch + 63) / 64 * 64); }
+
+static void count(const hire_block *blocks, int64_t num_blocks, int64_t num_rows)
+{
+    for (const hire_block *b = blocks; b < blocks + num_blocks; b++) {
+        if (b->counts == NULL) continue;
+        b->counts[0] += 1;
+        b->counts[1] += num_rows;
+        b->counts[2] += num_rows * (b->ffn != NULL ? b->ffn->num_kept : b->up.outputs);
+        b->counts[3] += num_rows * (b->ffn != NULL ? b->ffn->num_candidates : b->up.outputs);
+    }
+}
+
+int64_t hire_step(const hire_block *blocks, int64_t num_blocks, const hire_past *pasts,
+                  const float *const *angles, float *x, int64_t num_rows, void *scratch,
+                  int64_t most, int32_t num_threads, int32_t level)
+{
+    const int64_t width = blocks[0].width;
+    int64_t bad = -1;
+    hire_job job;
+    level = hire_level_at_most(level);
+    cut_job(blocks, num_blocks, most, num_threads, aligned(scratch), &job);
+    job.kernels = hire_kernels_of(level);
+    job.step = step_kernels_of(level);
+    job.num_rows = num_rows;
+    OMP(omp parallel num_threads(num_threads) if (num_threads > 1))
+    {
+        hire_own own;
+        cut_own(&job, job.own + thread_number() * job.own_bytes, &own);
+        for (int64_t i = 0; i < num_rows; i++)
+            memcpy(own.x + i * job.width, x + i * width, (size_t)width * sizeof(float));
+        OMP(omp barrier)
+        const int64_t found = all_layers(&job, blocks, num_blocks, pasts, angles, &own);
+        OMP(omp master)
+        {
+            bad = found;
+            for (int64_t i = 0; i < num_rows; i++)
+                memcpy(x + i * width, own.x + i * job.width, (size_t)width * sizeof(float));
+        }
+    }
+    if (bad < 0 && !job.step->finite(x, num_rows * width)) bad = num_blocks - 1;
+    if (bad < 0) count(blocks, num_blocks, num_rows);
+    return bad;
+}
+
+void hire_matvec(const hire_matrix *matrix, const float *x, float *y, int64_t num_rows,
+                 void *scratch, int32_t num_threads, int32_t level)
+{
+    const int64_t stride = padded(matrix->inputs);
+    float *rows = (float *)aligned(scratch);
+    hire_job job = {.num_rows = num_rows};
+    job.step = step_kernels_of(hire_level_at_most(level));
+    for (int64_t i = 0; i < num_rows; i++) {
+        memcpy(rows + i * stride, x + i * matrix->inputs,
+               (size_t)matrix->inputs * sizeof(float));
+        zero_behind(rows + i * stride, matrix->inputs);
+    }
+    (void)num_threads;
+    OMP(omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1))
+    for (int64_t at = 0; at < matrix->outputs; at += ROWS_AT_ONCE)
+        piece(&job, matrix, rows, stride, at, y, matrix->outputs);
+}

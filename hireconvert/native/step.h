@@ -1,0 +1,101 @@
+/* All decoder layers of a decode step in one call: what the Python side and the C files agree on.
+ *
+ * Letters: D width, H heads, J key/value heads, E head size, F neurons, Q new positions of one
+ * sequence (1 to HIRE_STEP_ROWS). Every size and pointer is checked by hireconvert/_native_step.py.
+ */
+#ifndef HIRE_STEP_H
+#define HIRE_STEP_H
+
+#include "kernels.h"
+
+#define HIRE_STEP_ROWS 4
+#define HIRE_INT8 3 /* of a hire_matrix: codes with scales, beside enum hire_type */
+
+/* A matrix that is read where it lies: rows [outputs, stride] of one of the types. */
+typedef struct {
+    const void *rows;
+    const float *scale; /* HIRE_INT8: [outputs, blocks of a row]; else NULL */
+    const float *bias;  /* [outputs] or NULL */
+    int64_t outputs;
+    int64_t inputs;
+    int64_t stride; /* elements from row to row, >= inputs */
+    int64_t type;
+    int64_t block; /* HIRE_INT8: inputs to a scale, `inputs` or a multiple of 32 */
+} hire_matrix;
+
+/* One decoder layer: x += norm(o(attention(norm(x)))); x += norm(ffn(norm(x))). Norms are of the
+ * root mean square, their weights what x is multiplied by; the optional ones may be NULL. */
+typedef struct {
+    int64_t width;      /* D */
+    int64_t heads;      /* H, a multiple of J */
+    int64_t kv_heads;   /* J */
+    int64_t head_dim;   /* E */
+    int64_t rotary;     /* even, <= E: the first so many of a head are turned */
+    int64_t rope;       /* which of the call's angles */
+    int64_t window;     /* positions that a query sees, itself included; 0: all */
+    int64_t cache_type; /* enum hire_type of keys and values */
+    int64_t activation; /* enum hire_activation, of the dense FFN */
+    double eps;
+    double scaling; /* of queries times keys */
+    double softcap; /* of the same; 0: none */
+    hire_matrix q, k, v, o;    /* [H E, D], [J E, D], [J E, D], [D, H E] */
+    hire_matrix gate, up, down; /* the dense FFN; gate.rows NULL: not gated */
+    const float *attention_norm; /* [D] */
+    const float *attended_norm;  /* [D] or NULL: after o */
+    const float *ffn_norm;       /* [D] */
+    const float *ffn_out_norm;   /* [D] or NULL: after the FFN */
+    const float *q_norm;         /* [E] or NULL */
+    const float *k_norm;         /* [E] or NULL */
+    const hire_layer *ffn;       /* the sparse FFN, or NULL: gate, up and down in full */
+    int64_t *counts;             /* as hire_ffn takes them, or NULL */
+} hire_block;
+
+/* Keys and values of one layer: [J, room, E] of cache_type, and 64 bytes behind the last that may
+ * be read. Positions [first, first + length) are cached, the Q behind them are written. */
+typedef struct {
+    void *keys;
+    void *values;
+    int64_t head_stride; /* elements from head to head */
+    int64_t first;
+    int64_t length;
+} hire_past;
+
+typedef struct {
+    /* y[i] = rows [from, to) of the matrix times x[i]; x is zeros up to a multiple of 32. */
+    void (*matrix)(const hire_matrix *, const float *x, int64_t x_stride, int64_t num_x,
+                   int64_t from, int64_t to, float *y, int64_t y_stride);
+    /* out may be x. */
+    void (*norm)(const float *x, const float *weight, double eps, int64_t num, float *out);
+    /* A head's first `rotary` numbers; cos and sin [rotary]. */
+    void (*rotate)(float *x, const float *cos, const float *sin, int64_t rotary);
+    void (*store)(void *to, int64_t place, const float *from, int64_t num, int type);
+    /* out [E] of one query [E, zeros up to a multiple of 16] over positions [from, to) of a
+     * head's keys and values; score has room for to - from and 16. */
+    void (*attend)(const hire_block *, const float *q, const char *keys, const char *values,
+                   int64_t from, int64_t to, float *score, float *out);
+    /* gate[i] = act(gate[i]) * up[i], or up[i] = act(up[i]) without gate. */
+    void (*activate)(int activation, float *gate, float *up, int64_t num);
+    void (*add)(float *to, const float *from, int64_t num);
+    int (*finite)(const float *x, int64_t num);
+} hire_step_kernels;
+
+extern const hire_step_kernels hire_step_portable;
+#ifdef HIRE_X86
+extern const hire_step_kernels hire_step_avx2;
+extern const hire_step_kernels hire_step_avx512;
+#endif
+
+/* Bytes of scratch memory for up to HIRE_STEP_ROWS rows over `most` positions. */
+HIRE_API int64_t hire_step_scratch(const hire_block *blocks, int64_t num_blocks, int64_t most,
+                                   int32_t num_threads);
+/* x [num_rows, D] in place, through all blocks. angles: for each rope cos and sin, [Q, rotary].
+ * Returns -1, or the index of the first block that met NaN or inf: then x is undefined and
+ * no count was added. Bits depend on neither threads nor the number of rows. */
+HIRE_API int64_t hire_step(const hire_block *blocks, int64_t num_blocks, const hire_past *pasts,
+                           const float *const *angles, float *x, int64_t num_rows, void *scratch,
+                           int64_t most, int32_t num_threads, int32_t level);
+/* y [num_rows, outputs] from x [num_rows, inputs]; up to HIRE_STEP_ROWS rows. */
+HIRE_API void hire_matvec(const hire_matrix *matrix, const float *x, float *y, int64_t num_rows,
+                          void *scratch, int32_t num_threads, int32_t level);
+
+#endif

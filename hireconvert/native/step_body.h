@@ -1,0 +1,322 @@
+/* What a decode step needs beside its FFN, written once over the vectors of simd_*.h, after
+ * kernels_body.h. What a function adds up, and in which order, depends on the layer alone. */
+
+/* ------------------------------------------------------------------ matrices */
+
+INLINE int64_t element_size(const int type) { return type == HIRE_INT8 ? 1 : type_size(type); }
+
+INLINE v16 load_row(const void *row, int64_t place, const int type)
+{
+    if (type == HIRE_INT8) return v_load_i8((const int8_t *)row + place);
+    return load_as(row, place, type);
+}
+
+/* The last elements of a row, and zeros behind them. */
+INLINE void load_tail(const void *row, int64_t from, int64_t to, const int type, v16 *a, v16 *b)
+{
+    unsigned char tail[128] = {0};
+    const int64_t size = element_size(type);
+    memcpy(tail, (const char *)row + from * size, (size_t)((to - from) * size));
+    *a = load_row(tail, 0, type);
+    *b = load_row(tail, 16, type);
+}
+
+/* Some rows times some x; even and odd vectors of a row are summed apart, so that no sum waits. */
+INLINE void some_rows(const hire_matrix *m, int64_t at, const float *x, int64_t x_stride, float *y,
+                      int64_t y_stride, const int rows, const int columns, const int type)
+{
+    const int64_t bytes = m->stride * element_size(type), whole = m->inputs / 32 * 32;
+    const int64_t block = type == HIRE_INT8 ? m->block : m->inputs;
+    const int64_t blocks = (m->inputs + block - 1) / block;
+    const char *row = (const char *)m->rows + at * bytes;
+    const char *next = at + 2 * rows <= m->outputs ? row + rows * bytes : row;
+    v16 total[16];
+    for (int i = 0; i < rows * columns; i++) total[i] = v_set1(0.0f);
+    for (int64_t b = 0; b < blocks; b++) {
+        const int64_t end = (b + 1) * block < m->inputs ? (b + 1) * block : m->inputs;
+        v16 even[16], odd[16];
+HIRE_UNROLL
+        for (int i = 0; i < rows * columns; i++) even[i] = odd[i] = v_set1(0.0f);
+        int64_t j = b * block;
+        for (; j < end && j < whole; j += 32) {
+HIRE_UNROLL
+            for (int r = 0; r < rows; r++) {
+                const v16 w0 = load_row(row + r * bytes, j, type);
+                const v16 w1 = load_row(row + r * bytes, j + 16, type);
+                prefetch(next + r * bytes + j * element_size(type));
+                if (type == HIRE_FLOAT32) prefetch(next + r * bytes + j * 4 + 64);
+HIRE_UNROLL
+                for (int c = 0; c < columns; c++) {
+                    const int i = r * columns + c;
+                    even[i] = v_fma(w0, v_load(x + c * x_stride + j), even[i]);
+                    odd[i] = v_fma(w1, v_load(x + c * x_stride + j + 16), odd[i]);
+                }
+            }
+        }
+        if (j < end) {
+            for (int r = 0; r < rows; r++) {
+                v16 w0, w1;
+                load_tail(row + r * bytes, j, end, type, &w0, &w1);
+                for (int c = 0; c < columns; c++) {
+                    const int i = r * columns + c;
+                    even[i] = v_fma(w0, v_load(x + c * x_stride + j), even[i]);
+                    odd[i] = v_fma(w1, v_load(x + c * x_stride + j + 16), odd[i]);
+                }
+            }
+        }
+HIRE_UNROLL
+        for (int i = 0; i < rows * columns; i++) {
+            const v16 sum = v_add(even[i], odd[i]);
+            if (type == HIRE_INT8)
+                total[i] = v_fma(v_set1(m->scale[(at + i / columns) * blocks + b]), sum, total[i]);
+            else
+                total[i] = sum;
+        }
+    }
+    for (int i = 0; i < rows * columns; i++) {
+        const int64_t r = at + i / columns;
+        y[i % columns * y_stride + r] = v_sum(total[i]) + (m->bias != NULL ? m->bias[r] : 0.0f);
+    }
+}
+
+INLINE void matrix_as(const hire_matrix *m, const float *x, int64_t x_stride, int64_t num_x,
+                      int64_t from, int64_t to, float *y, int64_t y_stride, const int type)
+{
+    int64_t at = from;
+    switch (num_x) {
+    case 1:
+        for (; at + 4 <= to; at += 4) some_rows(m, at, x, x_stride, y, y_stride, 4, 1, type);
+        for (; at < to; at++) some_rows(m, at, x, x_stride, y, y_stride, 1, 1, type);
+        break;
+    case 2:
+        for (; at + 4 <= to; at += 4) some_rows(m, at, x, x_stride, y, y_stride, 4, 2, type);
+        for (; at < to; at++) some_rows(m, at, x, x_stride, y, y_stride, 1, 2, type);
+        break;
+    case 3:
+        for (; at + 2 <= to; at += 2) some_rows(m, at, x, x_stride, y, y_stride, 2, 3, type);
+        for (; at < to; at++) some_rows(m, at, x, x_stride, y, y_stride, 1, 3, type);
+        break;
+    default:
+        for (; at + 2 <= to; at += 2) some_rows(m, at, x, x_stride, y, y_stride, 2, 4, type);
+        for (; at < to; at++) some_rows(m, at, x, x_stride, y, y_stride, 1, 4, type);
+        break;
+    }
+}
+
+static NOINLINE void matrix_f32(const hire_matrix *m, const float *x, int64_t x_stride,
+                                int64_t num_x, int64_t from, int64_t to, float *y,
+                                int64_t y_stride)
+{
+    matrix_as(m, x, x_stride, num_x, from, to, y, y_stride, HIRE_FLOAT32);
+}
+
+static NOINLINE void matrix_bf16(const hire_matrix *m, const float *x, int64_t x_stride,
+                                 int64_t num_x, int64_t from, int64_t to, float *y,
+                                 int64_t y_stride)
+{
+    matrix_as(m, x, x_stride, num_x, from, to, y, y_stride, HIRE_BFLOAT16);
+}
+
+static NOINLINE void matrix_f16(const hire_matrix *m, const float *x, int64_t x_stride,
+                                int64_t num_x, int64_t from, int64_t to, float *y,
+                                int64_t y_stride)
+{
+    matrix_as(m, x, x_stride, num_x, from, to, y, y_stride, HIRE_FLOAT16);
+}
+
+static NOINLINE void matrix_i8(const hire_matrix *m, const float *x, int64_t x_stride,
+                               int64_t num_x, int64_t from, int64_t to, float *y, int64_t y_stride)
+{
+    matrix_as(m, x, x_stride, num_x, from, to, y, y_stride, HIRE_INT8);
+}
+
+static void matrix(const hire_matrix *m, const float *x, int64_t x_stride, int64_t num_x,
+                   int64_t from, int64_t to, float *y, int64_t y_stride)
+{
+    switch (m->type) {
+    case HIRE_FLOAT32: matrix_f32(m, x, x_stride, num_x, from, to, y, y_stride); break;
+    case HIRE_BFLOAT16: matrix_bf16(m, x, x_stride, num_x, from, to, y, y_stride); break;
+    case HIRE_FLOAT16: matrix_f16(m, x, x_stride, num_x, from, to, y, y_stride); break;
+    default: matrix_i8(m, x, x_stride, num_x, from, to, y, y_stride); break;
+    }
+}
+
+/* ------------------------------------------------------------------ vectors */
+
+static void norm(const float *x, const float *weight, double eps, int64_t num, float *out)
+{
+    v16 even = v_set1(0.0f), odd = even;
+    int64_t j = 0;
+    for (; j + 32 <= num; j += 32) {
+        const v16 a = v_load(x + j), b = v_load(x + j + 16);
+        even = v_fma(a, a, even);
+        odd = v_fma(b, b, odd);
+    }
+    double sum = v_sum(v_add(even, odd));
+    for (; j < num; j++) sum += x[j] * x[j];
+    const float factor = (float)(1.0 / sqrt(sum / (double)num + eps));
+    for (j = 0; j + 16 <= num; j += 16)
+        v_store(out + j, v_mul(v_mul(v_load(x + j), v_set1(factor)), v_load(weight + j)));
+    for (; j < num; j++) out[j] = x[j] * factor * weight[j];
+}
+
+static void rotate(float *x, const float *cosine, const float *sine, int64_t rotary)
+{
+    const int64_t half = rotary / 2;
+    for (int64_t j = 0; j < half; j++) {
+        const float a = x[j], b = x[j + half];
+        x[j] = a * cosine[j] - b * sine[j];
+        x[j + half] = b * cosine[j + half] + a * sine[j + half];
+    }
+}
+
+static void store_at(void *to, int64_t place, const float *from, int64_t num, int type)
+{
+    store_as((char *)to + place * type_size(type), from, num, type);
+}
+
+static void add_to(float *to, const float *from, int64_t num)
+{
+    int64_t j = 0;
+    for (; j + 16 <= num; j += 16) v_store(to + j, v_add(v_load(to + j), v_load(from + j)));
+    for (; j < num; j++) to[j] += from[j];
+}
+
+static int all_finite(const float *x, int64_t num)
+{
+    int finite = 1;
+    int64_t j = 0;
+    for (; j + 16 <= num; j += 16) finite &= v_finite(v_load(x + j));
+    for (; j < num; j++) finite &= x[j] - x[j] == 0.0f;
+    return finite;
+}
+
+static void activate_all(int activation, float *gate, float *up, int64_t num)
+{
+    for (int64_t j = 0; j < num; j += 16) {
+        float *to = gate != NULL ? gate + j : up + j;
+        const int64_t left = num - j < 16 ? num - j : 16;
+        float h[16] = {0}, other[16] = {0};
+        memcpy(h, to, (size_t)left * sizeof *h);
+        if (gate != NULL) memcpy(other, up + j, (size_t)left * sizeof *other);
+        v16 value = activate(v_load(h), activation);
+        if (gate != NULL) value = v_mul(value, v_load(other));
+        v_store(h, value);
+        memcpy(to, h, (size_t)left * sizeof *h);
+    }
+}
+
+/* ------------------------------------------------------------------ attention */
+
+/* Scores of positions [from, to), not yet scaled; four at a time, so that no sum waits. */
+INLINE void key_scores(const float *q, const char *keys, int64_t head_dim, int64_t from,
+                       int64_t to, float *score, const int type)
+{
+    const int64_t bytes = head_dim * type_size(type);
+    int64_t at = from;
+    for (; at + 4 <= to; at += 4) {
+        const char *row = keys + at * bytes;
+        v16 a = v_set1(0.0f), b = a, c = a, d = a;
+        for (int64_t j = 0; j < head_dim; j += 16) {
+            const v16 query = v_load(q + j);
+            a = v_fma(load_as(row, j, type), query, a);
+            b = v_fma(load_as(row + bytes, j, type), query, b);
+            c = v_fma(load_as(row + 2 * bytes, j, type), query, c);
+            d = v_fma(load_as(row + 3 * bytes, j, type), query, d);
+        }
+        score[at - from] = v_sum(a);
+        score[at - from + 1] = v_sum(b);
+        score[at - from + 2] = v_sum(c);
+        score[at - from + 3] = v_sum(d);
+    }
+    for (; at < to; at++) {
+        v16 a = v_set1(0.0f);
+        for (int64_t j = 0; j < head_dim; j += 16)
+            a = v_fma(load_as(keys + at * bytes, j, type), v_load(q + j), a);
+        score[at - from] = v_sum(a);
+    }
+}
+
+/* out += weights times values, `vectors` of sixteen numbers from number `start` of the head on. */
+INLINE void value_sums(const float *weight, const char *values, int64_t head_dim, int64_t start,
+                       int64_t from, int64_t to, float *out, const int vectors, const int type)
+{
+    const int64_t bytes = head_dim * type_size(type);
+    v16 even[4], odd[4];
+HIRE_UNROLL
+    for (int v = 0; v < vectors; v++) even[v] = odd[v] = v_set1(0.0f);
+    int64_t at = from;
+    for (; at + 2 <= to; at += 2) {
+        const v16 a = v_set1(weight[at - from]), b = v_set1(weight[at - from + 1]);
+HIRE_UNROLL
+        for (int v = 0; v < vectors; v++) {
+            even[v] = v_fma(load_as(values + at * bytes, start + 16 * v, type), a, even[v]);
+            odd[v] = v_fma(load_as(values + (at + 1) * bytes, start + 16 * v, type), b, odd[v]);
+        }
+    }
+    if (at < to) {
+        const v16 a = v_set1(weight[at - from]);
+        for (int v = 0; v < vectors; v++)
+            even[v] = v_fma(load_as(values + at * bytes, start + 16 * v, type), a, even[v]);
+    }
+    for (int v = 0; v < vectors; v++) {
+        float sum[16];
+        const int64_t place = start + 16 * v, left = head_dim - place < 16 ? head_dim - place : 16;
+        v_store(sum, v_add(even[v], odd[v]));
+        memcpy(out + place, sum, (size_t)left * sizeof *sum);
+    }
+}
+
+/* score becomes exp(score - the largest); returns one over their sum. */
+INLINE float softmax(float *score, int64_t num, float scaling, float softcap)
+{
+    v16 most = v_set1(-INFINITY);
+    for (int64_t j = num; j < (num + 15) / 16 * 16; j++) score[j] = score[0];
+    for (int64_t j = 0; j < num; j += 16) {
+        v16 x = v_mul(v_load(score + j), v_set1(scaling));
+        if (softcap > 0.0f) { /* tanh a = 2 sigmoid(2 a) - 1 */
+            const v16 one = v_set1(1.0f), twice = v_mul(x, v_set1(2.0f / softcap));
+            x = v_sub(v_mul(v_set1(2.0f), times_sigmoid(one, twice)), one);
+            x = v_mul(x, v_set1(softcap));
+        }
+        v_store(score + j, x);
+        most = v_max(most, x);
+    }
+    float lanes[16], top = -INFINITY;
+    v_store(lanes, most);
+    for (int l = 0; l < 16; l++) top = lanes[l] > top ? lanes[l] : top;
+    v16 sum = v_set1(0.0f);
+    for (int64_t j = 0; j < num; j += 16) {
+        const v16 weight = v_exp(v_sub(v_load(score + j), v_set1(top)));
+        v_store(score + j, weight);
+        if (j + 16 <= num) sum = v_add(sum, weight);
+    }
+    float total = v_sum(sum);
+    for (int64_t j = num / 16 * 16; j < num; j++) total += score[j];
+    return 1.0f / total;
+}
+
+INLINE void attend_as(const hire_block *block, const float *q, const char *keys,
+                      const char *values, int64_t from, int64_t to, float *score, float *out,
+                      const int type)
+{
+    const int64_t size = block->head_dim;
+    key_scores(q, keys, size, from, to, score, type);
+    const float factor = softmax(score, to - from, (float)block->scaling, (float)block->softcap);
+    int64_t at = 0;
+    for (; at + 64 <= size; at += 64)
+        value_sums(score, values, size, at, from, to, out, 4, type);
+    for (; at < size; at += 16) value_sums(score, values, size, at, from, to, out, 1, type);
+    for (at = 0; at < size; at++) out[at] *= factor;
+}
+
+static void attend(const hire_block *block, const float *q, const char *keys, const char *values,
+                   int64_t from, int64_t to, float *score, float *out)
+{
+    if (block->cache_type == HIRE_FLOAT32)
+        attend_as(block, q, keys, values, from, to, score, out, HIRE_FLOAT32);
+    else if (block->cache_type == HIRE_BFLOAT16)
+        attend_as(block, q, keys, values, from, to, score, out, HIRE_BFLOAT16);
+    else
+        attend_as(block, q, keys, values, from, to, score, out, HIRE_FLOAT16);
+}

@@ -1,0 +1,222 @@
+"""The native decode step: all decoder layers of a decoded token in one call of the library.
+
+It serves one sequence of up to MOST_ROWS new positions whose rows select, over a cache of
+transformers that grows; everything else takes the PyTorch path. Shape suffixes: Q new positions,
+D width, B decoder layers.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from .hire_blocks import Obstacle, Ropes, check_model, dense_blocks, steps, try_out, with_ffns
+from .hire_cache import MOST_NEW, Caches, served
+from .hire_ffn import weight_stamp
+from .hire_native import native as library
+
+_QUIET = "transformers.utils.output_capturing"  # its hooks do nothing unless asked for outputs
+_GLOBAL_HOOKS = (
+    nn.modules.module._global_forward_hooks,
+    nn.modules.module._global_forward_pre_hooks,
+)
+_KNOWN = {
+    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values",
+    "use_cache", "return_dict", "cache_position",
+}  # fmt: skip
+
+
+# --------------------------------------------------------------------------- a model, prepared
+
+
+def _modules(base: Any) -> Iterator[nn.Module]:
+    yield base.rotary_emb
+    for layer in base.layers:
+        yield from layer.modules()
+
+
+@dataclass
+class _Plan:
+    """What the library runs, and what it was made from."""
+
+    step: Any
+    ropes: Ropes
+    windows: list[int]
+    dtype: torch.dtype
+    modules: list[nn.Module]
+    hooks: list[Any]
+    small: torch.Tensor
+
+    def is_fresh(self) -> bool:
+        """Whether what was copied of the model is still what the model holds."""
+        return torch.equal(self.small, _small(self.modules))
+
+    def hooked(self) -> bool:
+        """Whether somebody wants to see what the modules compute."""
+        if not any(self.hooks):
+            return False
+        return any(
+            getattr(hook, "__module__", None) != _QUIET
+            for hooks in self.hooks
+            for hook in hooks.values()
+        )
+
+
+def _stamp(base: Any, modules: Sequence[nn.Module]) -> Any:
+    """Changes when a module, a weight or a packed FFN is replaced, or a weight written to."""
+    weights = [m for m in modules if "weight" in m._parameters]
+    natives = [layer.prepared and layer.prepared.native for layer in base.hire_layers.values()]
+    plain = [m if hasattr(m, "bias") else _Unbiased(m) for m in weights]
+    return (
+        list(map(id, modules)), list(map(type, modules)), weight_stamp(plain),
+        list(map(id, natives)),
+    )  # fmt: skip
+
+
+class _Unbiased:
+    """A norm, as `weight_stamp` looks at layers."""
+
+    bias = None
+
+    def __init__(self, module: Any) -> None:
+        self.weight = module.weight
+
+
+def _small(modules: Sequence[nn.Module]) -> torch.Tensor:
+    """Everything that is copied: norms and biases."""
+    vectors = [
+        parameter.detach().float()
+        for module in modules
+        for parameter in module._parameters.values()
+        if parameter is not None and parameter.dim() == 1
+    ]
+    return torch.cat(vectors) if vectors else torch.zeros(0)
+
+
+class NativeStep:
+    """The native step of one base model; it knows the model only while it is called."""
+
+    def __init__(self) -> None:
+        self._plan: _Plan | None = None
+        self.reason: str | None = "not prepared"
+        self._seen: Any = None  # the stamp that `reason` was found for
+        self._tried: list[type] | None = None  # modules that computed what PyTorch does
+        self._caches = Caches()
+
+    def __deepcopy__(self, memo: Any) -> "NativeStep":
+        return NativeStep()  # another model has other weights
+
+    def __reduce__(self) -> Any:
+        return NativeStep, ()
+
+    def obstacle(self, base: Any) -> str | None:
+        """Why the model takes the PyTorch path, FFNs not looked at; None when it does not."""
+        try:
+            check_model(base)
+            blocks, ropes, _ = dense_blocks(base)
+            with_ffns(base, blocks)
+            try_out(base, blocks, ropes)
+            self._tried = list(map(type, _modules(base)))
+        except Obstacle as error:
+            return str(error)
+        return None
+
+    def path(self, base: Any) -> str:
+        """One phrase for the log."""
+        reason = self.obstacle(base)
+        if reason is None:
+            return f"native decode step ({library.level()})"
+        return f"decode step by PyTorch ({reason})"
+
+    def prepare(self, base: Any, thorough: bool) -> None:
+        """Describe the model to the library, or again when a weight or module has changed."""
+        if steps is None or base.training:
+            return
+        modules = list(_modules(base)) if hasattr(base, "rotary_emb") else []
+        stamp = (_stamp(base, modules), library.level(), library.steps_allowed())
+        plan = self._plan
+        if self._seen == stamp and (plan is None or not thorough or plan.is_fresh()):
+            return
+        self._seen, self._plan = stamp, None
+        try:
+            check_model(base)
+            if any("forward" in vars(module) for module in modules):
+                raise Obstacle("a module whose forward was replaced")
+            blocks, ropes, windows = dense_blocks(base)
+            types = list(map(type, modules))
+            if types != self._tried:
+                try_out(base, blocks, ropes)
+                self._tried = types
+            step = steps.Step(with_ffns(base, blocks))
+        except Obstacle as error:
+            self.reason = str(error)
+            return
+        self.reason = None
+        hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self._plan = _Plan(
+            step, ropes, windows, blocks[0].cache_type, modules,
+            [*hooks, *_GLOBAL_HOOKS], _small(modules),
+        )  # fmt: skip
+
+    def run(self, base: Any, call: Mapping[str, Any]) -> Any:
+        """The base model's output, its cache one step further; None where PyTorch must run."""
+        plan = self._plan
+        if plan is None or base.training or not _plain(base.config, call) or plan.hooked():
+            return None
+        cache: Any = call.get("past_key_values")
+        embedded: Any = call.get("inputs_embeds")
+        given: Any = call.get("input_ids") if embedded is None else embedded
+        batch, num = given.shape[:2]
+        if batch != 1 or num > MOST_NEW or given.device.type != "cpu" or not served(cache):
+            return None
+        start = cache.get_seq_length()
+        if not _everything(call.get("attention_mask"), start + num):
+            return None
+        if not _in_order(call.get("position_ids"), start, num):
+            return None
+        held = self._caches.claim(cache, plan.step, plan.windows)
+        if held is None:
+            return None
+        if embedded is None:
+            embedded = base.embed_tokens(given)
+        x_QD = embedded[0].to(torch.float32, copy=True).contiguous()
+        angles = plan.ropes.addresses(start, num)
+        if plan.step.run(x_QD, held.past_B5, angles, held.longest() + num) >= 0:
+            return None  # NaN or inf: the cache is as it was
+        held.advance(cache, num)
+        hidden = base.norm(x_QD).to(embedded.dtype)[None]
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+
+
+def _plain(config: Any, call: Mapping[str, Any]) -> bool:
+    """Whether nothing is asked for but hidden states of new positions over a cache."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
+    if call.get("past_key_values") is None or call.get("use_cache") is False:
+        return False
+    if (call.get("input_ids") is None) == (call.get("inputs_embeds") is None):
+        return False
+    if call.get("return_dict") is False or config.output_attentions or config.output_hidden_states:
+        return False
+    return config.return_dict and all(
+        key in _KNOWN or value is None or value is False for key, value in call.items()
+    )
+
+
+def _everything(mask: Any, length: int) -> bool:
+    """Whether an attention mask hides nothing."""
+    if mask is None:
+        return True
+    return isinstance(mask, torch.Tensor) and mask.shape == (1, length) and bool(mask.all())
+
+
+def _in_order(ids: Any, start: int, num: int) -> bool:
+    """Whether position ids are those that follow from the cache's length."""
+    if ids is None:
+        return True
+    if ids.shape != (1, num):
+        return False
+    return ids.tolist()[0] == list(range(start, start + num))
