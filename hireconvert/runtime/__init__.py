@@ -8,6 +8,7 @@ FFN, `hire_head` the sparse LM head.
 
 RUNTIME_FILES = (
     "modeling_hire.py",
+    "hire_codes.py",
     "hire_config.py",
     "hire_install.py",
     "hire_io.py",

@@ -23,7 +23,7 @@ from .hire_native import obstacle as ffn_obstacle
 from .hire_predict import num_active
 
 _BASE = {"embed_tokens", "layers", "norm", "rotary_emb"}
-_PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
+PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 _HEAD_NORMS = {"q_norm": "q_norm", "k_norm": "k_norm"}
 # Which norm of a layer stands where; the first table whose modules are the layer's.
 _NORMS = (
@@ -125,7 +125,7 @@ def _block(base: Any, index: int, window: int, rope: int, rotary: int) -> Any:
     layer = base.layers[index]
     names = _norm_names(layer, "mlp")
     attention = layer.self_attn
-    inside = set(_PROJECTIONS.values()), set(_HEAD_NORMS.values())
+    inside = set(PROJECTIONS.values()), set(_HEAD_NORMS.values())
     if not inside[0] <= set(attention._modules) <= inside[0] | inside[1]:
         raise Obstacle(f"{type(attention).__name__} of {sorted(attention._modules)}")
     if any(part._parameters or part._buffers for part in (layer, attention)):
@@ -134,7 +134,7 @@ def _block(base: Any, index: int, window: int, rope: int, rotary: int) -> Any:
     name = activation_name(parts.act)
     if name is None:
         raise Obstacle(f"activation {type(parts.act).__name__}")
-    matrices = {key: _linear(getattr(attention, name)) for key, name in _PROJECTIONS.items()}
+    matrices = {key: _linear(getattr(attention, name)) for key, name in PROJECTIONS.items()}
     for key, part in (("gate", parts.gate), ("up", parts.up), ("down", parts.down)):
         if part is not None:
             matrices[key] = steps.Matrix(part.weight_out_in().detach(), part.bias())

@@ -13,8 +13,18 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .hire_blocks import Obstacle, Ropes, check_model, dense_blocks, steps, try_out, with_ffns
+from .hire_blocks import (
+    PROJECTIONS,
+    Obstacle,
+    Ropes,
+    check_model,
+    dense_blocks,
+    steps,
+    try_out,
+    with_ffns,
+)
 from .hire_cache import MOST_NEW, Caches, served
+from .hire_codes import with_codes
 from .hire_ffn import weight_stamp
 from .hire_native import native as library
 
@@ -150,7 +160,7 @@ class NativeStep:
             if types != self._tried:
                 try_out(base, blocks, ropes)
                 self._tried = types
-            step = steps.Step(with_ffns(base, blocks))
+            step = steps.Step(with_codes(base, with_ffns(base, blocks), steps, PROJECTIONS))
         except Obstacle as error:
             self.reason = str(error)
             return
