@@ -19,8 +19,10 @@ ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "relu", "relu2", "gelu_quick")
 PREDICTOR_BITS, REST_BITS = (2, 3, 4), (2, 3, 4, 8)
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 LANES, STRIDE = 16, 32
+REST_PIECE = 128  # outputs in 64 bytes of a low-bit row of 4 bits
 _PAGE = 2**21
 _MOST = 2**31 - 64  # indices are 32 bits wide
+_MOST_WIDTH = 2**19  # sums of codes times digits over a row are 32 bits wide
 
 
 # --------------------------------------------------------------------------- packing
@@ -49,6 +51,28 @@ def pack_lanes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.cat(pieces, dim=-1)
 
 
+def pack_quads(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 [..., bytes] from codes [..., n, 16]: the n codes of each of 16 lanes, n filled up.
+
+    A unit is one word of 32 bits a lane ([unit][lane]) of eight 4-bit or sixteen 2-bit codes; of 3
+    bits two such words of 32 codes' low bits and one of their high bits. Quad q of a unit, four
+    codes, lies in the word's four bytes, `bits` q bits up.
+    """
+    if bits == 3:
+        low, high = pack_quads(_filled(codes & 3, 32), 2), pack_quads(_filled(codes >> 2, 32), 1)
+        pair = low.unflatten(-1, (-1, 2 * 4 * LANES)), high.unflatten(-1, (-1, 4 * LANES))
+        return torch.cat(pair, dim=-1).flatten(-2)
+    byte = _filled(codes, 32 // bits).unflatten(-2, (-1, 8 // bits, 4))  # unit, quad, byte, lane
+    shift = torch.arange(8 // bits)[:, None, None] * bits
+    return (byte.int() << shift).sum(-3).to(torch.uint8).transpose(-1, -2).flatten(-3)
+
+
+def _filled(codes: torch.Tensor, unit: int) -> torch.Tensor:
+    """The codes with zeros behind them, [..., n, L] in whole units."""
+    missing = -codes.shape[-2] % unit
+    return torch.cat([codes, codes.new_zeros(*codes.shape[:-2], missing, codes.shape[-1])], dim=-2)
+
+
 def _octets(halves: torch.Tensor) -> torch.Tensor:
     return halves.to(torch.float16).contiguous().view(torch.uint8)
 
@@ -70,7 +94,7 @@ def _tiles(
     pieces = []
     for index, start in enumerate(range(0, codes.shape[1], block)):
         lanes = code_TPLD[..., start : start + block].transpose(-1, -2)
-        pieces.append(pack_lanes(lanes, bits).flatten(1))
+        pieces.append(pack_quads(lanes, bits).flatten(1))
         pieces += [_octets(scale[..., index]).flatten(1) for scale in scale_TPLG]
     return torch.cat(pieces, dim=1).contiguous()
 
@@ -78,11 +102,20 @@ def _tiles(
 def _rest_rows(
     codes_FD: torch.Tensor, scales: list[torch.Tensor], bits: int, stride: int
 ) -> torch.Tensor:
-    """uint8 [F, bytes]: codes with 16 outputs side by side, then scales, then offsets."""
-    padded = torch.zeros(codes_FD.shape[0], stride, dtype=torch.uint8)
+    """uint8 [F, bytes]: codes, then scales, then offsets.
+
+    4 bits: 64 bytes for 128 outputs, byte 16 i + 4 v + k that of outputs 16 v + 4 i + k (low half)
+    and 64 more (high half). Other widths: 16 outputs side by side.
+    """
+    piece = REST_PIECE if bits == 4 else 1
+    padded = torch.zeros(codes_FD.shape[0], -(-stride // piece) * piece, dtype=torch.uint8)
     padded[:, : codes_FD.shape[1]] = codes_FD
-    lanes = pack_lanes(padded.unflatten(1, (-1, LANES)), bits)
-    return torch.cat([lanes, *[_octets(scale) for scale in scales]], dim=1)
+    if bits == 4:
+        half = padded.unflatten(1, (-1, 2, 4, 4, 4))  # piece, half, v, i, k
+        packed = (half[:, :, 0] | half[:, :, 1] << 4).transpose(2, 3).flatten(1)
+    else:
+        packed = pack_lanes(padded.unflatten(1, (-1, LANES)), bits)
+    return torch.cat([packed, *[_octets(scale) for scale in scales]], dim=1)
 
 
 def _memory(size: int) -> torch.Tensor:
@@ -253,7 +286,7 @@ def pack(
     if up is None or up.dim() != 2 or up.dtype not in TYPES or not up.numel():
         raise ValueError("native: up is not a matrix of float32, bfloat16 or float16")
     neurons, width = up.shape
-    if neurons > _MOST or width > _MOST:
+    if neurons > _MOST or width > _MOST_WIDTH:
         raise ValueError(f"native: {neurons} x {width} is too large")
     candidates = _number(settings, "num_candidates", 1, neurons)
     numbers = {

@@ -20,7 +20,7 @@ int hire_level_at_most(int wanted)
                        __builtin_cpu_supports("f16c");
     const int wide = narrow && __builtin_cpu_supports("avx512f") &&
                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                     __builtin_cpu_supports("avx512vl");
+                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
     if (wanted >= HIRE_AVX512 && wide) return HIRE_AVX512;
     if (wanted >= HIRE_AVX2 && narrow) return HIRE_AVX2;
 #else
@@ -108,12 +108,13 @@ int64_t hire_cut_scratch(const hire_layer *layer, char *scratch, hire_run *run)
 {
     const int64_t lanes = HIRE_LANES, padded = whole(layer->num_neurons, lanes);
     const int64_t parts = layer->gated ? 2 : 1, blocks = layer->width / layer->block + 1;
+    const int64_t block = whole(layer->block, 32);
     int64_t rest_blocks = 0;
     if (layer->rest != NULL) rest_blocks = whole(layer->width / layer->rest_block + 1, lanes);
     run->partial_stride = layer->stride + 5 * rest_blocks;
-    const int64_t sizes[] = {layer->stride, layer->stride, blocks, parts * padded, padded, padded,
-                             padded, padded, padded + 1, padded + 1, padded,
-                             layer->stride / lanes, HIRE_SEGMENTS * run->partial_stride};
+    const int64_t sizes[] = {layer->stride, block, blocks * block, 4 * blocks, blocks, blocks,
+                             parts * padded, padded, padded, padded, padded, padded + 1, padded + 1,
+                             padded, layer->stride / lanes, HIRE_SEGMENTS * run->partial_stride};
     void *places[sizeof sizes / sizeof *sizes];
     int64_t total = 0;
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
@@ -122,17 +123,20 @@ int64_t hire_cut_scratch(const hire_layer *layer, char *scratch, hire_run *run)
     }
     run->x = places[0];
     run->u = places[1];
-    run->u_sum = places[2];
-    run->z = places[3];
-    run->score = places[4];
-    run->value = places[5];
-    run->h = places[6];
-    run->exact = places[7];
-    run->index = places[8];
-    run->chosen = places[9];
-    run->spare = places[10];
-    run->rest_scale_of = places[11];
-    run->partial = places[12];
+    run->u_digits = places[2];
+    run->u_first = places[3];
+    run->u_scale = places[4];
+    run->u_sum = places[5];
+    run->z = places[6];
+    run->score = places[7];
+    run->value = places[8];
+    run->h = places[9];
+    run->exact = places[10];
+    run->index = places[11];
+    run->chosen = places[12];
+    run->spare = places[13];
+    run->rest_scale_of = places[14];
+    run->partial = places[15];
     return total;
 }
 
@@ -219,7 +223,7 @@ void hire_row_of_team(const hire_layer *layer, const hire_kernels *kernels, hire
     OMP(omp barrier)
     if (bad[0]) return;
     if (!fused) {
-        OMP(omp for schedule(static, 1) nowait)
+        OMP(omp for schedule(static) nowait)
         for (int64_t s = 0; s < HIRE_SEGMENTS; s++)
             finite &= kernels->exact(layer, run, cut(candidates, s), cut(candidates, s + 1), NULL);
         if (!finite) {
@@ -232,7 +236,7 @@ void hire_row_of_team(const hire_layer *layer, const hire_kernels *kernels, hire
         OMP(omp barrier)
         if (bad[1]) return;
     }
-    OMP(omp for schedule(static, 1) nowait)
+    OMP(omp for schedule(static) nowait)
     for (int64_t s = 0; s < HIRE_SEGMENTS; s++) sum_segment(layer, kernels, run, s, &finite);
     if (!finite && fused) {
         OMP(omp atomic write)

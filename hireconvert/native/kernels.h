@@ -60,7 +60,10 @@ typedef struct {
 /* Where one row's intermediate results lie; all of it is the caller's scratch memory. */
 typedef struct {
     float *x;        /* [stride], zeros behind D */
-    float *u;        /* [stride]: the predictor's input */
+    float *u;        /* [Bp]: a block of the predictor's input; Bp is a block in whole 32s */
+    int8_t *u_digits; /* [G, Bp / 4, 4, 4]: digits (the fourth is 0) of four inputs at a time */
+    int32_t *u_first; /* [G, 4]: sums over a block's codes begin with these digits */
+    float *u_scale;  /* [G]: of the digits of a block */
     float *u_sum;    /* [G]: sums of u over blocks */
     float *z;        /* [parts, Fp] estimates */
     float *score;    /* [Fp] estimated */

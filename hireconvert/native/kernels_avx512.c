@@ -1,4 +1,4 @@
-/* The kernels for x86 with AVX-512 (F, BW, DQ, VL); called only where the CPU says it has them. */
+/* The kernels for x86 with AVX-512 (F, BW, DQ, VL, VNNI); called only where the CPU says it has them. */
 #include "step.h"
 
 #ifdef HIRE_X86
@@ -8,10 +8,10 @@
 #include <string.h>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
 #endif
 
 #include "simd_avx512.h"

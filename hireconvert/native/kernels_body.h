@@ -84,28 +84,92 @@ static NOINLINE v16 activate(v16 x, int activation)
     }
 }
 
-/* ------------------------------------------------------------------ packed codes */
+/* ------------------------------------------------------------------ whole numbers of three digits */
 
-/* Codes of one lane lie in 32-bit words, as many whole codes as fit; what is left over takes the
- * narrowest of 8, 16 and 32 bits (pack_lanes in hireconvert/_native.py writes them). */
-INLINE int64_t lane_bytes(int64_t codes, const int bits)
+/* Numbers that share a scale become whole numbers of 24 bits, written in base 256 with digits from
+ * -128 to 127: sums of codes times digits are exact, and the scale comes in once at their end. */
+enum { DIGITS = 3 };
+#define HIRE_LARGEST 8355000.0f
+#define HIRE_SMALLEST 1e-30f /* whose inverse times HIRE_LARGEST is still a float */
+
+/* One digit to a byte, the lowest first; the fourth byte is 0. For |x| of at most HIRE_LARGEST. */
+INLINE w16 digits_of(w16 x)
 {
-    if (codes == 0) return 0;
-    return codes <= 8 / bits ? 1 : codes <= 16 / bits ? 2 : 4;
+    const w16 middle = w_set1(0x808080);
+    return w_xor(w_add(x, middle), middle);
 }
 
-INLINE int64_t code_bytes(int64_t codes, const int bits)
+INLINE v16 from_digits(const w16 *sum)
 {
-    const int per_word = 32 / bits;
-    return HIRE_LANES * (codes / per_word * 4 + lane_bytes(codes % per_word, bits));
-}
-
-INLINE w16 load_lanes(const uint8_t *p, int64_t bytes)
-{
-    return bytes == 4 ? w_load4(p) : bytes == 2 ? w_load2(p) : w_load1(p);
+    const v16 low = v_fma(v_from_w(sum[1]), v_set1(256.0f), v_from_w(sum[0]));
+    return v_fma(v_from_w(sum[2]), v_set1(65536.0f), low);
 }
 
 /* ------------------------------------------------------------------ the row that comes in */
+
+/* Inputs [at, at + 16) of the predictor, zeros from `end` on. */
+INLINE v16 centred(const hire_layer *layer, const float *x, int64_t at, int64_t end)
+{
+    if (at + 16 <= end)
+        return v_mul(v_sub(v_load(x + at), v_load(layer->mean + at)),
+                     v_load(layer->inverse_scale + at));
+    float some[16] = {0};
+    for (int64_t i = 0; at + i < end; i++)
+        some[i] = (x[at + i] - layer->mean[at + i]) * layer->inverse_scale[at + i];
+    return v_load(some);
+}
+
+/* The sum of whole numbers of 24 bits. */
+INLINE int64_t w_total(w16 x)
+{
+    int32_t lane[16];
+    int64_t total = 0;
+    w_store(lane, x);
+    for (int l = 0; l < 16; l++) total += lane[l];
+    return total;
+}
+
+/* The digits of n inputs u (n in whole 32s) times `inverse`; returns the numbers' sum. */
+static int64_t split(const float *u, int64_t n, float inverse, int8_t *digits)
+{
+    const v16 factor = v_set1(inverse);
+    int64_t total = 0;
+    for (int64_t j = 0; j < n; j += 32) {
+        const w16 a = w_round(v_mul(v_load(u + j), factor));
+        const w16 b = w_round(v_mul(v_load(u + j + 16), factor));
+        w_store(digits + 4 * j, w_by_byte(digits_of(a)));
+        w_store(digits + 4 * j + 64, w_by_byte(digits_of(b)));
+        total += w_total(w_add(a, b));
+    }
+    return total;
+}
+
+/* The predictor's inputs as digits, four inputs at a time, and for every block the scale, the sum
+ * and where sums of codes begin, so that they end up around zero; where an input is NaN or inf,
+ * scale and sum are NaN. */
+static void split_inputs(const hire_layer *layer, hire_run *run)
+{
+    const int64_t width = layer->width, padded = (layer->block + 31) / 32 * 32;
+    for (int64_t begin = 0, b = 0; begin < width; begin += layer->block, b++) {
+        const int64_t end = begin + layer->block < width ? begin + layer->block : width;
+        v16 most = v_set1(HIRE_SMALLEST), nothing = v_set1(0.0f);
+        for (int64_t j = 0; j < padded; j += 16) {
+            const v16 u = centred(layer, run->x, begin + j, end);
+            v_store(run->u + j, u);
+            most = v_max(v_abs(u), most);
+            nothing = v_fma(u, v_set1(0.0f), nothing);
+        }
+        const float largest = v_most(most);
+        const int64_t total = split(run->u, padded, HIRE_LARGEST / largest,
+                                    run->u_digits + 4 * padded * b);
+        const int64_t first = (total * (1 - (1 << layer->bits)) - 1) / 2;
+        run->u_scale[b] = largest / HIRE_LARGEST + v_sum(nothing);
+        run->u_sum[b] = (float)total * run->u_scale[b];
+        run->u_first[4 * b] = (int32_t)(first & 255);
+        run->u_first[4 * b + 1] = (int32_t)(first >> 8 & 255);
+        run->u_first[4 * b + 2] = (int32_t)(first >> 16);
+    }
+}
 
 static void start(const hire_layer *layer, const void *x, int type, hire_run *run)
 {
@@ -120,18 +184,7 @@ static void start(const hire_layer *layer, const void *x, int type, hire_run *ru
         memcpy(run->x + whole, wide, (size_t)(width - whole) * sizeof(float));
     }
     for (int64_t j = width; j < layer->stride; j++) run->x[j] = 0.0f;
-    if (layer->tiles == NULL) return;
-    for (int64_t j = 0; j < width; j++)
-        run->u[j] = (run->x[j] - layer->mean[j]) * layer->inverse_scale[j];
-    for (int64_t begin = 0, b = 0; begin < width; begin += layer->block, b++) {
-        const int64_t end = begin + layer->block < width ? begin + layer->block : width;
-        v16 sum = v_set1(0.0f);
-        int64_t j = begin;
-        for (; j + 16 <= end; j += 16) sum = v_add(sum, v_load(run->u + j));
-        float total = v_sum(sum);
-        for (; j < end; j++) total += run->u[j];
-        run->u_sum[b] = total;
-    }
+    if (layer->num_candidates < layer->num_neurons) split_inputs(layer, run);
     if (layer->rest != NULL)
         for (int64_t j = 0; j < layer->stride; j += 16)
             run->rest_scale_of[j / 16] =
@@ -140,137 +193,7 @@ static void start(const hire_layer *layer, const void *x, int type, hire_run *ru
 
 /* ------------------------------------------------------------------ estimates */
 
-enum { PREFETCH = 1024 }; /* bytes ahead in a tile's codes */
-
-/* The sums over n inputs of (code - middle) * u of a tile's neurons, of one part or of both. */
-INLINE void add_codes(const uint8_t *gate, const uint8_t *up, const float *u, int64_t n,
-                      const int bits, v16 *gate_sum, v16 *up_sum)
-{
-    const int per_word = 32 / bits;
-    v16 gate_even = v_set1(0.0f), gate_odd = gate_even, up_even = gate_even, up_odd = gate_even;
-    for (; n >= per_word; n -= per_word, u += per_word) {
-        const w16 up_word = w_load4(up);
-        const w16 gate_word = gate != NULL ? w_load4(gate) : up_word;
-        prefetch(up + PREFETCH);
-        if (gate != NULL) prefetch(gate + PREFETCH);
-HIRE_UNROLL
-        for (int k = 0; k < per_word; k++) {
-            const v16 input = v_set1(u[k]);
-            v16 *up_to = k & 1 ? &up_odd : &up_even, *gate_to = k & 1 ? &gate_odd : &gate_even;
-            *up_to = v_fma(v_code(up_word, k * bits, bits), input, *up_to);
-            if (gate != NULL) *gate_to = v_fma(v_code(gate_word, k * bits, bits), input, *gate_to);
-        }
-        up += 4 * HIRE_LANES;
-        if (gate != NULL) gate += 4 * HIRE_LANES;
-    }
-    if (n > 0) {
-        const int64_t bytes = lane_bytes(n, bits);
-        const w16 up_word = load_lanes(up, bytes);
-        const w16 gate_word = gate != NULL ? load_lanes(gate, bytes) : up_word;
-        for (int k = 0; k < n; k++) {
-            const v16 input = v_set1(u[k]);
-            up_even = v_fma(v_code(up_word, k * bits, bits), input, up_even);
-            if (gate != NULL)
-                gate_even = v_fma(v_code(gate_word, k * bits, bits), input, gate_even);
-        }
-    }
-    *up_sum = v_add(up_even, up_odd);
-    *gate_sum = v_add(gate_even, gate_odd);
-}
-
-/* What the middle code means where code 0 means the offset. */
-INLINE v16 middle_value(v16 scale, const void *offset, const int bits)
-{
-    return v_fma(scale, v_set1((float)((1 << bits) - 1) / 2), v_load_f16(offset));
-}
-
-INLINE void estimate_tile(const hire_layer *layer, const hire_run *run, int64_t tile,
-                          const int bits, const int gated, v16 *gate_z, v16 *up_z)
-{
-    const int64_t padded = (layer->num_neurons + 15) / 16 * 16;
-    const uint8_t *p = layer->tiles + tile * layer->tile_bytes;
-    const float *bias = layer->bias + tile * 16;
-    v16 gate = v_load(bias), up = gated ? v_load(bias + padded) : gate;
-    const int symmetric = layer->symmetric != 0;
-    for (int64_t begin = 0, b = 0; begin < layer->width; begin += layer->block, b++) {
-        const int64_t left = layer->width - begin, n = left < layer->block ? left : layer->block;
-        const int64_t bytes = code_bytes(n, bits);
-        const uint8_t *up_codes = gated ? p + bytes : p;
-        const v16 total = v_set1(run->u_sum[b]);
-        v16 up_sum, gate_sum;
-        add_codes(gated ? p : NULL, up_codes, run->u + begin, n, bits, &gate_sum, &up_sum);
-        p += (1 + gated) * bytes;
-        const uint8_t *offsets = p + 32 * (1 + gated);
-        const v16 up_scale = v_load_f16(p + 32 * gated);
-        up = v_fma(up_scale, up_sum, up);
-        if (!symmetric) up = v_fma(middle_value(up_scale, offsets + 32 * gated, bits), total, up);
-        if (gated) {
-            const v16 gate_scale = v_load_f16(p);
-            gate = v_fma(gate_scale, gate_sum, gate);
-            if (!symmetric) gate = v_fma(middle_value(gate_scale, offsets, bits), total, gate);
-        }
-        p = symmetric ? offsets : offsets + 32 * (1 + gated);
-    }
-    *gate_z = gate;
-    *up_z = up;
-}
-
-/* Root mean square of the values one typical error above and below. */
-INLINE v16 two_points(v16 above, v16 below)
-{
-    const v16 sum = v_fma(above, above, v_mul(below, below));
-    return v_sqrt(v_mul(sum, v_set1(0.5f)));
-}
-
-INLINE int finish_tile(const hire_layer *layer, hire_run *run, int64_t tile, const int gated,
-                       v16 gate, v16 up)
-{
-    const int64_t padded = (layer->num_neurons + 15) / 16 * 16, at = tile * 16;
-    const int act = (int)layer->activation;
-    v_store(run->z + at, gated ? gate : up);
-    if (gated) v_store(run->z + padded + at, up);
-    const v16 first = gated ? gate : up;
-    v16 value = activate(first, act), size;
-    if (gated) value = v_mul(value, up);
-    if (layer->soft == NULL) {
-        size = v_abs(value);
-    } else {
-        const v16 s = v_load(layer->soft + at);
-        size = two_points(activate(v_add(first, s), act), activate(v_sub(first, s), act));
-        if (gated) {
-            const v16 t = v_load(layer->soft + padded + at);
-            size = v_mul(size, two_points(v_add(up, t), v_sub(up, t)));
-        }
-    }
-    const v16 score = v_mul(size, v_load(layer->norm + at));
-    v_store(run->score + at, score);
-    if (layer->rest != NULL) v_store(run->value + at, value);
-    return v_finite(score);
-}
-
-INLINE int estimate_as(const hire_layer *layer, hire_run *run, int64_t from, int64_t to,
-                       const int bits, const int gated)
-{
-    int finite = 1;
-    for (int64_t tile = from; tile < to; tile++) {
-        v16 gate, up;
-        estimate_tile(layer, run, tile, bits, gated, &gate, &up);
-        finite &= finish_tile(layer, run, tile, gated, gate, up);
-    }
-    return finite;
-}
-
-static int estimate(const hire_layer *layer, hire_run *run, int64_t from, int64_t to)
-{
-    switch (layer->bits * 2 + (layer->gated != 0)) {
-    case 4: return estimate_as(layer, run, from, to, 2, 0);
-    case 5: return estimate_as(layer, run, from, to, 2, 1);
-    case 6: return estimate_as(layer, run, from, to, 3, 0);
-    case 7: return estimate_as(layer, run, from, to, 3, 1);
-    case 8: return estimate_as(layer, run, from, to, 4, 0);
-    default: return estimate_as(layer, run, from, to, 4, 1);
-    }
-}
+#include "estimate_body.h"
 
 /* ------------------------------------------------------------------ exact rows */
 
@@ -451,96 +374,7 @@ static void kept(const hire_layer *layer, hire_run *run, int64_t from, int64_t t
 
 /* ------------------------------------------------------------------ the rest, by low-bit rows */
 
-/* Value times scale for each block of `num` rows; what the offsets add is summed by block. */
-INLINE void rest_scales(const hire_layer *layer, const uint8_t *const *row, const float *value,
-                        const int num, const int bits, float *scale, float *offset)
-{
-    const int64_t blocks = (layer->width + layer->rest_block - 1) / layer->rest_block;
-    const int64_t padded = (blocks + 15) / 16 * 16, codes = code_bytes(layer->stride / 16, bits);
-    for (int64_t b = 0; b < padded; b += 16) {
-        v16 sum = v_load(offset + b);
-        for (int i = 0; i < num; i++) {
-            const uint8_t *own = row[i] + codes + 2 * b;
-            const v16 v = v_set1(value[i]), s = v_load_f16(own);
-            v_store(scale + i * padded + b, v_mul(v, s));
-            if (!layer->rest_symmetric)
-                sum = v_fma(v, middle_value(s, own + 2 * blocks, bits), sum);
-        }
-        v_store(offset + b, sum);
-    }
-}
-
-INLINE void rest_vector(float *sum, const w16 *word, const float *scale, int64_t padded,
-                        const int num, const int shift, const int bits)
-{
-    v16 a = v_load(sum);
-    for (int i = 0; i < num; i++)
-        a = v_fma(v_code(word[i], shift, bits), v_set1(scale[i * padded]), a);
-    v_store(sum, a);
-}
-
-INLINE void rest_rows(const hire_layer *layer, const hire_run *run, const uint8_t *const *row,
-                      const float *value, const int num, const int bits, float *partial)
-{
-    const int64_t blocks = (layer->width + layer->rest_block - 1) / layer->rest_block;
-    const int64_t padded = (blocks + 15) / 16 * 16;
-    float *offset = partial + layer->stride, *scale = offset + padded;
-    rest_scales(layer, row, value, num, bits, scale, offset);
-    const int per_word = 32 / bits;
-    const int32_t *block = run->rest_scale_of;
-    int64_t left = layer->stride / 16, at = 0;
-    for (; left >= per_word; left -= per_word, at += 4 * HIRE_LANES) {
-        w16 word[4];
-        for (int i = 0; i < num; i++) word[i] = w_load4(row[i] + at);
-HIRE_UNROLL
-        for (int k = 0; k < per_word; k++) {
-            rest_vector(partial, word, scale + *block++, padded, num, k * bits, bits);
-            partial += 16;
-        }
-    }
-    if (left > 0) {
-        w16 word[4];
-        const int64_t bytes = lane_bytes(left, bits);
-        for (int i = 0; i < num; i++) word[i] = load_lanes(row[i] + at, bytes);
-        for (int k = 0; k < left; k++, partial += 16)
-            rest_vector(partial, word, scale + *block++, padded, num, k * bits, bits);
-    }
-}
-
-INLINE void rest_as(const hire_layer *layer, hire_run *run, int64_t from, int64_t to,
-                    float *partial, const int bits)
-{
-    const uint8_t *row[4];
-    float value[4];
-    int held = 0;
-    const int64_t blocks = (layer->width + layer->rest_block - 1) / layer->rest_block;
-    float *offset = partial + layer->stride;
-    memset(offset, 0, (size_t)((blocks + 15) / 16 * 16) * sizeof *offset);
-    for (int64_t i = from; i < to; i++) {
-        if (run->value[i] == 0.0f) continue;
-        row[held] = layer->rest + i * layer->rest_bytes;
-        value[held++] = run->value[i];
-        for (int64_t at = 0; at < layer->rest_bytes; at += 64) prefetch(row[held - 1] + at);
-        if (held == 4) {
-            rest_rows(layer, run, row, value, 4, bits, partial);
-            held = 0;
-        }
-    }
-    for (int i = 0; i < held; i++) rest_rows(layer, run, row + i, value + i, 1, bits, partial);
-    for (int64_t j = 0; j < layer->stride; j += 16)
-        v_store(partial + j,
-                v_add(v_load(partial + j), v_set1(offset[run->rest_scale_of[j / 16]])));
-}
-
-static void rest(const hire_layer *layer, hire_run *run, int64_t from, int64_t to, float *partial)
-{
-    switch (layer->rest_bits) {
-    case 2: rest_as(layer, run, from, to, partial, 2); break;
-    case 3: rest_as(layer, run, from, to, partial, 3); break;
-    case 4: rest_as(layer, run, from, to, partial, 4); break;
-    default: rest_as(layer, run, from, to, partial, 8); break;
-    }
-}
+#include "rest_body.h"
 
 /* ------------------------------------------------------------------ the row that goes out */
 

@@ -1,5 +1,11 @@
 /* The kernels for any machine. */
 #include "step.h"
+
+/* Sixteen lanes are loops here, which GCC makes vectors of at this level only. */
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("O3")
+#endif
+
 #include "simd_portable.h"
 #include "kernels_body.h"
 #include "step_body.h"

@@ -4,6 +4,7 @@
 
 #include <immintrin.h>
 #include <stdint.h>
+#include <string.h>
 
 #define HIRE_SPECIALISED 1
 #define HIRE_UNROLL _Pragma("GCC unroll 16")
@@ -58,6 +59,13 @@ static inline float v_sum(v16 x)
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     four = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+static inline float v_most(v16 x)
+{
+    const __m256 eight = _mm256_max_ps(x.a, x.b);
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
 }
 static inline int v_finite(v16 x)
 {
@@ -123,6 +131,71 @@ static inline v16 v_code(w16 x, int shift, int bits)
 {
     return (v16){v_code_half(x.a, shift, bits), v_code_half(x.b, shift, bits)};
 }
-static inline void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+/* ------------------------------------------------------------------ whole numbers in 32-bit lanes */
+
+#define HIRE_WHOLE(op, x, y) ((w16){op((x).a, (y).a), op((x).b, (y).b)})
+
+static inline w16 w_set1(int32_t a) { return (w16){_mm256_set1_epi32(a), _mm256_set1_epi32(a)}; }
+static inline w16 w_add(w16 x, w16 y) { return HIRE_WHOLE(_mm256_add_epi32, x, y); }
+static inline w16 w_and(w16 x, w16 y) { return HIRE_WHOLE(_mm256_and_si256, x, y); }
+static inline w16 w_or(w16 x, w16 y) { return HIRE_WHOLE(_mm256_or_si256, x, y); }
+static inline w16 w_xor(w16 x, w16 y) { return HIRE_WHOLE(_mm256_xor_si256, x, y); }
+static inline w16 w_left(w16 x, int shift)
+{
+    return (w16){_mm256_slli_epi32(x.a, shift), _mm256_slli_epi32(x.b, shift)};
+}
+static inline w16 w_right(w16 x, int shift)
+{
+    return (w16){_mm256_srli_epi32(x.a, shift), _mm256_srli_epi32(x.b, shift)};
+}
+static inline void w_store(void *p, w16 x)
+{
+    _mm256_storeu_si256((__m256i *)p, x.a);
+    _mm256_storeu_si256((__m256i *)p + 1, x.b);
+}
+static inline v16 v_from_w(w16 x) { return (v16){_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+/* To the nearest, ties to even; some number for what is no number. */
+static inline w16 w_round(v16 x) { return (w16){_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+/* Adds to every lane the products of its four bytes, up to 127 and not negative, with the four
+ * signed ones at p. */
+static inline w16 w_dot(w16 sum, w16 codes, const int8_t *p)
+{
+    int32_t four;
+    memcpy(&four, p, sizeof four);
+    const __m256i signed4 = _mm256_set1_epi32(four), one = _mm256_set1_epi16(1);
+    const __m256i a = _mm256_madd_epi16(_mm256_maddubs_epi16(codes.a, signed4), one);
+    const __m256i b = _mm256_madd_epi16(_mm256_maddubs_epi16(codes.b, signed4), one);
+    return (w16){_mm256_add_epi32(sum.a, a), _mm256_add_epi32(sum.b, b)};
+}
+/* Of each four lanes the lowest bytes side by side, then the next bytes, to the highest. */
+static inline w16 w_by_byte(w16 x)
+{
+    const __m256i order = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0,
+                                           4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return (w16){_mm256_shuffle_epi8(x.a, order), _mm256_shuffle_epi8(x.b, order)};
+}
+static inline void w_interleave_half(const uint8_t *const *row, int64_t at, __m256i *out)
+{
+    __m256i r[4];
+    for (int i = 0; i < 4; i++) r[i] = _mm256_loadu_si256((const __m256i *)(row[i] + at));
+    const __m256i low0 = _mm256_unpacklo_epi8(r[0], r[1]), low1 = _mm256_unpacklo_epi8(r[2], r[3]);
+    const __m256i high0 = _mm256_unpackhi_epi8(r[0], r[1]), high1 = _mm256_unpackhi_epi8(r[2], r[3]);
+    out[0] = _mm256_unpacklo_epi16(low0, low1);
+    out[1] = _mm256_unpackhi_epi16(low0, low1);
+    out[2] = _mm256_unpacklo_epi16(high0, high1);
+    out[3] = _mm256_unpackhi_epi16(high0, high1);
+}
+/* Bytes of four rows of 64 side by side in a lane: byte 16 L + 4 v + i of the rows in lane 4 L + i
+ * of out[v]. */
+static inline void w_interleave(const uint8_t *const *row, w16 *out)
+{
+    __m256i a[4], b[4];
+    w_interleave_half(row, 0, a);
+    w_interleave_half(row, 32, b);
+    for (int v = 0; v < 4; v++) out[v] = (w16){a[v], b[v]};
+}
+
+/* A macro: GCC takes a function that only prefetches for one without effect and drops its calls. */
+#define prefetch(p) _mm_prefetch((const char *)(p), _MM_HINT_T0)
 
 #endif

@@ -4,6 +4,7 @@
 
 #include <immintrin.h>
 #include <stdint.h>
+#include <string.h>
 
 #define HIRE_SPECIALISED 1
 #define HIRE_UNROLL _Pragma("GCC unroll 16")
@@ -34,6 +35,7 @@ static inline v16 v_pow2(v16 x)
     return _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23));
 }
 static inline float v_sum(v16 x) { return _mm512_reduce_add_ps(x); }
+static inline float v_most(v16 x) { return _mm512_reduce_max_ps(x); }
 static inline int v_finite(v16 x)
 {
     return _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(__builtin_inff()), _CMP_LT_OQ) ==
@@ -82,6 +84,47 @@ static inline v16 v_code(w16 x, int shift, int bits)
         _mm512_cvtepi32_ps(_mm512_and_epi32(moved, _mm512_set1_epi32((1 << bits) - 1)));
     return _mm512_sub_ps(code, _mm512_set1_ps((float)((1 << bits) - 1) / 2));
 }
-static inline void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+/* ------------------------------------------------------------------ whole numbers in 32-bit lanes */
+
+static inline w16 w_set1(int32_t a) { return _mm512_set1_epi32(a); }
+static inline w16 w_add(w16 x, w16 y) { return _mm512_add_epi32(x, y); }
+static inline w16 w_and(w16 x, w16 y) { return _mm512_and_si512(x, y); }
+static inline w16 w_or(w16 x, w16 y) { return _mm512_or_si512(x, y); }
+static inline w16 w_xor(w16 x, w16 y) { return _mm512_xor_si512(x, y); }
+static inline w16 w_left(w16 x, int shift) { return _mm512_slli_epi32(x, (unsigned)shift); }
+static inline w16 w_right(w16 x, int shift) { return _mm512_srli_epi32(x, (unsigned)shift); }
+static inline void w_store(void *p, w16 x) { _mm512_storeu_si512(p, x); }
+static inline v16 v_from_w(w16 x) { return _mm512_cvtepi32_ps(x); }
+/* To the nearest, ties to even; some number for what is no number. */
+static inline w16 w_round(v16 x) { return _mm512_cvtps_epi32(x); }
+/* Adds to every lane the products of its four bytes, up to 127 and not negative, with the four
+ * signed ones at p. */
+static inline w16 w_dot(w16 sum, w16 codes, const int8_t *p)
+{
+    int32_t four;
+    memcpy(&four, p, sizeof four);
+    return _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(four));
+}
+/* Of each four lanes the lowest bytes side by side, then the next bytes, to the highest. */
+static inline w16 w_by_byte(w16 x)
+{
+    const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_shuffle_epi8(x, _mm512_broadcast_i32x4(order));
+}
+/* Bytes of four rows of 64 side by side in a lane: byte 16 L + 4 v + i of the rows in lane 4 L + i
+ * of out[v]. */
+static inline void w_interleave(const uint8_t *const *row, w16 *out)
+{
+    const w16 a = w_load4(row[0]), b = w_load4(row[1]), c = w_load4(row[2]), d = w_load4(row[3]);
+    const w16 low0 = _mm512_unpacklo_epi8(a, b), low1 = _mm512_unpacklo_epi8(c, d);
+    const w16 high0 = _mm512_unpackhi_epi8(a, b), high1 = _mm512_unpackhi_epi8(c, d);
+    out[0] = _mm512_unpacklo_epi16(low0, low1);
+    out[1] = _mm512_unpackhi_epi16(low0, low1);
+    out[2] = _mm512_unpacklo_epi16(high0, high1);
+    out[3] = _mm512_unpackhi_epi16(high0, high1);
+}
+
+/* A macro: GCC takes a function that only prefetches for one without effect and drops its calls. */
+#define prefetch(p) _mm_prefetch((const char *)(p), _MM_HINT_T0)
 
 #endif

@@ -54,6 +54,13 @@ static inline float v_sum(v16 a)
     return a.l[0];
 }
 
+/* The largest lane. */
+static inline float v_most(v16 a)
+{
+    for (int l = 1; l < 16; l++) a.l[0] = a.l[l] > a.l[0] ? a.l[l] : a.l[0];
+    return a.l[0];
+}
+
 static inline int v_finite(v16 a)
 {
     int finite = 1;
@@ -122,13 +129,78 @@ static inline v16 v_code(w16 a, int shift, int bits)
     return r;
 }
 
-static inline void prefetch(const void *p)
+/* ------------------------------------------------------------------ whole numbers in 32-bit lanes */
+
+static inline w16 w_set1(int32_t a) { w16 r; HIRE_LOOP r.l[l] = (uint32_t)a; return r; }
+static inline w16 w_add(w16 a, w16 b) { HIRE_LOOP a.l[l] += b.l[l]; return a; }
+static inline w16 w_and(w16 a, w16 b) { HIRE_LOOP a.l[l] &= b.l[l]; return a; }
+static inline w16 w_or(w16 a, w16 b) { HIRE_LOOP a.l[l] |= b.l[l]; return a; }
+static inline w16 w_xor(w16 a, w16 b) { HIRE_LOOP a.l[l] ^= b.l[l]; return a; }
+static inline w16 w_left(w16 a, int shift) { HIRE_LOOP a.l[l] <<= shift; return a; }
+static inline w16 w_right(w16 a, int shift) { HIRE_LOOP a.l[l] >>= shift; return a; }
+static inline void w_store(void *p, w16 a) { memcpy(p, &a, sizeof a); }
+static inline v16 v_from_w(w16 a) { v16 r; HIRE_LOOP r.l[l] = (float)(int32_t)a.l[l]; return r; }
+/* To the nearest, ties to even, for |a| < 2^23; some number for the others. */
+static inline w16 w_round(v16 a)
 {
-#if defined(__GNUC__)
-    __builtin_prefetch(p);
-#else
-    (void)p;
-#endif
+    w16 r;
+    a = v_max(v_min(a, v_set1(8388607.0f)), v_set1(-8388607.0f)); /* NaN goes */
+    HIRE_LOOP {
+        const float half = a.l[l] < 0.0f ? -0.5f : 0.5f;
+        const int32_t away = (int32_t)(a.l[l] + half);
+        const int tie = (float)away - a.l[l] == half;
+        r.l[l] = (uint32_t)(away - (tie && (away & 1) ? (away < 0 ? -1 : 1) : 0));
+    }
+    return r;
 }
+/* Adds to every lane the products of its four bytes, up to 127 and not negative, with the four
+ * signed ones at p. */
+static inline w16 w_dot(w16 sum, w16 codes, const int8_t *p)
+{
+    /* Two halves of a lane at a time: products and sums of two fit 16 bits. */
+    const uint32_t even = (uint16_t)p[0] | (uint32_t)(uint16_t)p[2] << 16;
+    const uint32_t odd = (uint16_t)p[1] | (uint32_t)(uint16_t)p[3] << 16;
+    w16 code0, code1, factor0, factor1;
+    int16_t a[32], b[32], c[32], d[32];
+    HIRE_LOOP code0.l[l] = codes.l[l] & 0xff00ff;
+    HIRE_LOOP code1.l[l] = codes.l[l] >> 8 & 0xff00ff;
+    HIRE_LOOP factor0.l[l] = even;
+    HIRE_LOOP factor1.l[l] = odd;
+    memcpy(a, &code0, sizeof a);
+    memcpy(b, &factor0, sizeof b);
+    memcpy(c, &code1, sizeof c);
+    memcpy(d, &factor1, sizeof d);
+    for (int i = 0; i < 32; i++) a[i] = (int16_t)(a[i] * b[i] + c[i] * d[i]);
+    memcpy(&code0, a, sizeof a);
+    HIRE_LOOP sum.l[l] += (uint32_t)((int32_t)(code0.l[l] << 16) >> 16);
+    HIRE_LOOP sum.l[l] += (uint32_t)((int32_t)code0.l[l] >> 16);
+    return sum;
+}
+/* Of each four lanes the lowest bytes side by side, then the next bytes, to the highest. */
+static inline w16 w_by_byte(w16 a)
+{
+    w16 r = w_set1(0);
+    HIRE_LOOP for (int k = 0; k < 4; k++)
+        r.l[l / 4 * 4 + k] |= (a.l[l] >> 8 * k & 255) << 8 * (l % 4);
+    return r;
+}
+/* Bytes of four rows of 64 side by side in a lane: byte 16 L + 4 v + i of the rows in lane 4 L + i
+ * of out[v]. */
+static inline void w_interleave(const uint8_t *const *row, w16 *out)
+{
+    for (int v = 0; v < 4; v++)
+        HIRE_LOOP {
+            const int at = l / 4 * 16 + 4 * v + l % 4;
+            out[v].l[l] = row[0][at] | (uint32_t)row[1][at] << 8 | (uint32_t)row[2][at] << 16 |
+                          (uint32_t)row[3][at] << 24;
+        }
+}
+
+/* A macro: GCC takes a function that only prefetches for one without effect and drops its calls. */
+#if defined(__GNUC__)
+#define prefetch(p) __builtin_prefetch(p)
+#else
+#define prefetch(p) ((void)(p))
+#endif
 
 #endif

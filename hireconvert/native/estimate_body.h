@@ -1,0 +1,135 @@
+/* Estimates of gate and up for all neurons, in tiles of sixteen; part of kernels_body.h. */
+
+enum { PREFETCH = 4096 }; /* bytes ahead in a tile's codes */
+
+/* Codes come in units: one word a lane of 4-bit or 2-bit codes, three words of 3-bit ones (two of
+ * their low bits, one of their high bits). A quad is four neighbouring inputs, a byte each. */
+INLINE int unit_codes(const int bits) { return bits == 4 ? 8 : bits == 2 ? 16 : 32; }
+INLINE int unit_bytes(const int bits) { return bits == 3 ? 3 * 64 : 64; }
+
+INLINE w16 quad_codes(const w16 *word, const int quad, const int bits)
+{
+    if (bits == 4) return w_and(w_right(word[0], 4 * quad), w_set1(0x0f0f0f0f));
+    if (bits == 2) return w_and(w_right(word[0], 2 * quad), w_set1(0x03030303));
+    const w16 high = quad < 2 ? w_left(word[2], 2 - quad) : w_right(word[2], quad - 2);
+    const w16 low = w_right(word[quad / 4], 2 * (quad % 4));
+    return w_or(w_and(low, w_set1(0x03030303)), w_and(high, w_set1(0x04040404)));
+}
+
+/* The sums over a block of code times each digit of u. */
+INLINE void add_unit(const uint8_t *codes, const int8_t *digits, const int bits, w16 *sum)
+{
+    w16 word[3];
+    for (int i = 0; i < unit_bytes(bits) / 64; i++) {
+        word[i] = w_load4(codes + 64 * i);
+        prefetch(codes + 64 * i + PREFETCH);
+    }
+HIRE_UNROLL
+    for (int quad = 0; quad < unit_codes(bits) / 4; quad++) {
+        const w16 code = quad_codes(word, quad, bits);
+        for (int d = 0; d < DIGITS; d++)
+            sum[d] = w_dot(sum[d], code, digits + 16 * quad + 4 * d);
+    }
+}
+
+/* What the middle code means where code 0 means the offset. */
+INLINE v16 middle_value(v16 scale, const void *offset, const int bits)
+{
+    return v_fma(scale, v_set1((float)((1 << bits) - 1) / 2), v_load_f16(offset));
+}
+
+INLINE void estimate_tile(const hire_layer *layer, const hire_run *run, int64_t tile,
+                          const int bits, const int gated, v16 *gate_z, v16 *up_z)
+{
+    const int64_t padded = (layer->num_neurons + 15) / 16 * 16, width = layer->width;
+    const int64_t block = layer->block, digit_bytes = (block + 31) / 32 * 32 * 4;
+    const uint8_t *p = layer->tiles + tile * layer->tile_bytes;
+    const float *bias = layer->bias + tile * 16;
+    const int8_t *digits = run->u_digits;
+    v16 gate = v_load(bias), up = gated ? v_load(bias + padded) : gate;
+    for (int64_t begin = 0, b = 0; begin < width; begin += block, b++, digits += digit_bytes) {
+        const int64_t left = width - begin, n = left < block ? left : block;
+        const int64_t units = (n + unit_codes(bits) - 1) / unit_codes(bits);
+        const int64_t bytes = units * unit_bytes(bits);
+        w16 gate_sum[DIGITS], up_sum[DIGITS];
+        for (int d = 0; d < DIGITS; d++) gate_sum[d] = up_sum[d] = w_set1(run->u_first[4 * b + d]);
+        for (int64_t i = 0; i < units; i++) {
+            const int8_t *own = digits + i * 4 * unit_codes(bits);
+            if (gated) add_unit(p + i * unit_bytes(bits), own, bits, gate_sum);
+            add_unit(p + gated * bytes + i * unit_bytes(bits), own, bits, up_sum);
+        }
+        p += (1 + gated) * bytes;
+        const v16 total = v_set1(run->u_sum[b]), scale = v_set1(run->u_scale[b]);
+        const uint8_t *offsets = p + 32 * (1 + gated);
+        const v16 up_scale = v_load_f16(p + 32 * gated);
+        up = v_fma(up_scale, v_mul(from_digits(up_sum), scale), up);
+        if (!layer->symmetric)
+            up = v_fma(middle_value(up_scale, offsets + 32 * gated, bits), total, up);
+        if (gated) {
+            const v16 gate_scale = v_load_f16(p);
+            gate = v_fma(gate_scale, v_mul(from_digits(gate_sum), scale), gate);
+            if (!layer->symmetric)
+                gate = v_fma(middle_value(gate_scale, offsets, bits), total, gate);
+        }
+        p = layer->symmetric ? offsets : offsets + 32 * (1 + gated);
+    }
+    *gate_z = gate;
+    *up_z = up;
+}
+
+/* Root mean square of the values one typical error above and below. */
+INLINE v16 two_points(v16 above, v16 below)
+{
+    const v16 sum = v_fma(above, above, v_mul(below, below));
+    return v_sqrt(v_mul(sum, v_set1(0.5f)));
+}
+
+INLINE int finish_tile(const hire_layer *layer, hire_run *run, int64_t tile, const int gated,
+                       v16 gate, v16 up)
+{
+    const int64_t padded = (layer->num_neurons + 15) / 16 * 16, at = tile * 16;
+    const int act = (int)layer->activation;
+    v_store(run->z + at, gated ? gate : up);
+    if (gated) v_store(run->z + padded + at, up);
+    const v16 first = gated ? gate : up;
+    v16 value = activate(first, act), size;
+    if (gated) value = v_mul(value, up);
+    if (layer->soft == NULL) {
+        size = v_abs(value);
+    } else {
+        const v16 s = v_load(layer->soft + at);
+        size = two_points(activate(v_add(first, s), act), activate(v_sub(first, s), act));
+        if (gated) {
+            const v16 t = v_load(layer->soft + padded + at);
+            size = v_mul(size, two_points(v_add(up, t), v_sub(up, t)));
+        }
+    }
+    const v16 score = v_mul(size, v_load(layer->norm + at));
+    v_store(run->score + at, score);
+    if (layer->rest != NULL) v_store(run->value + at, value);
+    return v_finite(score);
+}
+
+INLINE int estimate_as(const hire_layer *layer, hire_run *run, int64_t from, int64_t to,
+                       const int bits, const int gated)
+{
+    int finite = 1;
+    for (int64_t tile = from; tile < to; tile++) {
+        v16 gate, up;
+        estimate_tile(layer, run, tile, bits, gated, &gate, &up);
+        finite &= finish_tile(layer, run, tile, gated, gate, up);
+    }
+    return finite;
+}
+
+static int estimate(const hire_layer *layer, hire_run *run, int64_t from, int64_t to)
+{
+    switch (layer->bits * 2 + (layer->gated != 0)) {
+    case 4: return estimate_as(layer, run, from, to, 2, 0);
+    case 5: return estimate_as(layer, run, from, to, 2, 1);
+    case 6: return estimate_as(layer, run, from, to, 3, 0);
+    case 7: return estimate_as(layer, run, from, to, 3, 1);
+    case 8: return estimate_as(layer, run, from, to, 4, 0);
+    default: return estimate_as(layer, run, from, to, 4, 1);
+    }
+}
