@@ -123,6 +123,7 @@ static inline v16 v_code(w16 x, int shift, int bits)
 {
     return (v16){v_code_half(x.a, shift, bits), v_code_half(x.b, shift, bits)};
 }
-static inline void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+/* A macro: GCC takes a function that only prefetches for one without effect and drops its calls. */
+#define prefetch(p) _mm_prefetch((const char *)(p), _MM_HINT_T0)
 
 #endif

@@ -82,6 +82,7 @@ static inline v16 v_code(w16 x, int shift, int bits)
         _mm512_cvtepi32_ps(_mm512_and_epi32(moved, _mm512_set1_epi32((1 << bits) - 1)));
     return _mm512_sub_ps(code, _mm512_set1_ps((float)((1 << bits) - 1) / 2));
 }
-static inline void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+/* A macro: GCC takes a function that only prefetches for one without effect and drops its calls. */
+#define prefetch(p) _mm_prefetch((const char *)(p), _MM_HINT_T0)
 
 #endif
