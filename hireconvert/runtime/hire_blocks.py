@@ -228,6 +228,27 @@ def dense_blocks(base: Any) -> tuple[list[Any], Ropes, list[int]]:
     return blocks, ropes, windows
 
 
+def coded_names(base: Any) -> dict[str, str]:
+    """{key of a block's matrix: its module's name} of the projections that lie on an int8 grid."""
+    attention = base.config.hire.get("attention") or {"matrices": []}
+    named = {f"self_attn.{name}": (key, name) for key, name in _PROJECTIONS.items()}
+    return dict(named[name] for name in attention["matrices"] if name in named)
+
+
+def with_codes(base: Any, blocks: list[Any]) -> list[Any]:
+    """The same blocks, projections that `config.hire.attention` names read as int8 codes."""
+    keys = list(coded_names(base))
+    if not keys:
+        return blocks
+    size = base.config.hire["attention"]["block"]
+    given = [block.matrices[key] for block in blocks for key in keys]
+    codes = iter(steps.coded(given, size))
+    return [
+        replace(block, matrices={**block.matrices, **{key: next(codes) for key in keys}})
+        for block in blocks
+    ]
+
+
 def with_ffns(base: Any, blocks: list[Any]) -> list[Any]:
     """The same blocks, with the sparse FFNs that the library packed."""
     done = []
