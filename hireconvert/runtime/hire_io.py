@@ -29,7 +29,6 @@ from .hire_native import path as native_path
 
 RUNTIME_FILES = (
     "modeling_hire.py",
-    "hire_codes.py",
     "hire_config.py",
     "hire_install.py",
     "hire_io.py",
