@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from hireconvert._native import LEVELS, LIBRARY, FfnLayer, level, scratch
-from hireconvert._packing import ACTIVATIONS, TYPES
+from hireconvert._packing import ACTIVATIONS, TYPES, together
 
 MOST_ROWS = 4
 PAST_FIELDS = ("keys", "values", "head_stride", "first", "length")
@@ -108,6 +108,46 @@ class Matrix:
         if tuple(self.scale_OG.shape) != expected:
             raise ValueError(f"native: scales are {list(self.scale_OG.shape)}, not {expected}")
         return _floats("scales", self.scale_OG.flatten(), expected[0] * expected[1], held)
+
+
+TOP_CODE = 127
+# How far a weight may lie from its code: both it and the block's largest were rounded once.
+_ROUNDED = {torch.float32: 2.0**-21, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9}
+
+
+def coded(matrices: Sequence[Matrix], block: int) -> list[Matrix]:
+    """The same matrices as int8 codes, in one piece of memory, where they lie on the grid.
+
+    That is code * m / 127, m the largest magnitude among `block` neighbours of a row, rounded to
+    the weights' type (docs/format.md, `attention`). A matrix with other weights stays as it is.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for index, matrix in enumerate(matrices):
+        codes = _codes(matrix.weight_OI.detach(), block)
+        if codes is not None:
+            found[f"codes{index}"], found[f"scale{index}"] = codes
+    kept = together(found) if found else {}
+    return [
+        Matrix(kept[f"codes{index}"], matrix.bias_O, kept[f"scale{index}"], block)
+        if f"codes{index}" in kept
+        else matrix
+        for index, matrix in enumerate(matrices)
+    ]
+
+
+def _codes(weight_OI: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    inputs = weight_OI.shape[1]
+    if weight_OI.dtype not in _ROUNDED or block < 1 or (block % 32 and block < inputs):
+        return None
+    block = min(block, inputs)
+    padded = torch.nn.functional.pad(weight_OI.float(), (0, -inputs % block))
+    blocks_OGB = padded.unflatten(1, (-1, block))
+    scale_OG1 = blocks_OGB.abs().amax(-1, keepdim=True) / TOP_CODE
+    code_OGB = (blocks_OGB / scale_OG1.clamp_min(torch.finfo().tiny)).round()
+    away_OGB = (code_OGB * scale_OG1 - blocks_OGB).abs()
+    if not bool((away_OGB <= _ROUNDED[weight_OI.dtype] * blocks_OGB.abs()).all()):
+        return None
+    return code_OGB.flatten(1)[:, :inputs].to(torch.int8), scale_OG1[..., 0]
 
 
 def _floats(name: str, tensor: torch.Tensor, size: int, held: list[torch.Tensor]) -> int:

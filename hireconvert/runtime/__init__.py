@@ -3,8 +3,8 @@
 `modeling_hire` model classes, `hire_io` loading and saving, `hire_config` what a config may say,
 `hire_install` putting selection into native layers, `hire_predict` predictors and top-k,
 `hire_select` what a row keeps, `hire_native` the way to the native kernels, `hire_blocks`,
-`hire_cache` and `hire_step` the native decode step, `hire_ffn` the sparse FFN, `hire_head` the sparse
-LM head.
+`hire_cache` and `hire_step` the native decode step, `hire_ffn` the sparse FFN, `hire_head` the
+sparse LM head.
 """
 
 RUNTIME_FILES = (

@@ -24,8 +24,8 @@ from .hire_blocks import (
     with_ffns,
 )
 from .hire_cache import MOST_NEW, Caches, served
-from .hire_codes import with_codes
-from .hire_ffn import weight_stamp
+from .hire_codes import coded_names, with_codes
+from .hire_ffn import content_stamp, weight_stamp
 from .hire_native import native as library
 
 _QUIET = "transformers.utils.output_capturing"  # its hooks do nothing unless asked for outputs
@@ -59,10 +59,13 @@ class _Plan:
     modules: list[nn.Module]
     hooks: list[Any]
     small: torch.Tensor
+    coded: list[Any]  # modules whose weights were copied as codes
+    content: tuple[float, ...]
 
     def is_fresh(self) -> bool:
         """Whether what was copied of the model is still what the model holds."""
-        return torch.equal(self.small, _small(self.modules))
+        same = torch.equal(self.small, _small(self.modules))
+        return same and self.content == content_stamp(self.coded)
 
     def hooked(self) -> bool:
         """Whether somebody wants to see what the modules compute."""
@@ -122,6 +125,11 @@ class NativeStep:
     def __reduce__(self) -> Any:
         return NativeStep, ()
 
+    @property
+    def blocks(self) -> Sequence[Any]:
+        """The decoder layers as the library has them; none where it does not run the model."""
+        return () if self._plan is None else self._plan.step.blocks
+
     def obstacle(self, base: Any) -> str | None:
         """Why the model takes the PyTorch path, FFNs not looked at; None when it does not."""
         try:
@@ -165,10 +173,12 @@ class NativeStep:
             self.reason = str(error)
             return
         self.reason = None
+        names = coded_names(base, PROJECTIONS).values()
+        coded = [layer.self_attn.get_submodule(name) for layer in base.layers for name in names]
         hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._plan = _Plan(
             step, ropes, windows, blocks[0].cache_type, modules,
-            [*hooks, *_GLOBAL_HOOKS], _small(modules),
+            [*hooks, *_GLOBAL_HOOKS], _small(modules), coded, content_stamp(coded),
         )  # fmt: skip
 
     def run(self, base: Any, call: Mapping[str, Any]) -> Any:

@@ -77,7 +77,7 @@ class HireBaseMixin(Native):
         decoding = cached_tokens(cache) != 0 if hint is None else hint
         # What generate() did before the first step holds for the others; training never decodes.
         if not (decoding and state.generating) and not (self.training and not decoding):
-            self.hire_refresh(not decoding)
+            self.hire_refresh(not decoding and not state.generating)
         if not decoding or queries > state.max_decode_queries:
             return
         rows, most = batch * queries, state.max_sparse_rows

@@ -298,7 +298,9 @@ def test_levels_are_forced_by_the_environment(monkeypatch):
         monkeypatch.setenv(_native.VARIABLE, name)
         assert _native.level() == name
     monkeypatch.setenv(_native.VARIABLE, "sse")
-    with pytest.raises(ValueError, match="HIRE_NATIVE is 'sse', expected one of off, ffn, portable"):
+    with pytest.raises(
+        ValueError, match="HIRE_NATIVE is 'sse', expected one of off, ffn, portable"
+    ):
         _native.level()
 
 

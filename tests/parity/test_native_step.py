@@ -14,6 +14,7 @@ import transformers
 from torch import nn
 from transformers import DynamicCache
 
+from hireconvert.rounding import round_rows
 from tests.ffn_reference import relative
 from tests.native import LEVELS, _native
 from tests.tiny import base_of, hire_model, tiny_model, tokens
@@ -206,6 +207,33 @@ def test_dense_ffns_run_too(ffn, level):
     expected, _ = decode(model, ids, 5)
     assert relative(found, expected) < CLOSE
     assert model.hire_stats()["ffn"] == counted["ffn"]
+
+
+@pytest.mark.parametrize("block", [32, 64])
+def test_attention_on_a_grid_is_read_as_codes(block, level):
+    model, names = copy.deepcopy(made("qwen2")), ["self_attn.q_proj", "self_attn.o_proj"]
+    model.config.hire["attention"] = {"bits": 8, "block": block, "matrices": names}
+    base, ids = base_of(model), tokens(1, 16)
+    for layer in base.layers:
+        for name in names:
+            weight = layer.get_submodule(name).weight
+            weight.data = round_rows(weight.data, block)
+    spy = Spy(model)
+    found, _ = decode(model, ids, 5)
+    given = base.hire_step.blocks[0].matrices
+    assert [given[key].weight_OI.dtype for key in "qkvo"] == [
+        torch.int8, torch.float32, torch.float32, torch.int8,
+    ]  # fmt: skip
+    model.set_hire_scope("decode", step=False)
+    assert relative(found, decode(model, ids, 5)[0]) < 2 * CLOSE
+    base.layers[0].self_attn.q_proj.weight.data[3].mul_(0.5)  # another row of the same grid
+    base.layers[1].self_attn.q_proj.weight.data[3].add_(0.1)  # off the grid
+    model.set_hire_scope("decode")
+    found, _ = decode(model, ids, 5)
+    types = [block.matrices["q"].weight_OI.dtype for block in base.hire_step.blocks]
+    assert types == [torch.int8, torch.float32] and spy.steps == 22
+    model.set_hire_scope("decode", step=False)
+    assert relative(found, decode(model, ids, 5)[0]) < 2 * CLOSE
 
 
 # --------------------------------------------------------------------------- caches

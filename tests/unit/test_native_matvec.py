@@ -11,6 +11,7 @@ if _native is None:
     pytest.skip("this machine has no compiler", allow_module_level=True)
 from hireconvert import _native_step
 from hireconvert._native_step import Block, Matrix, Step, matvec
+from hireconvert.rounding import round_rows
 
 SHAPES = [(1, 1), (7, 5), (16, 32), (33, 97), (50, 64), (3, 31), (18, 600)]
 
@@ -52,6 +53,20 @@ def test_codes_with_scales(inputs, block, level):
     exact = x.double() @ (codes.double() * spread.double()).t()
     found = matvec(Matrix(codes, None, scale, block), x)
     assert (found - exact).abs().max() < 1e-6 * exact.abs().max() * inputs**0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("inputs", "block"), [(96, 32), (50, 64), (50, 32), (64, 64)])
+def test_codes_of_rounded_weights_are_found_again(inputs, block, dtype):
+    source = normal(30, inputs).to(dtype)  # as stored before it was rounded
+    weight = round_rows(source.float(), block).to(dtype)
+    weight[4] = 0.0
+    found, other = _native_step.coded([Matrix(weight), Matrix(source, torch.ones(30))], block)
+    assert found.weight_OI.dtype == torch.int8 and other.weight_OI is source
+    x = normal(2, inputs, seed=1)
+    exact = x.double() @ weight.double().t()
+    assert (matvec(found, x) - exact).norm() < 2 * torch.finfo(dtype).eps * exact.norm() + 1e-5
+    assert _native_step.coded([Matrix(weight)], 16)[0].weight_OI is weight  # a block of no kernel
 
 
 def test_threads_change_no_bit(level):
