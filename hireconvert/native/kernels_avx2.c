@@ -25,6 +25,6 @@
 #endif
 
 const hire_kernels hire_kernels_avx2 = {start, estimate, exact, kept, rest, finish};
-const hire_step_kernels hire_step_avx2 = {matrix, norm,         rotate, store_at,
-                                            attend, activate_all, add_to, all_finite};
+const hire_step_kernels hire_step_avx2 = {
+    matrix, norm, rotate, store_at, attend, sum_segments, activate_all, add_to, all_finite};
 #endif

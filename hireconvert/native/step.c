@@ -23,13 +23,15 @@ static int64_t padded(int64_t num) { return (num + 31) / 32 * 32; }
 typedef struct {
     const hire_kernels *kernels;
     const hire_step_kernels *step;
-    int64_t num_rows, most, width, heads, head_dim, neurons; /* the largest there are, padded */
+    int64_t num_threads, num_rows, most;
+    int64_t width, heads, head_dim, neurons; /* the largest there are, padded */
     float *projected; /* [Q, heads] queries, keys and values side by side */
     float *attended;  /* [Q, heads] */
     float *output;    /* [Q, width] of attention or the FFN */
     float *gate;      /* [Q, neurons] */
     float *up;        /* [Q, neurons] */
     char *ffn;        /* scratch memory of the largest sparse FFN */
+    int64_t ffn_bytes;
     char *own;        /* own_bytes for each thread */
     int64_t own_bytes;
     int bad[2];
@@ -39,9 +41,10 @@ typedef struct {
 typedef struct {
     float *x;      /* [Q, width] the residual stream */
     float *normed; /* [Q, width] */
-    float *query;  /* [head_dim] */
-    float *out;    /* [head_dim] */
-    float *score;  /* [most, and what vectors need behind it] */
+    float *query;  /* [HIRE_STEP_HEADS, head_dim] */
+    float *out;    /* [HIRE_STEP_HEADS, head_dim] */
+    float *score;  /* [HIRE_STEP_HEADS, most + 16] */
+    char *ffn;     /* as much as the shared one, for what a row begins with */
 } hire_own;
 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -64,9 +67,10 @@ static int64_t cut_own(const hire_job *job, char *base, hire_own *own)
     int64_t used = 0;
     own->x = floats(base, &used, HIRE_STEP_ROWS * job->width);
     own->normed = floats(base, &used, HIRE_STEP_ROWS * job->width);
-    own->query = floats(base, &used, job->head_dim);
-    own->out = floats(base, &used, job->head_dim);
-    own->score = floats(base, &used, job->most + 16);
+    own->query = floats(base, &used, HIRE_STEP_HEADS * job->head_dim);
+    own->out = floats(base, &used, HIRE_STEP_HEADS * job->head_dim);
+    own->score = floats(base, &used, HIRE_STEP_HEADS * (job->most + 16));
+    own->ffn = take(base, &used, job->ffn_bytes);
     return used + 64; /* no cache line of two threads */
 }
 
@@ -74,7 +78,7 @@ static int64_t cut_own(const hire_job *job, char *base, hire_own *own)
 static int64_t cut_job(const hire_block *blocks, int64_t num_blocks, int64_t most,
                        int32_t num_threads, char *base, hire_job *job)
 {
-    int64_t ffn_bytes = 0, used = 0;
+    int64_t used = 0;
     memset(job, 0, sizeof *job);
     job->most = most;
     for (int64_t i = 0; i < num_blocks; i++) {
@@ -85,7 +89,7 @@ static int64_t cut_job(const hire_block *blocks, int64_t num_blocks, int64_t mos
         job->neurons = larger(job->neurons, padded(b->up.outputs));
         if (b->ffn != NULL) {
             hire_run run;
-            ffn_bytes = larger(ffn_bytes, hire_cut_scratch(b->ffn, NULL, &run));
+            job->ffn_bytes = larger(job->ffn_bytes, hire_cut_scratch(b->ffn, NULL, &run));
         }
     }
     job->projected = floats(base, &used, HIRE_STEP_ROWS * job->heads);
@@ -93,7 +97,7 @@ static int64_t cut_job(const hire_block *blocks, int64_t num_blocks, int64_t mos
     job->output = floats(base, &used, HIRE_STEP_ROWS * job->width);
     job->gate = floats(base, &used, HIRE_STEP_ROWS * job->neurons);
     job->up = floats(base, &used, HIRE_STEP_ROWS * job->neurons);
-    job->ffn = take(base, &used, ffn_bytes);
+    job->ffn = take(base, &used, job->ffn_bytes);
     hire_own own;
     job->own_bytes = cut_own(job, NULL, &own);
     job->own = take(base, &used, num_threads * job->own_bytes);
@@ -161,22 +165,44 @@ static void project(const hire_job *job, const hire_block *b, const hire_past *p
     }
 }
 
-static void attend(const hire_job *job, const hire_block *b, const hire_past *past, hire_own *own,
-                   int64_t head)
+/* How many heads that share keys and values go together: more read less, but every thread should
+ * have as much to do. No number depends on it. */
+static int64_t heads_together(const hire_job *job, const hire_block *b)
 {
-    const int64_t size = b->head_dim, pair = head / (b->heads / b->kv_heads);
+    const int64_t group = b->heads / b->kv_heads;
+    int64_t pieces = (group + HIRE_STEP_HEADS - 1) / HIRE_STEP_HEADS;
+    while (pieces < group && b->kv_heads * pieces % job->num_threads != 0 &&
+           b->kv_heads * pieces < 4 * job->num_threads)
+        pieces++;
+    return (group + pieces - 1) / pieces;
+}
+
+/* Piece `unit` of the heads: up to heads_together of those that share keys and values. */
+static void attend(const hire_job *job, const hire_block *b, const hire_past *past, hire_own *own,
+                   int64_t unit)
+{
+    const int64_t size = b->head_dim, group = b->heads / b->kv_heads;
+    const int64_t most = heads_together(job, b);
+    const int64_t pieces = (group + most - 1) / most, pair = unit / pieces;
+    const int64_t first = unit % pieces * most;
+    const int64_t heads = group - first < most ? group - first : most;
     const int64_t start = pair * past->head_stride * type_bytes(b->cache_type);
     for (int64_t i = 0; i < job->num_rows; i++) {
         const int64_t to = past->first + past->length + i + 1;
         int64_t from = past->first;
         if (b->window > 0 && to - b->window > from) from = to - b->window;
-        memcpy(own->query, job->projected + i * job->heads + head * size,
-               (size_t)size * sizeof(float));
-        zero_behind(own->query, size);
-        job->step->attend(b, own->query, (const char *)past->keys + start,
-                          (const char *)past->values + start, from, to, own->score, own->out);
-        memcpy(job->attended + i * job->heads + head * size, own->out,
-               (size_t)size * sizeof(float));
+        const int64_t place = i * job->heads + (pair * group + first) * size;
+        for (int64_t h = 0; h < heads; h++) {
+            float *query = own->query + h * job->head_dim;
+            memcpy(query, job->projected + place + h * size, (size_t)size * sizeof *query);
+            zero_behind(query, size);
+        }
+        job->step->attend(b, heads, own->query, job->head_dim, (const char *)past->keys + start,
+                          (const char *)past->values + start, from, to, own->score,
+                          job->most + 16, own->out);
+        for (int64_t h = 0; h < heads; h++)
+            memcpy(job->attended + place + h * size, own->out + h * job->head_dim,
+                   (size_t)size * sizeof(float));
     }
 }
 
@@ -210,10 +236,12 @@ static void attention(const hire_job *job, const hire_block *b, const hire_past 
     OMP(omp for schedule(static))
     for (int64_t unit = 0; unit < b->heads + 2 * b->kv_heads; unit++)
         project(job, b, past, angles, own->normed, unit);
+    const int64_t group = b->heads / b->kv_heads, most = heads_together(job, b);
+    const int64_t units = b->kv_heads * ((group + most - 1) / most);
     OMP(omp for schedule(static))
-    for (int64_t head = 0; head < b->heads; head++) {
-        attend(job, b, past, own, head);
-        if (head + 1 == b->heads)
+    for (int64_t unit = 0; unit < units; unit++) {
+        attend(job, b, past, own, unit);
+        if (unit + 1 == units)
             for (int64_t i = 0; i < job->num_rows; i++)
                 zero_behind(job->attended + i * job->heads, b->heads * b->head_dim);
     }
@@ -237,20 +265,30 @@ static void dense_ffn(const hire_job *job, const hire_block *b, const hire_own *
         piece(job, &b->down, hidden, job->neurons, at, job->output, job->width);
 }
 
-/* 1 where every row was finite. */
+/* 1 where every row was finite. What a row begins with (the predictor's input in its forms) each
+ * thread makes for itself; what the team finds out is shared. */
 static int sparse_ffn(hire_job *job, const hire_block *b, const hire_own *own)
 {
-    hire_run run;
-    hire_cut_scratch(b->ffn, job->ffn, &run);
+    hire_run run, shared;
+    hire_cut_scratch(b->ffn, own->ffn, &run);
+    hire_cut_scratch(b->ffn, job->ffn, &shared);
+    run.z = shared.z;
+    run.score = shared.score;
+    run.value = shared.value;
+    run.h = shared.h;
+    run.exact = shared.exact;
+    run.index = shared.index;
+    run.chosen = shared.chosen;
+    run.spare = shared.spare;
+    run.partial = shared.partial;
     for (int64_t i = 0; i < job->num_rows; i++) {
-        OMP(omp master)
+        float *output = job->output + i * job->width;
         job->kernels->start(b->ffn, own->normed + i * job->width, HIRE_FLOAT32, &run);
-        OMP(omp barrier)
         hire_row_of_team(b->ffn, job->kernels, &run, job->bad);
         if (job->bad[0] || job->bad[1]) return 0;
-        OMP(omp master)
-        job->kernels->finish(b->ffn, &run, job->output + i * job->width, HIRE_FLOAT32);
-        OMP(omp barrier)
+        OMP(omp for schedule(static))
+        for (int64_t at = 0; at < b->ffn->stride; at += 32)
+            job->step->sum_segments(b->ffn, &run, at, at + 32, output);
     }
     return 1;
 }
@@ -312,6 +350,7 @@ int64_t hire_step(const hire_block *blocks, int64_t num_blocks, const hire_past 
     job.kernels = hire_kernels_of(level);
     job.step = step_kernels_of(level);
     job.num_rows = num_rows;
+    job.num_threads = num_threads;
     OMP(omp parallel num_threads(num_threads) if (num_threads > 1))
     {
         hire_own own;

@@ -9,6 +9,7 @@
 #include "kernels.h"
 
 #define HIRE_STEP_ROWS 4
+#define HIRE_STEP_HEADS 4 /* queries that go over keys and values together */
 #define HIRE_INT8 3 /* of a hire_matrix: codes with scales, beside enum hire_type */
 
 /* A matrix that is read where it lies: rows [outputs, stride] of one of the types. */
@@ -69,10 +70,14 @@ typedef struct {
     /* A head's first `rotary` numbers; cos and sin [rotary]. */
     void (*rotate)(float *x, const float *cos, const float *sin, int64_t rotary);
     void (*store)(void *to, int64_t place, const float *from, int64_t num, int type);
-    /* out [E] of one query [E, zeros up to a multiple of 16] over positions [from, to) of a
-     * head's keys and values; score has room for to - from and 16. */
-    void (*attend)(const hire_block *, const float *q, const char *keys, const char *values,
-                   int64_t from, int64_t to, float *score, float *out);
+    /* out [heads, E] of up to HIRE_STEP_HEADS queries [heads, E] that share a head's keys and
+     * values, over positions [from, to). Rows of q and out are `stride` apart and padded to whole
+     * vectors, zeros in q; those of score have room for to - from and 16. */
+    void (*attend)(const hire_block *, int64_t heads, const float *q, int64_t stride,
+                   const char *keys, const char *values, int64_t from, int64_t to, float *score,
+                   int64_t score_stride, float *out);
+    void (*sum_segments)(const hire_layer *, const hire_run *, int64_t from, int64_t to,
+                         float *out);
     /* gate[i] = act(gate[i]) * up[i], or up[i] = act(up[i]) without gate. */
     void (*activate)(int activation, float *gate, float *up, int64_t num);
     void (*add)(float *to, const float *from, int64_t num);

@@ -208,63 +208,70 @@ static void activate_all(int activation, float *gate, float *up, int64_t num)
 
 /* ------------------------------------------------------------------ attention */
 
-/* Scores of positions [from, to), not yet scaled; four at a time, so that no sum waits. */
-INLINE void key_scores(const float *q, const char *keys, int64_t head_dim, int64_t from,
-                       int64_t to, float *score, const int type)
+/* Of `heads` queries that share keys and values: each number is the same whatever `heads` is. */
+
+/* Scores of positions [at, at + num), not yet scaled. */
+INLINE void some_scores(const float *q, int64_t q_stride, const char *keys, int64_t head_dim,
+                        int64_t at, float *score, int64_t score_stride, const int heads,
+                        const int num, const int type)
 {
     const int64_t bytes = head_dim * type_size(type);
-    int64_t at = from;
-    for (; at + 4 <= to; at += 4) {
-        const char *row = keys + at * bytes;
-        v16 a = v_set1(0.0f), b = a, c = a, d = a;
-        for (int64_t j = 0; j < head_dim; j += 16) {
-            const v16 query = v_load(q + j);
-            a = v_fma(load_as(row, j, type), query, a);
-            b = v_fma(load_as(row + bytes, j, type), query, b);
-            c = v_fma(load_as(row + 2 * bytes, j, type), query, c);
-            d = v_fma(load_as(row + 3 * bytes, j, type), query, d);
+    const char *row = keys + at * bytes;
+    v16 sum[8];
+HIRE_UNROLL
+    for (int i = 0; i < heads * num; i++) sum[i] = v_set1(0.0f);
+    for (int64_t j = 0; j < head_dim; j += 16) {
+HIRE_UNROLL
+        for (int p = 0; p < num; p++) {
+            const v16 key = load_as(row + p * bytes, j, type);
+HIRE_UNROLL
+            for (int h = 0; h < heads; h++)
+                sum[p * heads + h] = v_fma(key, v_load(q + h * q_stride + j), sum[p * heads + h]);
         }
-        score[at - from] = v_sum(a);
-        score[at - from + 1] = v_sum(b);
-        score[at - from + 2] = v_sum(c);
-        score[at - from + 3] = v_sum(d);
     }
-    for (; at < to; at++) {
-        v16 a = v_set1(0.0f);
-        for (int64_t j = 0; j < head_dim; j += 16)
-            a = v_fma(load_as(keys + at * bytes, j, type), v_load(q + j), a);
-        score[at - from] = v_sum(a);
-    }
+HIRE_UNROLL
+    for (int p = 0; p < num; p++)
+HIRE_UNROLL
+        for (int h = 0; h < heads; h++) score[h * score_stride + p] = v_sum(sum[p * heads + h]);
 }
 
-/* out += weights times values, `vectors` of sixteen numbers from number `start` of the head on. */
-INLINE void value_sums(const float *weight, const char *values, int64_t head_dim, int64_t start,
-                       int64_t from, int64_t to, float *out, const int vectors, const int type)
+/* out = weights times values, `vectors` of sixteen numbers from number `start` of the head on;
+ * even and odd positions are summed apart, so that no sum waits. */
+INLINE void value_sums(const float *weight, int64_t weight_stride, const char *values,
+                       int64_t head_dim, int64_t start, int64_t from, int64_t to, float *out,
+                       int64_t out_stride, const int heads, const int vectors, const int type)
 {
     const int64_t bytes = head_dim * type_size(type);
-    v16 even[4], odd[4];
+    v16 even[8], odd[8];
 HIRE_UNROLL
-    for (int v = 0; v < vectors; v++) even[v] = odd[v] = v_set1(0.0f);
-    int64_t at = from;
-    for (; at + 2 <= to; at += 2) {
-        const v16 a = v_set1(weight[at - from]), b = v_set1(weight[at - from + 1]);
+    for (int i = 0; i < heads * vectors; i++) even[i] = odd[i] = v_set1(0.0f);
+    for (int64_t at = from; at < to; at += 2) {
+        const char *row = values + at * bytes;
+        const int both = at + 1 < to;
 HIRE_UNROLL
         for (int v = 0; v < vectors; v++) {
-            even[v] = v_fma(load_as(values + at * bytes, start + 16 * v, type), a, even[v]);
-            odd[v] = v_fma(load_as(values + (at + 1) * bytes, start + 16 * v, type), b, odd[v]);
+            const v16 a = load_as(row, start + 16 * v, type);
+HIRE_UNROLL
+            for (int h = 0; h < heads; h++) {
+                const v16 w = v_set1(weight[h * weight_stride + at - from]);
+                even[h * vectors + v] = v_fma(a, w, even[h * vectors + v]);
+            }
+        }
+        if (!both) break;
+HIRE_UNROLL
+        for (int v = 0; v < vectors; v++) {
+            const v16 b = load_as(row + bytes, start + 16 * v, type);
+HIRE_UNROLL
+            for (int h = 0; h < heads; h++) {
+                const v16 w = v_set1(weight[h * weight_stride + at + 1 - from]);
+                odd[h * vectors + v] = v_fma(b, w, odd[h * vectors + v]);
+            }
         }
     }
-    if (at < to) {
-        const v16 a = v_set1(weight[at - from]);
+    for (int h = 0; h < heads; h++)
         for (int v = 0; v < vectors; v++)
-            even[v] = v_fma(load_as(values + at * bytes, start + 16 * v, type), a, even[v]);
-    }
-    for (int v = 0; v < vectors; v++) {
-        float sum[16];
-        const int64_t place = start + 16 * v, left = head_dim - place < 16 ? head_dim - place : 16;
-        v_store(sum, v_add(even[v], odd[v]));
-        memcpy(out + place, sum, (size_t)left * sizeof *sum);
-    }
+            v_store(out + h * out_stride + start + 16 * v,
+                    v_add(even[h * vectors + v], odd[h * vectors + v]));
 }
 
 /* score becomes exp(score - the largest); returns one over their sum. */
@@ -296,27 +303,82 @@ INLINE float softmax(float *score, int64_t num, float scaling, float softcap)
     return 1.0f / total;
 }
 
-INLINE void attend_as(const hire_block *block, const float *q, const char *keys,
-                      const char *values, int64_t from, int64_t to, float *score, float *out,
-                      const int type)
+INLINE void attend_as(const hire_block *block, const float *q, int64_t stride, const char *keys,
+                      const char *values, int64_t from, int64_t to, float *score,
+                      int64_t score_stride, float *out, const int heads, const int type)
 {
     const int64_t size = block->head_dim;
-    key_scores(q, keys, size, from, to, score, type);
-    const float factor = softmax(score, to - from, (float)block->scaling, (float)block->softcap);
-    int64_t at = 0;
-    for (; at + 64 <= size; at += 64)
-        value_sums(score, values, size, at, from, to, out, 4, type);
-    for (; at < size; at += 16) value_sums(score, values, size, at, from, to, out, 1, type);
-    for (at = 0; at < size; at++) out[at] *= factor;
+    const int num = heads > 2 ? 2 : 4, vectors = heads > 2 ? 2 : 4;
+    int64_t at = from;
+    for (; at + num <= to; at += num)
+        some_scores(q, stride, keys, size, at, score + at - from, score_stride, heads, num, type);
+    for (; at < to; at++)
+        some_scores(q, stride, keys, size, at, score + at - from, score_stride, heads, 1, type);
+    float factor[4];
+    for (int h = 0; h < heads; h++)
+        factor[h] = softmax(score + h * score_stride, to - from, (float)block->scaling,
+                            (float)block->softcap);
+    for (at = 0; at + 16 * vectors <= size; at += 16 * vectors)
+        value_sums(score, score_stride, values, size, at, from, to, out, stride, heads, vectors,
+                   type);
+    for (; at < size; at += 16)
+        value_sums(score, score_stride, values, size, at, from, to, out, stride, heads, 1, type);
+    for (int h = 0; h < heads; h++)
+        for (at = 0; at < size; at++) out[h * stride + at] *= factor[h];
 }
 
-static void attend(const hire_block *block, const float *q, const char *keys, const char *values,
-                   int64_t from, int64_t to, float *score, float *out)
+INLINE void attend_heads(const hire_block *block, int64_t heads, const float *q, int64_t stride,
+                         const char *keys, const char *values, int64_t from, int64_t to,
+                         float *score, int64_t score_stride, float *out, const int type)
 {
-    if (block->cache_type == HIRE_FLOAT32)
-        attend_as(block, q, keys, values, from, to, score, out, HIRE_FLOAT32);
-    else if (block->cache_type == HIRE_BFLOAT16)
-        attend_as(block, q, keys, values, from, to, score, out, HIRE_BFLOAT16);
-    else
-        attend_as(block, q, keys, values, from, to, score, out, HIRE_FLOAT16);
+    switch (heads) {
+    case 1:
+        attend_as(block, q, stride, keys, values, from, to, score, score_stride, out, 1, type);
+        break;
+    case 2:
+        attend_as(block, q, stride, keys, values, from, to, score, score_stride, out, 2, type);
+        break;
+    case 3:
+        attend_as(block, q, stride, keys, values, from, to, score, score_stride, out, 3, type);
+        break;
+    default:
+        attend_as(block, q, stride, keys, values, from, to, score, score_stride, out, 4, type);
+        break;
+    }
+}
+
+static void attend(const hire_block *block, int64_t heads, const float *q, int64_t stride,
+                   const char *keys, const char *values, int64_t from, int64_t to, float *score,
+                   int64_t score_stride, float *out)
+{
+    switch (block->cache_type) {
+    case HIRE_FLOAT32:
+        attend_heads(block, heads, q, stride, keys, values, from, to, score, score_stride, out,
+                     HIRE_FLOAT32);
+        break;
+    case HIRE_BFLOAT16:
+        attend_heads(block, heads, q, stride, keys, values, from, to, score, score_stride, out,
+                     HIRE_BFLOAT16);
+        break;
+    default:
+        attend_heads(block, heads, q, stride, keys, values, from, to, score, score_stride, out,
+                     HIRE_FLOAT16);
+        break;
+    }
+}
+
+/* ------------------------------------------------------------------ the sparse FFN's output */
+
+/* Columns [from, to), whole vectors, of what the segments of a row add up to, as `finish` adds. */
+static void sum_segments(const hire_layer *layer, const hire_run *run, int64_t from, int64_t to,
+                         float *out)
+{
+    for (int64_t j = from; j < to; j += 16) {
+        v16 sum = v_load(run->partial + j);
+        for (int64_t s = 1; s < HIRE_SEGMENTS; s++)
+            sum = v_add(sum, v_load(run->partial + s * run->partial_stride + j));
+        v_store(out + j, sum);
+    }
+    if (layer->down_bias != NULL)
+        for (int64_t j = from; j < to && j < layer->width; j++) out[j] += layer->down_bias[j];
 }

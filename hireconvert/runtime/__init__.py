@@ -9,6 +9,7 @@ sparse LM head.
 
 RUNTIME_FILES = (
     "modeling_hire.py",
+    "hire_codes.py",
     "hire_config.py",
     "hire_install.py",
     "hire_io.py",

@@ -23,7 +23,7 @@ from .hire_native import obstacle as ffn_obstacle
 from .hire_predict import num_active
 
 _BASE = {"embed_tokens", "layers", "norm", "rotary_emb"}
-_PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
+PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 _HEAD_NORMS = {"q_norm": "q_norm", "k_norm": "k_norm"}
 # Which norm of a layer stands where; the first table whose modules are the layer's.
 _NORMS = (
@@ -125,7 +125,7 @@ def _block(base: Any, index: int, window: int, rope: int, rotary: int) -> Any:
     layer = base.layers[index]
     names = _norm_names(layer, "mlp")
     attention = layer.self_attn
-    inside = set(_PROJECTIONS.values()), set(_HEAD_NORMS.values())
+    inside = set(PROJECTIONS.values()), set(_HEAD_NORMS.values())
     if not inside[0] <= set(attention._modules) <= inside[0] | inside[1]:
         raise Obstacle(f"{type(attention).__name__} of {sorted(attention._modules)}")
     if any(part._parameters or part._buffers for part in (layer, attention)):
@@ -134,7 +134,7 @@ def _block(base: Any, index: int, window: int, rope: int, rotary: int) -> Any:
     name = activation_name(parts.act)
     if name is None:
         raise Obstacle(f"activation {type(parts.act).__name__}")
-    matrices = {key: _linear(getattr(attention, name)) for key, name in _PROJECTIONS.items()}
+    matrices = {key: _linear(getattr(attention, name)) for key, name in PROJECTIONS.items()}
     for key, part in (("gate", parts.gate), ("up", parts.up), ("down", parts.down)):
         if part is not None:
             matrices[key] = steps.Matrix(part.weight_out_in().detach(), part.bias())
@@ -226,27 +226,6 @@ def dense_blocks(base: Any) -> tuple[list[Any], Ropes, list[int]]:
         rope = 0 if ropes.names == [None] else ropes.names.index(kinds[index])
         blocks.append(_block(base, index, window, rope, ropes.rotary[rope]))
     return blocks, ropes, windows
-
-
-def coded_names(base: Any) -> dict[str, str]:
-    """{key of a block's matrix: its module's name} of the projections that lie on an int8 grid."""
-    attention = base.config.hire.get("attention") or {"matrices": []}
-    named = {f"self_attn.{name}": (key, name) for key, name in _PROJECTIONS.items()}
-    return dict(named[name] for name in attention["matrices"] if name in named)
-
-
-def with_codes(base: Any, blocks: list[Any]) -> list[Any]:
-    """The same blocks, projections that `config.hire.attention` names read as int8 codes."""
-    keys = list(coded_names(base))
-    if not keys:
-        return blocks
-    size = base.config.hire["attention"]["block"]
-    given = [block.matrices[key] for block in blocks for key in keys]
-    codes = iter(steps.coded(given, size))
-    return [
-        replace(block, matrices={**block.matrices, **{key: next(codes) for key in keys}})
-        for block in blocks
-    ]
 
 
 def with_ffns(base: Any, blocks: list[Any]) -> list[Any]:

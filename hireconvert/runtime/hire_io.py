@@ -29,6 +29,7 @@ from .hire_native import path as native_path
 
 RUNTIME_FILES = (
     "modeling_hire.py",
+    "hire_codes.py",
     "hire_config.py",
     "hire_install.py",
     "hire_io.py",

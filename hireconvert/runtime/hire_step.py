@@ -14,17 +14,17 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .hire_blocks import (
+    PROJECTIONS,
     Obstacle,
     Ropes,
     check_model,
-    coded_names,
     dense_blocks,
     steps,
     try_out,
-    with_codes,
     with_ffns,
 )
 from .hire_cache import MOST_NEW, Caches, served
+from .hire_codes import coded_names, with_codes
 from .hire_ffn import content_stamp, weight_stamp
 from .hire_native import native as library
 
@@ -168,12 +168,12 @@ class NativeStep:
             if types != self._tried:
                 try_out(base, blocks, ropes)
                 self._tried = types
-            step = steps.Step(with_codes(base, with_ffns(base, blocks)))
+            step = steps.Step(with_codes(base, with_ffns(base, blocks), steps, PROJECTIONS))
         except Obstacle as error:
             self.reason = str(error)
             return
         self.reason = None
-        names = coded_names(base).values()
+        names = coded_names(base, PROJECTIONS).values()
         coded = [layer.self_attn.get_submodule(name) for layer in base.layers for name in names]
         hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._plan = _Plan(
