@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from .hire_native import pack as pack_native
 from .hire_native import run as run_native
 from .hire_native import serves as serves_native
-from .hire_predict import Predictor, decode_down, unit_scores, varies
+from .hire_predict import Widened, unit_scores, varies
 from .hire_select import candidate_mask, kept_mask, row_candidates, row_kept
 
 COUNTER_NAMES = ("calls", "rows", "kept", "candidates", "dense_rows")
@@ -125,11 +125,10 @@ class Prepared:
     content: tuple[float, ...]
     gate_FD: torch.Tensor | None
     up_FD: torch.Tensor
-    down_FD: torch.Tensor
     norm_F: torch.Tensor
-    predictor: Predictor
-    estimate_FD: torch.Tensor | None  # float32 copy of down_FD for neurons that are not selected
     native: Any  # the layer as the native kernels read it, or None
+    tensors: Mapping[str, torch.Tensor]
+    widened: Any = None  # Widened, once the PyTorch path runs
 
 
 class SparseFfn(nn.Module):
@@ -186,8 +185,7 @@ class SparseFfn(nn.Module):
                 "hire: predictor tensors are not loaded; load the checkpoint with from_pretrained"
             )
         up_FD = parts.up.weight_out_in().detach().contiguous()
-        down_FD = parts.down_FD().detach().contiguous()
-        norm_F = down_FD.float().norm(dim=1)
+        norm_F = parts.down_FD().detach().contiguous().float().norm(dim=1)
         moved = {name: tensor.to(up_FD.device) for name, tensor in self.predictor_tensors.items()}
         self.prepared = Prepared(
             stamp=stamp,
@@ -196,21 +194,20 @@ class SparseFfn(nn.Module):
             if parts.gate is None
             else parts.gate.weight_out_in().detach().contiguous(),
             up_FD=up_FD,
-            down_FD=down_FD,
             norm_F=norm_F,
-            predictor=Predictor(self.spec["predictor"], moved, up_FD.shape[1]),
-            estimate_FD=self._low_bit_down(moved, up_FD.shape[1]),
             native=pack_native(self.spec, parts, moved, norm_F),
+            tensors=moved,
         )
+        if self.prepared.native is None:
+            self.widened()
 
-    def _low_bit_down(self, tensors: Mapping[str, torch.Tensor], width: int) -> Any:
-        """The copy of the output vectors for neurons that are not selected, or None."""
-        if self.spec.get("unselected") is None:
-            return None
-        # Gradients of the exact values of candidates pass through it: an inference tensor cannot
-        # serve them.
-        with torch.inference_mode(False), torch.no_grad():
-            return decode_down(tensors, self.spec["unselected"], width)
+    def widened(self) -> Widened:
+        """What the PyTorch path reads, built when it first runs: the kernels never need it."""
+        prepared = self.prepared
+        if prepared.widened is None:
+            prepared.widened = Widened.build(self.spec, prepared.tensors, self.parts.down_FD())
+        found: Widened = prepared.widened
+        return found
 
     def scores(self, h_NF: torch.Tensor, norm_F: torch.Tensor) -> torch.Tensor:
         """Neuron scores |h| * ||down_i|| (recipe `norm`) or |h| (`plain`), float32."""
@@ -222,16 +219,17 @@ class SparseFfn(nn.Module):
 
         Values are float32, and None where neurons that are not selected count as zero.
         """
-        prepared, spec, gated = self.prepared, self.spec, self.prepared.gate_FD is not None
-        z_NM = prepared.predictor.estimate(x_ND)
+        prepared, widened, spec = self.prepared, self.widened(), self.spec
+        gated, predictor = prepared.gate_FD is not None, widened.predictor
+        z_NM = predictor.estimate(x_ND)
         if spec["predictor"]["groups"]:
             return z_NM[:, spec["num_common"] // spec["group_size"] :], None
-        size_NF = prepared.predictor.sizes(z_NM, self.parts.act, gated=gated)
+        size_NF = predictor.sizes(z_NM, self.parts.act, gated=gated)
         score_NF = self.scores(size_NF, prepared.norm_F)
         unit_NS = unit_scores(score_NF[:, spec["num_common"] :], spec["group_size"])
-        if prepared.estimate_FD is None:
+        if widened.estimate_FD is None:
             return unit_NS, None
-        return unit_NS, prepared.predictor.values(z_NM, self.parts.act, gated=gated)
+        return unit_NS, predictor.values(z_NM, self.parts.act, gated=gated)
 
     def count(
         self, num_rows: int, dense_rows: torch.Tensor, *, kept: Any = 0, candidates: Any = 0
@@ -285,7 +283,7 @@ class SparseFfn(nn.Module):
 
     def _with_rest(self, y_ND: torch.Tensor, rest_NF: torch.Tensor) -> torch.Tensor:
         """The output with what the neurons left out add by the low-bit copy."""
-        return y_ND + (rest_NF @ self.prepared.estimate_FD).to(y_ND.dtype)
+        return y_ND + (rest_NF @ self.widened().estimate_FD).to(y_ND.dtype)
 
     def _hidden(self, x_ND: torch.Tensor) -> torch.Tensor:
         parts = self.parts
@@ -344,16 +342,16 @@ class SparseFfn(nn.Module):
         return parts.act(gate_1C) * up_1C
 
     def _down(self, h_1K: torch.Tensor, index_K: torch.Tensor) -> torch.Tensor:
-        down, prepared = self.parts.down, self.prepared
-        if index_K.shape[0] == prepared.down_FD.shape[0]:
+        down, down_FD = self.parts.down, self.widened().down_FD
+        if index_K.shape[0] == down_FD.shape[0]:
             return down.run(h_1K)
         offset = torch.zeros(1, dtype=torch.int64, device=h_1K.device)
         y_1D = F.embedding_bag(
             index_K,
-            prepared.down_FD,
+            down_FD,
             offset,
             mode="sum",
-            per_sample_weights=h_1K[0].to(prepared.down_FD.dtype),
+            per_sample_weights=h_1K[0].to(down_FD.dtype),
         )
         bias = down.bias()
         return y_1D if bias is None else y_1D + bias

@@ -7,6 +7,7 @@ or groups of neurons).
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -216,6 +217,29 @@ class Predictor:
         if scaled_ND.shape[0] == 1:
             return scaled_ND[:, loud_NI[0]] @ self.copy[loud_NI[0]]
         return (scaled_ND * members_mask(loud_NI, scaled_ND.shape[1])) @ self.copy
+
+
+@dataclass(frozen=True)
+class Widened:
+    """What the PyTorch path reads beside the weights, in types that products take."""
+
+    predictor: Predictor
+    down_FD: torch.Tensor  # the output vectors by rows
+    estimate_FD: Any  # their low-bit copy for neurons that are not selected, or None
+
+    @classmethod
+    def build(
+        cls, spec: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], down_FD: torch.Tensor
+    ) -> "Widened":
+        """The copies for one layer: 12 bytes for each weight of `down_FD` or more."""
+        width, rest = down_FD.shape[1], spec.get("unselected")
+        # Gradients pass through them: inference tensors cannot serve those.
+        with torch.inference_mode(False), torch.no_grad():
+            return cls(
+                Predictor(spec["predictor"], tensors, width),
+                down_FD.detach().contiguous(),
+                None if rest is None else decode_down(tensors, rest, width),
+            )
 
 
 def _two_point_size(above_NF: torch.Tensor, below_NF: torch.Tensor) -> torch.Tensor:
