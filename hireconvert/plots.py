@@ -39,6 +39,17 @@ class LayerBudget:
 
 
 @dataclass(frozen=True)
+class SpeedPoint:
+    """One way to decode a model; `ours` tells the series. `kl` None: quality was not measured."""
+
+    name: str
+    ours: bool
+    ms: float
+    bytes_per_token: float
+    kl: float | None
+
+
+@dataclass(frozen=True)
 class QualityPoint:
     """One checkpoint on one text: bytes read as a share of dense, what perplexity rose by."""
 
@@ -118,23 +129,73 @@ def quality_against_bytes(points: Sequence[QualityPoint]) -> str:
         return _svg(figure)
 
 
+def quality_against_speed(points: Sequence[SpeedPoint], gb_per_s: float) -> str:
+    """KL against ms and against bytes per token; without any KL, ms against bytes.
+
+    `gb_per_s` draws how long reading the bytes takes at least, where both are shown.
+    """
+    measured = [point for point in points if point.kl is not None]
+    with _figure(10.5, 4.6, columns=2 if measured else 1) as (figure, axes):
+        if measured:
+            _scatter(axes[0], [(p, _drawable(p.ms), _visible(p.kl)) for p in measured])
+            _scatter(
+                axes[1],
+                [(p, _drawable(p.bytes_per_token / 1e6), _visible(p.kl)) for p in measured],
+            )
+            for panel in axes:
+                panel.set_yscale("log")
+                panel.set_ylabel("KL from the original, nats")
+            axes[0].set_xlabel("ms per token")
+            axes[1].set_xlabel("MB read per token")
+            return _svg(figure)
+        _scatter(axes[0], [(p, p.bytes_per_token / 1e6, _drawable(p.ms)) for p in points])
+        most = max(point.bytes_per_token for point in points)
+        axes[0].plot([0, most / 1e6], [0, most / gb_per_s / 1e6], color=GREY, lw=0.8)
+        axes[0].set_xlabel("MB read per token; the line is what memory allows")
+        axes[0].set_ylabel("ms per token")
+        return _svg(figure)
+
+
+_LEAST_KL = 1e-5  # on a logarithmic axis, what is equal lies here
+
+
+def _visible(kl: float | None) -> float:
+    return max(_LEAST_KL, _drawable(kl or 0.0))
+
+
+def _scatter(axes: Any, places: Sequence[tuple[SpeedPoint, float, float]]) -> None:
+    """Points named, ours and the others in two colours."""
+    for ours, color, label in ((True, BLUE, "hireconvert"), (False, RED, "others")):
+        found = [(x, y) for point, x, y in places if point.ours == ours]
+        if found:
+            axes.scatter(*_columns(found), color=color, s=18, label=label)
+    for point, x, y in places:
+        offset: Mapping[str, Any] = {"textcoords": "offset points", "xytext": (4, 4)}
+        axes.annotate(_label(point.name), (x, y), fontsize=6.5, color="#444", **offset)
+    axes.margins(x=0.15, y=0.1)
+    axes.legend(fontsize=8, frameon=False)
+
+
 # --------------------------------------------------------------------------- the canvas
 
 
 @contextmanager
-def _figure(width: float, height: float, rows: int = 1) -> Iterator[tuple[Any, tuple[Any, ...]]]:
-    """A figure in inches and its axes from the top down, under the style of all plots."""
+def _figure(
+    width: float, height: float, rows: int = 1, columns: int = 1
+) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """A figure in inches and its axes from the top down or side by side, in the style of all."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError(
-            "a report needs matplotlib, which is not installed: pip install 'hireconvert[report]'."
+            "plots need matplotlib, which is not installed: pip install 'hireconvert[report]'."
         ) from error
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.subplots(rows, 1, squeeze=False, sharex=True, height_ratios=(2, 1)[:rows])
-        yield figure, tuple(axes[:, 0])
+        shape: Mapping[str, Any] = {"squeeze": False, "height_ratios": (2, 1)[:rows]}
+        axes = figure.subplots(rows, columns, sharex=columns == 1, **shape)
+        yield figure, tuple(axes.flatten())
 
 
 def _svg(figure: Any) -> str:
