@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 
-from hireconvert.arms import Arm, Load, Tick, divergences, medians_at, run_rounds
+from hireconvert.arms import Arm, Load, Reference, medians_at, run_rounds
 from hireconvert.data import evaluation_windows
 from hireconvert.errors import InputError, UsageError
 from hireconvert.evaluate import builtin_text
@@ -112,17 +112,14 @@ def bench(folder: Path, request: Request, reporter: Reporter) -> dict[str, Any]:
         main = Load(main_T, request.batches[0], request.num_tokens)
         with reporter.stage("decoding", len(arms) + request.rounds) as advance:
             run_rounds(arms, main, rounds=request.rounds, tick=advance)
-        places = len(request.contexts) + len(request.batches) - 2
-        with reporter.stage("growth", places) as advance:
-            rows = growth(session, prompt_T, advance)
+        rows = growth(session, prompt_T, reporter)
         parts = {
             name: converted.parts(way, main_T)
             for name, way in (("dense", Way()), ("sparse", session.ways()[BOTH]))
         }
         subjects = [_subject_facts(subject) for subject in session.subjects]
         if ids_WT is not None:
-            with reporter.stage("quality", len(ids_WT)) as advance:
-                measure_quality(session, stack, ids_WT, advance)
+            measure_quality(session, stack, ids_WT, reporter)
         return {
             "checkpoint": {key: facts[key] for key in ("recipe", "architecture")},
             "settings": _settings(session),
@@ -138,7 +135,7 @@ def bench(folder: Path, request: Request, reporter: Reporter) -> dict[str, Any]:
         }
 
 
-def growth(session: Session, ids_T: Sequence[int], tick: Tick) -> list[dict[str, Any]]:
+def growth(session: Session, ids_T: Sequence[int], reporter: Reporter) -> list[dict[str, Any]]:
     """Median ms per step where context or batch grow; the first row is the main table's."""
     request = session.request
     context, batch = request.contexts[0], request.batches[0]
@@ -146,15 +143,21 @@ def growth(session: Session, ids_T: Sequence[int], tick: Tick) -> list[dict[str,
     arms = [a for a in session.arms if a.name in names or isinstance(a.subject, LlamaSubject)]
     rows = [{"context": context, "batch": batch, "ms": {arm.name: arm.median_ms for arm in arms}}]
     places = [(more, batch) for more in request.contexts[1:]]
-    for length, size in (*places, *((context, more) for more in request.batches[1:])):
-        load = Load(ids_T[:length], size, request.num_tokens)
-        found = medians_at(arms, load, rounds=min(_GROWTH_ROUNDS, request.rounds))
-        rows.append({"context": length, "batch": size, "ms": found})
-        tick(f"context {length}, batch {size}")
+    places += [(context, more) for more in request.batches[1:]]
+    if not places:
+        return rows
+    with reporter.stage("growth", len(places)) as advance:
+        for length, size in places:
+            load = Load(ids_T[:length], size, request.num_tokens)
+            found = medians_at(arms, load, rounds=min(_GROWTH_ROUNDS, request.rounds))
+            rows.append({"context": length, "batch": size, "ms": found})
+            advance(f"context {length}, batch {size}")
     return rows
 
 
-def measure_quality(session: Session, stack: ExitStack, ids_WT: torch.Tensor, tick: Tick) -> None:
+def measure_quality(
+    session: Session, stack: ExitStack, ids_WT: torch.Tensor, reporter: Reporter
+) -> None:
     """Divergence of all arms from the dense model at the dtype it is stored in."""
     reference, stored = session.arms[0], stored_dtype(session.tensors)
     if session.dtype != stored:
@@ -163,7 +166,13 @@ def measure_quality(session: Session, stack: ExitStack, ids_WT: torch.Tensor, ti
         reference = Arm("reference", subject, Way(), 0)
     # A compiled model computes what the eager one does, and is compiled for decoding.
     plain = [arm for arm in session.arms if "compiled" not in arm.name]
-    divergences(reference, plain, ids_WT, tick)
+    with (
+        reporter.stage("quality", len(ids_WT) + len(plain)) as advance,
+        Reference(reference, ids_WT, advance) as original,
+    ):
+        for arm in plain:
+            original.compare(arm)
+            advance(arm.name)
 
 
 def _settings(session: Session) -> dict[str, Any]:

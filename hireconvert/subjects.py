@@ -98,7 +98,7 @@ class TorchSubject:
     def logits(self, way: Way, ids_T: Sequence[int], path: Path) -> torch.Tensor:
         """Float32 [T, V] at every position, selecting at every position; they lie in `path`."""
         found = self._ask("logits", way=way.to_dict(), ids=list(ids_T), path=str(path))
-        return _mapped(path, found["rows"], found["vocabulary"])
+        return mapped(path, found["rows"], found["vocabulary"])
 
     def parts(self, way: Way, ids_T: Sequence[int]) -> dict[str, float]:
         """Milliseconds that all FFNs and the head take for one row, each measured alone."""
@@ -136,7 +136,7 @@ class LlamaSubject:
     def logits(self, way: Way, ids_T: Sequence[int], path: Path) -> torch.Tensor:
         """Float32 [T, V] at every position; they lie in `path`, whose name may hold no space."""
         found = self._worker.ask(f"logits {path} {_numbers(ids_T)}")
-        return _mapped(path, found["rows"], found["vocabulary"])
+        return mapped(path, found["rows"], found["vocabulary"])
 
     def memory(self) -> dict[str, Any]:
         """As `TorchSubject.memory`."""
@@ -172,8 +172,8 @@ def _numbers(ids_T: Sequence[int]) -> str:
     return " ".join(str(token) for token in ids_T)
 
 
-def _mapped(path: Path, rows: int, vocabulary: int) -> torch.Tensor:
-    """The numbers of a file, read when they are used."""
+def mapped(path: Path, rows: int, vocabulary: int) -> torch.Tensor:
+    """The logits in a file, float32 [rows, vocabulary]. Raises InputError when it holds others."""
     if path.stat().st_size != 4 * rows * vocabulary:
         raise InputError(f"the logits in {path} are not {rows} rows of {vocabulary} numbers.")
     return torch.from_numpy(np.fromfile(path, dtype=np.float32).reshape(rows, vocabulary))
