@@ -8,10 +8,10 @@
 MODEL is the folder that OUT was converted from; every GGUF file in RIVALS takes part. One converted
 folder serves all our points: its shares of neurons and its head are set in memory, as a predictor
 depends on neither. KL is measured against MODEL as stored, selection forced at every position;
-times come from plain `generate()`, rivals' from around `llama_decode`. RESULTS/NAME.jsonl keeps every row
-as it is measured, so that a run that was stopped goes on with the same command; RESULTS/NAME.md is
-the table, NAME.svg the plot. With --doc the table takes the place of what the file holds between
-the marks of NAME, and the plot lies beside it.
+times come from plain `generate()`, rivals' from around `llama_decode`. RESULTS/NAME.jsonl keeps
+every row as it is measured, so that a run that was stopped goes on with the same command;
+RESULTS/NAME.md is the table, NAME.svg the plot. With --doc the table takes the place of what the
+file holds between the marks of NAME, and the plot lies beside it.
 """
 
 import argparse
@@ -76,6 +76,7 @@ def our_ways(keeps: Sequence[float], heads: Sequence[str]) -> dict[str, Way]:
 
 def load(session: Session, stack: ExitStack, ways: Mapping[str, Way], prompt: list[int]) -> Arm:
     """Load everything as arms of the session; gives the original, as it is stored."""
+    load_rivals(session, stack, prompt)  # first: a wrong file should not cost minutes
     stored = stored_dtype(session.tensors)
     subjects = {}
     for dtype in dict.fromkeys((stored, session.dtype, "bfloat16")):
@@ -87,8 +88,7 @@ def load(session: Session, stack: ExitStack, ways: Mapping[str, Way], prompt: li
     ours = stack.enter_context(TorchSubject(OURS, model))
     for name, way in ways.items():
         session.add(name, ours, way, session.bytes_of(way))
-    load_rivals(session, stack, prompt)
-    return session.arms[0]
+    return next(arm for arm in session.arms if arm.name == f"PyTorch {stored}")
 
 
 # --------------------------------------------------------------------------- rows on disk

@@ -102,12 +102,12 @@ def bench(folder: Path, request: Request, reporter: Reporter) -> dict[str, Any]:
             stream = measure_stream(stream_bytes(), session.threads)
             advance()
         with reporter.stage("loading", 3) as advance:
+            load_rivals(session, stack, main_T)  # first: a wrong file should not cost minutes
+            advance("rivals")
             load_dense(session, stack)
             advance("dense")
             converted = load_converted(session, stack)
             advance("converted")
-            load_rivals(session, stack, main_T)
-            advance("rivals")
         arms = session.arms
         main = Load(main_T, request.batches[0], request.num_tokens)
         with reporter.stage("decoding", len(arms) + request.rounds) as advance:
@@ -159,7 +159,8 @@ def measure_quality(
     session: Session, stack: ExitStack, ids_WT: torch.Tensor, reporter: Reporter
 ) -> None:
     """Divergence of all arms from the dense model at the dtype it is stored in."""
-    reference, stored = session.arms[0], stored_dtype(session.tensors)
+    reference = next(arm for arm in session.arms if arm.name == DENSE)
+    stored = stored_dtype(session.tensors)
     if session.dtype != stored:
         model = TorchModel(session.dense, stored, session.threads)
         subject = stack.enter_context(TorchSubject(f"{DENSE} {stored}", model))

@@ -127,7 +127,7 @@ class Served:
             self.ways.require_sparse(way, batch * (num_tokens - 1))
         return {"first_ms": trace.first_ms, "token_ms": trace.token_ms}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(self, request: Request) -> dict[str, Any]:
         """Writes float32 [T, V]; a converted model selects at every position."""
         way, ids_1T = request["way"], torch.tensor([request["ids"]])
@@ -142,7 +142,7 @@ class Served:
         logits_TV.numpy().tofile(request["path"])
         return {"rows": logits_TV.shape[0], "vocabulary": logits_TV.shape[1]}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def parts(self, request: Request) -> dict[str, Any]:
         """Milliseconds of all FFNs and of the head, each alone, for the prompt's last row."""
         way, ids_1T = request["way"], torch.tensor([request["ids"]])

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hireconvert.accounting import TensorTable
+from hireconvert.accounting import TensorTable, head_entry
 from hireconvert.arms import Arm, fastest_threads
 from hireconvert.checkpoint import open_checkpoint
 from hireconvert.errors import InputError
@@ -165,11 +165,20 @@ def load_converted(session: Session, stack: ExitStack) -> TorchSubject:
 
 
 def load_rivals(session: Session, stack: ExitStack, ids_T: Sequence[int]) -> None:
-    """One arm for each GGUF file, with the number of threads that suits it best."""
+    """One arm for each GGUF file, with the number of threads that suits it best.
+
+    Raises InputError for a file that does not load or is no form of the same model.
+    """
+    vocabulary = head_entry(session.tensors, session.text_config.vocab_size)[1][0]
     for path in session.request.rivals:
         subject = stack.enter_context(
             LlamaSubject(f"llama.cpp {path.stem}", path, threads=session.threads)
         )
+        if session.request.kl_tokens and subject.facts["vocabulary"] != vocabulary:
+            raise InputError(
+                f"{path} has a vocabulary of {subject.facts['vocabulary']} tokens, the model "
+                f"{vocabulary}: it is no form of the same model, so its quality has no measure."
+            )
         fastest_threads(subject, ids_T, session.threads)
         session.subjects.append(subject)
         session.add(subject.name, subject, Way(), subject.facts["bytes_per_token"])
