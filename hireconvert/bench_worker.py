@@ -105,15 +105,21 @@ class Served:
             "load_ms": self.load_ms,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
-            "path": self._native_path(),
+            **self._native_path(),
         }
 
-    def _native_path(self) -> str | None:
-        """What of the library decodes, as the line logged at load says; None: PyTorch does."""
+    def _native_path(self) -> dict[str, Any]:
+        """`path`: what of the library decodes, None for nothing; `step`: whether whole steps do."""
+        found: dict[str, Any] = {"path": None, "step": False}
         if not self.hire:
-            return None
-        found = hire_native.path(hire_layers(self.model).values())
-        return found if found.startswith("native") else None
+            return found
+        ffns = hire_native.path(hire_layers(self.model).values())
+        if ffns.startswith("native"):
+            found["path"] = ffns
+        step: Any = base_model(self.model).hire_step
+        if step.reason is None:
+            found = {"path": step.path(base_model(self.model)), "step": True}
+        return found
 
     def decode(self, request: Request) -> dict[str, Any]:
         """Times of a greedy decode."""

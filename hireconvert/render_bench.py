@@ -77,10 +77,12 @@ def _arms(arms: list[Result]) -> Table:
 
 
 def _bound(bound: Result) -> Text:
-    return Text(
-        f"bytes bound the gain over dense at {bound['ratio']:.2f}; {bound['reached']:.2f} was "
-        f"reached, {bound['share']:.0%} of it"
-    )
+    lines = [
+        f"bytes bound the gain over '{name}' at {each['ratio']:.2f}; {each['reached']:.2f} was "
+        f"reached, {each['share']:.0%} of it"
+        for name, each in bound.items()
+    ]
+    return Text("\n".join(lines))
 
 
 def _breakdown(breakdown: Result) -> Table:

@@ -94,12 +94,16 @@ def way_bytes(
     `dtype` is that of the weights in memory. The cache of keys and values is not counted.
     """
     stored = {name: (DTYPES[dtype], shape) for name, (_, shape) in tensors.items()}
-    ffn, head = hire["ffn"] if way.ffn else None, None
-    if ffn is not None and way.keep is not None:
-        keep = way.keep
+    ffn, head, keep = hire["ffn"] if way.ffn else None, None, way.keep
+    if keep is not None and keep >= 1:
+        ffn = None  # the kernels read the dense matrices
+    if ffn is not None and keep is not None:
         layers = [layer and {**layer, **counts_at(layer, keep)} for layer in ffn["layers"]]
         ffn = {**ffn, "layers": layers}
     if way.head:
         head = hire["head"] if way.head_spec is None else way.head_spec
-    found = token_bytes({**hire, "ffn": ffn, "head": head}, stored, config)
+    # Codes of the attention's matrices are what the kernels read, Transformers the matrices.
+    attention = hire.get("attention") if way.ffn else None
+    changed = {**hire, "ffn": ffn, "head": head, "attention": attention}
+    found = token_bytes(changed, stored, config)
     return int(found["converted"])

@@ -22,7 +22,7 @@ from hireconvert.loading import native_config, read_config
 from hireconvert.roofline import DTYPES, way_bytes
 from hireconvert.subjects import LlamaSubject, Subject, TorchModel, TorchSubject, Way
 
-DENSE, BOTH = "dense", "converted"
+DENSE, OWN_DENSE, BOTH = "dense", "converted, nothing sparse", "converted"
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,17 @@ class Session:
         self.arms.append(arm)
         return arm
 
-    def ways(self) -> dict[str, Way]:
-        """The arms of the converted model, from dense to all that is sparse."""
+    def ways(self, step: bool) -> dict[str, Way]:
+        """The arms of the converted model, from dense to all that is sparse.
+
+        `step`: whether the kernels run whole decode steps, so that a dense FFN runs by them too.
+        """
         ffn, head = self.hire["ffn"] is not None, self.hire["head"] is not None
-        found = {"converted, nothing sparse": Way()}
+        dense: dict[str, Any] = {"ffn": True, "keep": 1.0} if step else {}
+        found = {OWN_DENSE: Way(**dense)}
         if ffn and head:
-            found |= {"converted, head": Way(head=True), "converted, FFN": Way(ffn=True)}
-        return {**found, BOTH: Way(ffn=ffn, head=head)}
+            found |= {"converted, head": Way(**dense, head=True), "converted, FFN": Way(ffn=True)}
+        return {**found, BOTH: Way(ffn=True, head=head)}
 
 
 def stored_dtype(tensors: TensorTable) -> str:
@@ -152,11 +156,12 @@ def load_converted(session: Session, stack: ExitStack) -> TorchSubject:
     model = TorchModel(session.folder, session.dtype, session.threads, kind="hire")
     subject = stack.enter_context(TorchSubject(BOTH, model))
     session.subjects.append(subject)
-    for name, way in session.ways().items():
+    ways = session.ways(subject.facts["step"])
+    for name, way in ways.items():
         session.add(name, subject, way, session.bytes_of(way))
     if subject.facts["path"] is None:
         return subject
-    name, way = "converted, PyTorch path", session.ways()[BOTH]
+    name, way = "converted, PyTorch path", ways[BOTH]
     slow = TorchModel(**{**vars(model), "native": "off"})
     other = stack.enter_context(TorchSubject(name, slow))
     session.subjects.append(other)

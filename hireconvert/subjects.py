@@ -31,8 +31,10 @@ _PACKAGE = Path(__file__).parent
 class Way:
     """One way to run a subject.
 
-    `ffn`: the FFN selects; `keep`: the share of neurons it computes, None as converted. `head`:
-    the head selects, by the settings of `head_spec` in place of the converted ones where given.
+    `ffn`: decode steps run as converted, by the kernels where they can; without it, as
+    Transformers does. `keep`: the share of neurons they compute, None as converted; 1.0 is a dense
+    FFN through our own kernels. `head`: the head selects, by the settings of `head_spec` in place
+    of the converted ones where given.
     """
 
     ffn: bool = False

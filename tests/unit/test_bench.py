@@ -291,6 +291,7 @@ def test_bytes_of_every_way_are_those_of_the_accounting() -> None:
     saved = found["ffn"]["dense"] - found["ffn"]["converted"]
     assert read(Way(ffn=True)) == found["dense"] - saved
     assert read(Way(ffn=True, keep=0.5)) == read(Way(ffn=True))
+    assert read(Way(ffn=True, keep=1.0)) == found["dense"]
     # A neuron more or less is one row of gate, up and down in bfloat16.
     assert read(Way(ffn=True, keep=0.25)) == read(Way(ffn=True)) - 24 * 3 * 32 * 2
     assert read(Way(head=True, head_spec=head_spec(certify_top=8))) > read(Way(head=True))
