@@ -2,16 +2,16 @@
 
     python benchmarks/fetch_llama.py
     python benchmarks/make_rivals.py MODEL --out RIVALS
-    python benchmarks/frontier.py NAME --model MODEL --converted OUT --rivals RIVALS --text TEXT \\
-        --out RESULTS [--doc docs/performance.md]
+    python benchmarks/frontier.py NAME --model MODEL --converted OUT [OUT] --rivals RIVALS \\
+        --text TEXT --out RESULTS [--doc docs/performance.md]
 
-MODEL is the folder that OUT was converted from; every GGUF file in RIVALS takes part. One converted
-folder serves all our points: its shares of neurons and its head are set in memory, as a predictor
-depends on neither. KL is measured against MODEL as stored, selection forced at every position;
-times come from plain `generate()`, rivals' from around `llama_decode`. RESULTS/NAME.jsonl keeps
-every row as it is measured, so that a run that was stopped goes on with the same command;
-RESULTS/NAME.md is the table, NAME.svg the plot. With --doc the table takes the place of what the
-file holds between the marks of NAME, and the plot lies beside it.
+MODEL is the folder that OUT (one or several) was converted from; every GGUF file of its name in
+RIVALS takes part. A converted folder serves many points: shares of neurons and heads are set in
+memory, as a predictor depends on neither. KL is measured against MODEL as stored, selection forced
+at every position; times come from plain `generate()`, rivals' from around `llama_decode`.
+RESULTS/NAME.jsonl keeps every row as it is measured, so that a run that was stopped goes on with
+the same command; RESULTS/NAME.md is the table, NAME.svg the plot. With --doc the table takes the
+place of what the file holds between the marks of NAME, and the plot lies beside it.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,14 @@ from hireconvert.arms import Arm, Load, Reference, one_round, warm_up
 from hireconvert.bench import check_request, machine, prompt_and_windows, versions
 from hireconvert.errors import HireError
 from hireconvert.figures import number, size
+from hireconvert.inspection import dense_table
 from hireconvert.plots import SpeedPoint, quality_against_speed
 from hireconvert.render import make_reporter
 from hireconvert.roofline import measure_stream, stream_bytes
 from hireconvert.session import DENSE, Request, Session, load_rivals, open_session, stored_dtype
 from hireconvert.subjects import TorchModel, TorchSubject, Way
 
-KEEPS = (0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)
+KEEPS = (1.0, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)
 OURS = "ours"
 _HEAD: dict[str, Any] = {
     "kind": "q",
@@ -52,6 +53,7 @@ _HEAD: dict[str, Any] = {
 }
 HEADS: dict[str, dict[str, Any] | None] = {
     "dense": None,
+    "own": None,  # as converted
     "int8": _HEAD,
     "int8 top 1": {**_HEAD, "certify_top": 1},
     "int4": {**_HEAD, "bits": 4, "block": 32, "certified": False},
@@ -61,33 +63,43 @@ HEADS: dict[str, dict[str, Any] | None] = {
 # --------------------------------------------------------------------------- what takes part
 
 
-def our_ways(keeps: Sequence[float], heads: Sequence[str]) -> dict[str, Way]:
-    """Every share with every head, and each sparse head with a dense FFN."""
+def our_ways(keeps: Sequence[float], heads: Sequence[str], own_head: bool) -> dict[str, Way]:
+    """Every share with every head, by a name that says both; 1 is dense through our kernels.
+
+    The head `own`, as converted, is left out where the folder has none.
+    """
     ways = {}
     for head in heads:
-        spec = HEADS[head]
-        if spec is not None:
-            ways[f"{OURS}: FFN dense, head {head}"] = Way(head=True, head_spec=spec)
+        if head == "own" and not own_head:
+            continue
         for keep in keeps:
-            name = f"{OURS}: keep {keep:g}, head {head}"
-            ways[name] = Way(ffn=True, keep=keep, head=spec is not None, head_spec=spec)
+            way = Way(ffn=True, keep=keep, head=head != "dense", head_spec=HEADS[head])
+            ways[f"keep {keep:g}, head {head}"] = way
     return ways
 
 
-def load(session: Session, stack: ExitStack, ways: Mapping[str, Way], prompt: list[int]) -> Arm:
+def load_ours(session: Session, stack: ExitStack, folder: Path, options: Any) -> None:
+    """The arms of one converted folder, with the bytes that follow from its own settings."""
+    alone = replace(session.request, baseline=None)
+    other, _ = stack.enter_context(open_session(folder, alone))
+    model = TorchModel(folder, session.dtype, session.threads, kind="hire")
+    label = f"{OURS} {folder.resolve().name}"
+    subject = stack.enter_context(TorchSubject(label, model))
+    ways = our_ways(options.keep, options.heads, other.hire["head"] is not None)
+    for name, way in ways.items():
+        session.add(f"{label}: {name}", subject, way, other.bytes_of(way, session.dtype))
+
+
+def load(session: Session, stack: ExitStack, prompt: list[int], options: Any) -> Arm:
     """Load everything as arms of the session; gives the original, as it is stored."""
     load_rivals(session, stack, prompt)  # first: a wrong file should not cost minutes
-    stored = stored_dtype(session.tensors)
-    subjects = {}
+    stored = stored_dtype(dense_table(session.dense))
     for dtype in dict.fromkeys((stored, session.dtype, "bfloat16")):
         model = TorchModel(session.dense, dtype, session.threads)
-        subjects[dtype] = stack.enter_context(TorchSubject(f"{DENSE} {dtype}", model))
-        way_bytes = session.bytes_of(Way(), dtype)
-        session.add(f"PyTorch {dtype}", subjects[dtype], Way(), way_bytes)
-    model = TorchModel(session.folder, session.dtype, session.threads, kind="hire")
-    ours = stack.enter_context(TorchSubject(OURS, model))
-    for name, way in ways.items():
-        session.add(name, ours, way, session.bytes_of(way))
+        subject = stack.enter_context(TorchSubject(f"{DENSE} {dtype}", model))
+        session.add(f"PyTorch {dtype}", subject, Way(), session.bytes_of(Way(), dtype))
+    for folder in options.converted:
+        load_ours(session, stack, folder, options)
     return next(arm for arm in session.arms if arm.name == f"PyTorch {stored}")
 
 
@@ -215,12 +227,28 @@ def table(rows: Sequence[Mapping[str, Any]], store: Store) -> str:
     return "\n".join(lines) + "\n"
 
 
+def series(name: str) -> str:
+    """Which points of the plot belong together."""
+    if name.startswith(OURS):
+        folder, _, settings = name.removeprefix(f"{OURS} ").partition(": ")
+        return f"hireconvert {folder}, {settings.rpartition(', ')[2]}"
+    return "llama.cpp" if name.startswith("llama.cpp") else "PyTorch"
+
+
+def short_name(name: str) -> str:
+    """What stands beside the point: the share of neurons, the type of a file, the dtype."""
+    if name.startswith(OURS):
+        return name.partition(": keep ")[2].partition(",")[0]
+    return name.rpartition(".")[2] if name.startswith("llama.cpp") else name.rpartition(" ")[2]
+
+
 def draw(rows: Sequence[Mapping[str, Any]], store: Store) -> str:
     """The plot as SVG text."""
     shown = [
         SpeedPoint(
-            name=row["name"].removeprefix("llama.cpp ").removeprefix(f"{OURS}: "),
-            ours=row["name"].startswith(OURS),
+            name=short_name(row["name"]),
+            series=series(row["name"]),
+            joined=row["name"].startswith(OURS),
             ms=row["ms"],
             bytes_per_token=row["bytes"],
             kl=row["kl"],
@@ -265,11 +293,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name")
-    for flag in ("--model", "--converted", "--rivals", "--text", "--out"):
+    for flag in ("--model", "--rivals", "--text", "--out"):
         parser.add_argument(flag, type=Path, required=True)
+    parser.add_argument("--converted", type=Path, nargs="+", required=True)
     parser.add_argument("--doc", type=Path)
     parser.add_argument("--keep", type=float, nargs="*", default=list(KEEPS))
-    parser.add_argument("--heads", nargs="+", choices=list(HEADS), default=["dense", "int8"])
+    parser.add_argument("--heads", nargs="+", choices=list(HEADS), default=["dense", "own", "int8"])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--context", type=int, default=64)
@@ -300,11 +329,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if not options.only_draw:
             check_request(request)
-            with open_session(options.converted, request) as (session, stack):
+            with open_session(options.converted[0], request) as (session, stack):
                 text = options.text.read_text(encoding="utf-8")
                 prompt, ids = prompt_and_windows(session, text)
-                ways = our_ways(options.keep, options.heads)
-                reference = load(session, stack, ways, prompt)
+                reference = load(session, stack, prompt, options)
                 note_arms(session, store)
                 measure(session, store, reference, ids, prompt)
         publish(store, options.name, options.out, options.doc)

@@ -22,7 +22,7 @@ from hireconvert.arms import Arm, Load, Reference, medians_at, run_rounds
 from hireconvert.data import evaluation_windows
 from hireconvert.errors import InputError, UsageError
 from hireconvert.evaluate import builtin_text
-from hireconvert.inspection import inspect_checkpoint
+from hireconvert.inspection import dense_table, inspect_checkpoint
 from hireconvert.roofline import DTYPES, measure_stream, stream_bytes
 from hireconvert.session import (
     BOTH,
@@ -159,7 +159,7 @@ def measure_quality(
 ) -> None:
     """Divergence of all arms from the dense model at the dtype it is stored in."""
     reference = next(arm for arm in session.arms if arm.name == DENSE)
-    stored = stored_dtype(session.tensors)
+    stored = stored_dtype(dense_table(session.dense))
     if session.dtype != stored:
         model = TorchModel(session.dense, stored, session.threads)
         subject = stack.enter_context(TorchSubject(f"{DENSE} {stored}", model))

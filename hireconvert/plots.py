@@ -15,6 +15,7 @@ BLUE, PALE, RED, GREY = "#2563a8", "#b9d2ea", "#c2492f", "#8a8f98"
 _SERIES = (BLUE, RED, "#3f8f4f", "#8d5fa8", "#b8860b", "#2a8c8c")
 _LABEL_LENGTH = 40
 _LARGEST = 1e6
+_LEAST_KL = 1e-5
 _STYLE: Any = {
     "svg.hashsalt": "hireconvert",  # the same page for the same figures
     "svg.fonttype": "path",
@@ -40,10 +41,14 @@ class LayerBudget:
 
 @dataclass(frozen=True)
 class SpeedPoint:
-    """One way to decode a model; `ours` tells the series. `kl` None: quality was not measured."""
+    """One way to decode a model. `kl` None: quality was not measured.
+
+    Points of one `series` share a colour; `joined`, they are settings of one dial and a line.
+    """
 
     name: str
-    ours: bool
+    series: str
+    joined: bool
     ms: float
     bytes_per_token: float
     kl: float | None
@@ -135,44 +140,43 @@ def quality_against_speed(points: Sequence[SpeedPoint], gb_per_s: float) -> str:
     `gb_per_s` draws how long reading the bytes takes at least, where both are shown.
     """
     measured = [point for point in points if point.kl is not None]
-    with _figure(10.5, 4.6, columns=2 if measured else 1) as (figure, axes):
-        if measured:
-            _scatter(axes[0], [(p, _drawable(p.ms), _visible(p.kl)) for p in measured])
-            _scatter(
-                axes[1],
-                [(p, _drawable(p.bytes_per_token / 1e6), _visible(p.kl)) for p in measured],
-            )
-            for panel in axes:
-                panel.set_yscale("log")
-                panel.set_ylabel("KL from the original, nats")
-            axes[0].set_xlabel("ms per token")
-            axes[1].set_xlabel("MB read per token")
+    with _figure(11.0, 5.5, columns=2 if measured else 1) as (figure, axes):
+        if not measured:
+            _scatter(axes[0], [(p, p.bytes_per_token / 1e6, p.ms) for p in points])
+            most = max(point.bytes_per_token for point in points)
+            axes[0].plot([0, most / 1e6], [0, most / gb_per_s / 1e6], color=GREY, lw=0.8)
+            axes[0].set_xlabel("MB read per token; the grey line is what memory allows")
+            axes[0].set_ylabel("ms per token")
             return _svg(figure)
-        _scatter(axes[0], [(p, p.bytes_per_token / 1e6, _drawable(p.ms)) for p in points])
-        most = max(point.bytes_per_token for point in points)
-        axes[0].plot([0, most / 1e6], [0, most / gb_per_s / 1e6], color=GREY, lw=0.8)
-        axes[0].set_xlabel("MB read per token; the line is what memory allows")
-        axes[0].set_ylabel("ms per token")
+        _scatter(axes[0], [(p, p.ms, _visible(p.kl)) for p in measured])
+        _scatter(axes[1], [(p, p.bytes_per_token / 1e6, _visible(p.kl)) for p in measured])
+        axes[0].set_xlabel("ms per token")
+        axes[1].set_xlabel("MB read per token")
+        for panel in axes:
+            panel.set_yscale("log")
+            panel.yaxis.set_major_formatter("{x:g}")
+        axes[0].set_ylabel("KL from the original, nats (lower is better)")
         return _svg(figure)
 
 
-_LEAST_KL = 1e-5  # on a logarithmic axis, what is equal lies here
-
-
 def _visible(kl: float | None) -> float:
-    return max(_LEAST_KL, _drawable(kl or 0.0))
+    """On a logarithmic axis, what is equal lies at the bottom."""
+    return max(_LEAST_KL, kl or 0.0)
 
 
 def _scatter(axes: Any, places: Sequence[tuple[SpeedPoint, float, float]]) -> None:
-    """Points named, ours and the others in two colours."""
-    for ours, color, label in ((True, BLUE, "hireconvert"), (False, RED, "others")):
-        found = [(x, y) for point, x, y in places if point.ours == ours]
-        if found:
-            axes.scatter(*_columns(found), color=color, s=18, label=label)
+    """Named points, each series in its colour."""
+    for index, series in enumerate(dict.fromkeys(point.series for point, _, _ in places)):
+        color = _SERIES[index % len(_SERIES)]
+        found = sorted((x, y) for point, x, y in places if point.series == series)
+        joined = any(point.joined for point, _, _ in places if point.series == series)
+        line = {"lw": 0.9 if joined else 0.0, "marker": "o", "ms": 4.5}
+        axes.plot(*_columns(found), color=color, label=_label(series), **line)
+    offset: Mapping[str, Any] = {"textcoords": "offset points", "xytext": (5, 3)}
     for point, x, y in places:
-        offset: Mapping[str, Any] = {"textcoords": "offset points", "xytext": (4, 4)}
-        axes.annotate(_label(point.name), (x, y), fontsize=6.5, color="#444", **offset)
-    axes.margins(x=0.15, y=0.1)
+        place = (_drawable(x), _drawable(y))
+        axes.annotate(_label(point.name), place, fontsize=6.5, color="#444", **offset)
+    axes.margins(x=0.12, y=0.1)
     axes.legend(fontsize=8, frameon=False)
 
 

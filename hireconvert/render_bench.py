@@ -35,8 +35,9 @@ def plot(result: Result) -> str:
     """The arms as SVG. Raises InputError without matplotlib."""
     points = [
         SpeedPoint(
-            name=arm["name"],
-            ours=arm["name"].startswith("converted"),
+            name=arm["name"].removeprefix("llama.cpp "),
+            series=_series(arm["name"]),
+            joined=False,
             ms=arm["ms"]["median_ms"],
             bytes_per_token=arm["bytes_per_token"],
             kl=arm["kl"],
@@ -44,6 +45,12 @@ def plot(result: Result) -> str:
         for arm in result["arms"]
     ]
     return quality_against_speed(points, result["machine"]["stream"]["gb_per_s"])
+
+
+def _series(name: str) -> str:
+    if name.startswith("llama.cpp"):
+        return "llama.cpp"
+    return "hireconvert" if name.startswith("converted") else "PyTorch"
 
 
 def _table(*columns: str) -> Table:

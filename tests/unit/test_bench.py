@@ -310,7 +310,7 @@ def test_where_dense_overtakes() -> None:
 
 @pytest.mark.parametrize("kl", [None, 0.0])
 def test_the_plot_is_the_same_for_the_same_figures(kl: float | None) -> None:
-    points = [SpeedPoint("a", True, 5.0, 1e8, kl), SpeedPoint("b", False, 1e12, 2e8, None)]
+    points = [SpeedPoint("a", "s", True, 5.0, 1e8, kl), SpeedPoint("b", "t", False, 1e12, 2e8, kl)]
     first = quality_against_speed(points, 14.0)
     assert first == quality_against_speed(points, 14.0)
     assert first.count("<svg") == 1 and re.search("</svg>", first)
@@ -326,7 +326,7 @@ def filled(path: Path) -> frontier.Store:
         | {"text": "t"},
     )
     figures = {
-        "ours: keep 0.5, head dense": (4.0, 0.01),
+        "ours out: keep 0.5, head dense": (4.0, 0.01),
         "llama.cpp m.Q8_0": (6.0, 0.005),
         "llama.cpp m.Q6_K": (5.0, 0.009),
         "llama.cpp m.Q4_0": (3.0, 0.3),
@@ -374,8 +374,13 @@ def test_the_document_is_rewritten_between_its_marks(tmp_path: Path) -> None:
 
 
 def test_the_ways_of_the_frontier() -> None:
-    ways = frontier.our_ways([0.5, 0.1], ["dense", "int8"])
-    assert len(ways) == 5
-    assert ways["ours: keep 0.1, head int8"].head_spec == frontier.HEADS["int8"]
-    assert not ways["ours: keep 0.1, head dense"].head
-    assert not ways["ours: FFN dense, head int8"].ffn
+    ways = frontier.our_ways([0.5, 0.1], ["dense", "int8", "own"], False)
+    assert len(ways) == 4
+    assert ways["keep 0.1, head int8"].head_spec == frontier.HEADS["int8"]
+    assert not ways["keep 0.1, head dense"].head
+    own = frontier.our_ways([1.0], ["own"], True)["keep 1, head own"]
+    assert own.head and own.head_spec is None
+    name = "ours out: keep 0.1, head int8"
+    assert frontier.series(name) == "hireconvert out, head int8"
+    assert frontier.short_name(name) == "0.1"
+    assert frontier.short_name("llama.cpp m.Q4_0") == "Q4_0"
