@@ -18,16 +18,7 @@ import typer
 from rich.console import Console
 
 from hireconvert import cli_options as options
-from hireconvert import render, render_eval
-from hireconvert.cli_options import (
-    AutoOption,
-    MaxKlOption,
-    RecipeOption,
-    RemoteCodeOption,
-    RevisionOption,
-    SetOption,
-    kl_limit,
-)
+from hireconvert import render, render_bench, render_eval
 from hireconvert.errors import GateError, HireError, UsageError
 from hireconvert.version import __version__
 
@@ -47,8 +38,6 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="List, show, copy and check recipes.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes", rich_help_panel="Recipes")
-
-INPUT, RUN, SAMPLING = "Input", "How it runs", "Sampling"
 
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="A converted model's folder.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
@@ -110,30 +99,15 @@ def convert(
         typer.Argument(help="Hub id, folder of safetensors, or GGUF file.", metavar="MODEL"),
     ],
     out: Annotated[Path, typer.Argument(help="Folder to create.", metavar="OUT")],
-    recipe: RecipeOption = None,
-    auto: AutoOption = False,
-    max_kl: MaxKlOption = None,
-    overrides: SetOption = None,
-    revision: RevisionOption = None,
-    trust_remote_code: RemoteCodeOption = False,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Continue where an earlier run stopped.", rich_help_panel=RUN
-        ),
-    ] = False,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite", help="Replace OUT, once the new one is complete.", rich_help_panel=RUN
-        ),
-    ] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Print the plan; read nothing but headers.", rich_help_panel=RUN
-        ),
-    ] = False,
+    recipe: options.RecipeOption = None,
+    auto: options.AutoOption = False,
+    max_kl: options.MaxKlOption = None,
+    overrides: options.SetOption = None,
+    revision: options.RevisionOption = None,
+    trust_remote_code: options.RemoteCodeOption = False,
+    resume: options.ResumeOption = False,
+    overwrite: options.OverwriteOption = False,
+    dry_run: options.DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Convert MODEL into OUT, a folder that AutoModelForCausalLM loads.
@@ -151,7 +125,7 @@ def convert(
     from hireconvert.recipe import load_recipe
     from hireconvert.workspace import check_out_folder
 
-    limit = kl_limit(recipe, auto, max_kl)
+    limit = options.kl_limit(recipe, auto, max_kl)
     source, changes = (model, revision, trust_remote_code), overrides or []
     reporter = render.make_reporter(_err())
     try:
@@ -248,20 +222,69 @@ def evaluate(
         raise GateError(f"{len(breached)} of {len(found)} limits of {gate} were breached.")
 
 
+@app.command(rich_help_panel="Models", epilog=EPILOG)
+def bench(
+    out: OutArgument,
+    baseline: options.BaselineOption = None,
+    rival: options.RivalOption = None,
+    threads: options.ThreadsOption = None,
+    dtype: options.DtypeOption = None,
+    batch: options.BatchOption = None,
+    context: options.ContextOption = None,
+    tokens: options.DecodedOption = 32,
+    rounds: options.RoundsOption = 5,
+    kl_tokens: options.KlTokensOption = 1024,
+    text: options.OneTextOption = None,
+    no_compile: options.NoCompileOption = False,
+    plot: options.PlotOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Time decoding of OUT beside dense PyTorch and llama.cpp, and what the bytes allow.
+
+    [bold]Examples[/bold]
+
+      hireconvert bench out --threads 2 --plot speed.svg
+      hireconvert bench out --rival model-Q4_K_M.gguf --rival model-Q8_0.gguf --json
+      hireconvert bench out --no-compile --batch 1 --batch 4 --context 64 --context 2048
+    """
+    from hireconvert.bench import bench as run
+    from hireconvert.session import Request
+
+    if plot is not None:
+        options.check_plot(plot)
+    request = Request(
+        baseline=baseline,
+        rivals=tuple(rival or ()),
+        threads=threads,
+        dtype=dtype,
+        batches=tuple(batch or (1,)),
+        contexts=tuple(context or (64,)),
+        num_tokens=tokens,
+        rounds=rounds,
+        kl_tokens=kl_tokens,
+        text=text,
+        compiled=not no_compile,
+    )
+    reporter = render.make_reporter(_err())
+    try:
+        result = run(out, request, reporter)
+    finally:
+        reporter.close()
+    _show(result, as_json, render_bench.bench)
+    if plot is not None:
+        plot.write_text(render_bench.plot(result), encoding="utf-8")
+
+
 @app.command(rich_help_panel="Models")
 def generate(
     out: OutArgument,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text, or - to read stdin.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, rich_help_panel=SAMPLING)] = 128,
-    temperature: Annotated[
-        float, typer.Option(min=0.0, help="0 is greedy.", rich_help_panel=SAMPLING)
-    ] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="0 is off.", rich_help_panel=SAMPLING)] = 50,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, rich_help_panel=SAMPLING)] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, rich_help_panel=SAMPLING)] = 0,
-    no_chat: Annotated[
-        bool, typer.Option("--no-chat", help="Do not use the chat template.")
-    ] = False,
+    prompt: options.PromptOption,
+    max_new_tokens: options.NewTokensOption = 128,
+    temperature: options.TemperatureOption = 0.0,
+    top_k: options.TopKOption = 50,
+    top_p: options.TopPOption = 1.0,
+    seed: options.SampleSeedOption = 0,
+    no_chat: options.NoChatOption = False,
 ) -> None:
     """Stream text from OUT; a chat template is used when there is one.
 
@@ -298,18 +321,8 @@ def verify(out: OutArgument, as_json: JsonOption = False) -> None:
 @app.command(rich_help_panel="Models")
 def report(
     out: OutArgument,
-    evaluations: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--eval",
-            metavar="FILE",
-            help="JSON that `eval --json` printed, of OUT or of others; may be repeated.",
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="The page; OUT_report.html without."),
-    ] = None,
+    evaluations: options.EvaluationsOption = None,
+    output: options.OutputOption = None,
 ) -> None:
     """Gather what is known of OUT in one HTML page; runs no model.
 

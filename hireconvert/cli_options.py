@@ -1,5 +1,6 @@
-"""Options of `convert` that say what is converted and by which recipe, and those of `eval`."""
+"""Options of the verbs that have many: `convert`, `eval`, `bench`, `generate` and `report`."""
 
+import importlib.util
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,7 @@ import typer
 from hireconvert.errors import UsageError
 
 DEFAULT_MAX_KL = 0.05
+_RUN, _SAMPLING, _ARMS = "How it runs", "Sampling", "What is run"
 
 RecipeOption = Annotated[
     str | None,
@@ -45,6 +47,22 @@ MaxKlOption = Annotated[
         metavar="X",
         help=f"With --auto: largest mean KL to the dense model in nats; {DEFAULT_MAX_KL}.",
         rich_help_panel="Input",
+    ),
+]
+ResumeOption = Annotated[
+    bool,
+    typer.Option("--resume", help="Continue where an earlier run stopped.", rich_help_panel=_RUN),
+]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Replace OUT, once the new one is complete.", rich_help_panel=_RUN
+    ),
+]
+DryRunOption = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Print the plan; read nothing but headers.", rich_help_panel=_RUN
     ),
 ]
 
@@ -106,6 +124,107 @@ JunitOption = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Write the outcome as JUnit XML.", rich_help_panel=_GATE),
 ]
+RivalOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="FILE",
+        help="GGUF file that llama.cpp runs beside OUT; may be repeated. Needs what "
+        "`python benchmarks/fetch_llama.py` builds.",
+        rich_help_panel=_ARMS,
+    ),
+]
+NoCompileOption = Annotated[
+    bool,
+    typer.Option(
+        "--no-compile",
+        help="Leave out dense through torch.compile, which takes minutes.",
+        rich_help_panel=_ARMS,
+    ),
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="float32, bfloat16 or float16; as stored without.",
+        rich_help_panel=_ARMS,
+    ),
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="All cores without.", rich_help_panel=_ARMS)
+]
+BatchOption = Annotated[
+    list[int] | None,
+    typer.Option(
+        min=1,
+        max=64,
+        help="Sequences at once, 1 without; repeated: the others show growth.",
+        rich_help_panel=_ARMS,
+    ),
+]
+ContextOption = Annotated[
+    list[int] | None,
+    typer.Option(
+        min=2,
+        help="Tokens of the prompt, 64 without; repeated: the others show growth.",
+        rich_help_panel=_ARMS,
+    ),
+]
+DecodedOption = Annotated[
+    int, typer.Option(min=3, help="Tokens decoded in a run.", rich_help_panel=_MEASURED)
+]
+RoundsOption = Annotated[
+    int, typer.Option(min=1, help="Rounds of all arms in turn.", rich_help_panel=_MEASURED)
+]
+KlTokensOption = Annotated[
+    int,
+    typer.Option(
+        min=0, help="Tokens that quality is measured on; 0: none.", rich_help_panel=_MEASURED
+    ),
+]
+OneTextOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="UTF-8 text to decode after and to measure quality on.",
+        rich_help_panel=_MEASURED,
+    ),
+]
+PlotOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Draw the arms in an SVG file.")
+]
+
+PromptOption = Annotated[str, typer.Option("--prompt", "-p", help="Text, or - to read stdin.")]
+NewTokensOption = Annotated[int, typer.Option(min=1, rich_help_panel=_SAMPLING)]
+TemperatureOption = Annotated[
+    float, typer.Option(min=0.0, help="0 is greedy.", rich_help_panel=_SAMPLING)
+]
+TopKOption = Annotated[int, typer.Option(min=0, help="0 is off.", rich_help_panel=_SAMPLING)]
+TopPOption = Annotated[float, typer.Option(min=0.0, max=1.0, rich_help_panel=_SAMPLING)]
+SampleSeedOption = Annotated[int, typer.Option(min=0, rich_help_panel=_SAMPLING)]
+NoChatOption = Annotated[bool, typer.Option("--no-chat", help="Do not use the chat template.")]
+
+EvaluationsOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--eval",
+        metavar="FILE",
+        help="JSON that `eval --json` printed, of OUT or of others; may be repeated.",
+    ),
+]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="FILE", help="The page; OUT_report.html without."),
+]
+
+
+def check_plot(target: Path) -> None:
+    """Raise UsageError for a file that could not be written after minutes of measuring."""
+    if target.suffix != ".svg":
+        raise UsageError(f"--plot {target}: plots are SVG files, so name one that ends in .svg.")
+    if not target.absolute().parent.is_dir():
+        raise UsageError(f"--plot {target}: its folder does not exist.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--plot needs matplotlib: pip install 'hireconvert[report]'.")
 
 
 def kl_limit(recipe: str | None, auto: bool, max_kl: float | None) -> float:

@@ -15,6 +15,7 @@ BLUE, PALE, RED, GREY = "#2563a8", "#b9d2ea", "#c2492f", "#8a8f98"
 _SERIES = (BLUE, RED, "#3f8f4f", "#8d5fa8", "#b8860b", "#2a8c8c")
 _LABEL_LENGTH = 40
 _LARGEST = 1e6
+_LEAST_KL = 1e-5
 _STYLE: Any = {
     "svg.hashsalt": "hireconvert",  # the same page for the same figures
     "svg.fonttype": "path",
@@ -36,6 +37,21 @@ class LayerBudget:
     kept: float | None
     candidates: float | None
     recall: float | None
+
+
+@dataclass(frozen=True)
+class SpeedPoint:
+    """One way to decode a model. `kl` None: quality was not measured.
+
+    Points of one `series` share a colour; `joined`, they are settings of one dial and a line.
+    """
+
+    name: str
+    series: str
+    joined: bool
+    ms: float
+    bytes_per_token: float
+    kl: float | None
 
 
 @dataclass(frozen=True)
@@ -118,23 +134,72 @@ def quality_against_bytes(points: Sequence[QualityPoint]) -> str:
         return _svg(figure)
 
 
+def quality_against_speed(points: Sequence[SpeedPoint], gb_per_s: float) -> str:
+    """KL against ms and against bytes per token; without any KL, ms against bytes.
+
+    `gb_per_s` draws how long reading the bytes takes at least, where both are shown.
+    """
+    measured = [point for point in points if point.kl is not None]
+    with _figure(11.0, 5.5, columns=2 if measured else 1) as (figure, axes):
+        if not measured:
+            _scatter(axes[0], [(p, p.bytes_per_token / 1e6, p.ms) for p in points])
+            most = max(point.bytes_per_token for point in points)
+            axes[0].plot([0, most / 1e6], [0, most / gb_per_s / 1e6], color=GREY, lw=0.8)
+            axes[0].set_xlabel("MB read per token; the grey line is what memory allows")
+            axes[0].set_ylabel("ms per token")
+            return _svg(figure)
+        _scatter(axes[0], [(p, p.ms, _visible(p.kl)) for p in measured])
+        _scatter(axes[1], [(p, p.bytes_per_token / 1e6, _visible(p.kl)) for p in measured])
+        axes[0].set_xlabel("ms per token")
+        axes[1].set_xlabel("MB read per token")
+        for panel in axes:
+            panel.set_yscale("log")
+            panel.yaxis.set_major_formatter("{x:g}")
+        axes[0].set_ylabel("KL from the original, nats (lower is better)")
+        return _svg(figure)
+
+
+def _visible(kl: float | None) -> float:
+    """On a logarithmic axis, what is equal lies at the bottom."""
+    return max(_LEAST_KL, kl or 0.0)
+
+
+def _scatter(axes: Any, places: Sequence[tuple[SpeedPoint, float, float]]) -> None:
+    """Named points, each series in its colour."""
+    for index, series in enumerate(dict.fromkeys(point.series for point, _, _ in places)):
+        color = _SERIES[index % len(_SERIES)]
+        found = sorted((x, y) for point, x, y in places if point.series == series)
+        joined = any(point.joined for point, _, _ in places if point.series == series)
+        line = {"lw": 0.9 if joined else 0.0, "marker": "o", "ms": 4.5}
+        axes.plot(*_columns(found), color=color, label=_label(series), **line)
+    offset: Mapping[str, Any] = {"textcoords": "offset points", "xytext": (5, 3)}
+    for point, x, y in places:
+        place = (_drawable(x), _drawable(y))
+        axes.annotate(_label(point.name), place, fontsize=6.5, color="#444", **offset)
+    axes.margins(x=0.12, y=0.1)
+    axes.legend(fontsize=8, frameon=False)
+
+
 # --------------------------------------------------------------------------- the canvas
 
 
 @contextmanager
-def _figure(width: float, height: float, rows: int = 1) -> Iterator[tuple[Any, tuple[Any, ...]]]:
-    """A figure in inches and its axes from the top down, under the style of all plots."""
+def _figure(
+    width: float, height: float, rows: int = 1, columns: int = 1
+) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """A figure in inches and its axes from the top down or side by side, in the style of all."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError(
-            "a report needs matplotlib, which is not installed: pip install 'hireconvert[report]'."
+            "plots need matplotlib, which is not installed: pip install 'hireconvert[report]'."
         ) from error
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.subplots(rows, 1, squeeze=False, sharex=True, height_ratios=(2, 1)[:rows])
-        yield figure, tuple(axes[:, 0])
+        shape: Mapping[str, Any] = {"squeeze": False, "height_ratios": (2, 1)[:rows]}
+        axes = figure.subplots(rows, columns, sharex=columns == 1, **shape)
+        yield figure, tuple(axes.flatten())
 
 
 def _svg(figure: Any) -> str:

@@ -1,8 +1,11 @@
-"""Milliseconds per decoded token, several models measured in turns so that noise hits all alike."""
+"""Milliseconds per decoded token, several models measured in turns so that noise hits all alike.
+
+Shape suffixes: B sequences, T tokens of the prompt.
+"""
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +30,29 @@ class DecodeTime:
     high_ms: float
 
 
+@dataclass(frozen=True)
+class Trace:
+    """One greedy decode in milliseconds: to the first token, then each of those after it.
+
+    With several sequences a token is a step of all of them.
+    """
+
+    first_ms: float
+    token_ms: tuple[float, ...]
+
+    @property
+    def median_ms(self) -> float:
+        """Of the tokens after the first."""
+        return statistics.median(self.token_ms)
+
+    @property
+    def spread(self) -> float:
+        """The slowest tenth over the fastest: what the machine did besides, more than the model."""
+        ordered = sorted(self.token_ms)
+        tenth = len(ordered) // 10
+        return ordered[-1 - tenth] / max(ordered[tenth], 1e-9)
+
+
 class _Clock(BaseStreamer):
     """Notes when each token leaves `generate`; it comes as a CPU tensor, so a device is done."""
 
@@ -40,19 +66,13 @@ class _Clock(BaseStreamer):
     def end(self) -> None:
         """Nothing to flush."""
 
-    def milliseconds_per_token(self) -> float:
-        """The mean over all tokens but the first, whose time is the prompt's."""
-        tokens = self.seconds[1:]
-        return 1000 * (tokens[-1] - tokens[0]) / (len(tokens) - 1)
 
-
-def _decode(timed: Timed, prompt_1T: torch.Tensor, num_tokens: int) -> float:
-    model, clock = timed.model, _Clock()
-    if timed.scope is not None:
-        model.set_hire_scope(timed.scope)
+def trace_decode(model: Any, prompt_BT: torch.Tensor, num_tokens: int, **options: Any) -> Trace:
+    """What `generate` takes for `num_tokens` (at least 2) greedy tokens; `options` go to it."""
+    clock, start = _Clock(), time.perf_counter()
     model.generate(
-        input_ids=prompt_1T.to(model.device),
-        attention_mask=torch.ones_like(prompt_1T, device=model.device),
+        input_ids=prompt_BT.to(model.device),
+        attention_mask=torch.ones_like(prompt_BT, device=model.device),
         max_new_tokens=num_tokens,
         # No token has this id, so every round decodes the same number of tokens.
         eos_token_id=model.config.get_text_config().vocab_size,
@@ -62,8 +82,16 @@ def _decode(timed: Timed, prompt_1T: torch.Tensor, num_tokens: int) -> float:
         top_k=None,
         top_p=None,
         streamer=clock,
+        **options,
     )
-    return clock.milliseconds_per_token()
+    tokens = clock.seconds[1:]
+    each = zip(tokens[1:], tokens, strict=False)
+    return Trace(1000 * (tokens[0] - start), tuple(1000 * (b - a) for b, a in each))
+
+
+def range_of(figures: Sequence[float]) -> DecodeTime:
+    """Median and range of the figures of all rounds."""
+    return DecodeTime(statistics.median(figures), min(figures), max(figures))
 
 
 def time_decode(
@@ -83,14 +111,13 @@ def time_decode(
     total = (rounds + 1) * len(models)
     for turn in range(rounds + 1):
         for place, (name, timed) in enumerate(models.items()):
-            elapsed = _decode(timed, prompt_1T, num_tokens)
+            if timed.scope is not None:
+                timed.model.set_hire_scope(timed.scope)
+            trace = trace_decode(timed.model, prompt_1T, num_tokens)
             if turn > 0:
-                figures[name].append(elapsed)
+                figures[name].append(statistics.fmean(trace.token_ms))
             progress(turn * len(models) + place + 1, total)
     for timed in models.values():
         if timed.scope is not None:
             timed.model.set_hire_scope("decode")
-    return {
-        name: DecodeTime(statistics.median(each), min(each), max(each))
-        for name, each in figures.items()
-    }
+    return {name: range_of(each) for name, each in figures.items()}

@@ -28,6 +28,7 @@ MODULES = (
     "hireconvert.pipeline",
     "hireconvert.inspection",
     "hireconvert.assessment",
+    "hireconvert.bench",
     "hireconvert.report",
     "matplotlib.backends.backend_svg",
     "hireconvert.generation",
