@@ -3,7 +3,7 @@
 `modeling_hire` model classes, `hire_io` loading and saving, `hire_config` what a config may say,
 `hire_install` putting selection into native layers, `hire_predict` predictors and top-k,
 `hire_select` what a row keeps, `hire_native` the way to the native kernels, `hire_ffn` the sparse
-FFN, `hire_head` the sparse LM head.
+FFN, `hire_head` the sparse LM head, `hire_head_native` the way to its native kernels.
 """
 
 RUNTIME_FILES = (
@@ -19,5 +19,6 @@ RUNTIME_FILES = (
     "hire_blocks.py",
     "hire_step.py",
     "hire_ffn.py",
+    "hire_head_native.py",
     "hire_head.py",
 )
