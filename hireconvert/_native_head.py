@@ -85,21 +85,20 @@ def num_loud(width: int) -> int:
 
 
 def _columns(weight_VD: torch.Tensor, loud: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(order int32 [D], divisor float32 [D]): loud columns first, then what x is divided by.
+    """(order int32 [D], divisor float64 [D]): loud columns first, then what x is divided by.
 
     Where errors of all columns are alike in size, the bound is least when column j is multiplied by
-    sqrt(|x_j| / |w_j|); of x nothing is known here. Powers of two keep products exact.
+    sqrt(|x_j| / |w_j|); of x nothing is known here.
     """
     energy_D = torch.zeros(weight_VD.shape[1], dtype=torch.float64)
     for chunk in weight_VD.split(_CHUNK_ROWS):
         energy_D += chunk.float().square().sum(0).double()
     order_D = torch.sort(energy_D, descending=True, stable=True).indices
-    size_D = energy_D[order_D].clamp(1e-60, 1e60).sqrt()
-    quiet_D = size_D[loud:]
-    middle = quiet_D.log2().mean() if quiet_D.numel() else torch.zeros(())
-    exponent_D = ((middle - size_D.log2()) / 2).round().clamp(-12, 12)
-    exponent_D[:loud] = 0
-    return order_D.int(), torch.exp2(exponent_D).float()
+    quiet_D = energy_D[order_D[loud:]].clamp(1e-60, 1e60).sqrt()
+    divisor_D = torch.ones_like(energy_D)
+    if quiet_D.numel():
+        divisor_D[loud:] = (quiet_D.log().mean().exp() / quiet_D).clamp(1e-4, 1e4).sqrt()
+    return order_D.int(), divisor_D
 
 
 class HeadLayer:

@@ -50,7 +50,7 @@ static int64_t cut_scratch(const hire_head *head, int64_t count, char *scratch, 
     const int64_t tiles = hire_whole(head->num_rows, 16) / 16, spares = spares_of(head, count);
     const int64_t loud = hire_whole(head->num_loud, 4);
     const int64_t quiet = hire_whole(head->width - head->num_loud, 128);
-    const int64_t size_of_11[] = {4 * (head->width + 15), 4 * head->width, loud, loud, quiet,
+    const int64_t size_of_11[] = {4 * (head->width + 15), 8 * head->width, loud, loud, quiet,
                                   quiet, 64 * tiles, 64 * tiles, 4 * tiles, 4 * tiles,
                                   8 * spares};
     char *place_of_11[11];
@@ -61,7 +61,7 @@ static int64_t cut_scratch(const hire_head *head, int64_t count, char *scratch, 
     }
     if (scratch == NULL) return total + 64; /* to start at a whole cache line */
     run->x = (float *)place_of_11[0];
-    run->u = (float *)place_of_11[1];
+    run->u = (double *)place_of_11[1];
     for (int part = 0; part < 2; part++) {
         run->loud[part] = (int8_t *)place_of_11[2 + part];
         run->quiet[part] = (int8_t *)place_of_11[4 + part];
@@ -91,16 +91,15 @@ typedef struct {
 } rounded;
 
 /* q = 256 high + low from n inputs, zeros up to `room`. */
-static rounded round_inputs(const float *u, int64_t n, int64_t room, int8_t *high, int8_t *low)
+static rounded round_inputs(const double *u, int64_t n, int64_t room, int8_t *high, int8_t *low)
 {
     rounded r = {0};
-    float most = 0.0f;
-    double squares = 0.0, lost = 0.0;
-    for (int64_t k = 0; k < n; k++) most = fabsf(u[k]) > most ? fabsf(u[k]) : most;
-    if (most > 1e-30f) r.unit = most / MOST_Q;
-    const float inverse = r.unit > 0.0f ? 1.0f / r.unit : 0.0f;
+    double most = 0.0, squares = 0.0, lost = 0.0;
+    for (int64_t k = 0; k < n; k++) most = fabs(u[k]) > most ? fabs(u[k]) : most;
+    if (most > 1e-30) r.unit = (float)(most / MOST_Q);
+    const double inverse = r.unit > 0.0f ? 1.0 / r.unit : 0.0;
     for (int64_t k = 0; k < n; k++) {
-        const float scaled = u[k] * inverse + (u[k] < 0.0f ? -0.5f : 0.5f);
+        const double scaled = u[k] * inverse + (u[k] < 0.0 ? -0.5 : 0.5);
         int32_t q = (int32_t)scaled;
         q = q > MOST_Q ? MOST_Q : q < -MOST_Q ? -MOST_Q : q;
         const int32_t upper = (q + 128 + 65536) / 256 - 256; /* rounded down */
@@ -109,7 +108,7 @@ static rounded round_inputs(const float *u, int64_t n, int64_t room, int8_t *hig
         low[k] = (int8_t)(q - 256 * upper);
         r.middle += q;
         r.sizes += (q < 0 ? -q : q) + 128;
-        squares += (double)u[k] * u[k];
+        squares += u[k] * u[k];
         lost += delta * delta;
     }
     for (int64_t k = n; k < room; k++) high[k] = low[k] = 0;
@@ -128,7 +127,7 @@ static int start(const hire_head *head, const float *x, hire_head_run *run)
     for (int64_t j = head->width; j < head->width + 15; j++) run->x[j] = 0.0f;
     for (int64_t k = 0; k < head->width; k++) {
         run->u[k] = x[head->order[k]] / head->divisor[k];
-        if (!(fabsf(run->u[k]) < 1e30f)) return 0;
+        if (!(fabs(run->u[k]) < 1e30)) return 0;
     }
     const rounded v =
         round_inputs(run->u, loud, hire_whole(loud, 4), run->loud[0], run->loud[1]);

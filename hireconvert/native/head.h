@@ -9,15 +9,16 @@
  *              = (16 h_ij + l_ij - 127.5) s_i / 16 + error'        quiet, second reading, 8 bits
  *     W_ij     = (c_ij - 127.5) S_i + error''                      loud, 8 bits
  *
- * with d_j a power of two, so that x_j / d_j is exact. x is rounded to 16 bits apart for loud and
- * quiet inputs, u = q r + delta, and integer sums of codes times q are exact. So
+ * With u_j = x_j / d_j, x is rounded to 16 bits apart for quiet and loud inputs, u = q r + delta_u
+ * and v = Q R + delta_v, and integer sums of codes times q are exact. So
  *
  *     |W_i x - estimate_i| <= e_i ||u|| + S_i (k ||v|| + 128 sqrt(A) ||delta_v||)
  *                             + s_i 8 sqrt(B) ||delta_u|| + rounding
  *
- * u the quiet and v the loud part of the reordered input, e_i >= ||error_i|| (of the reading in
- * question), k >= max_i ||error''_i|| / S_i, and the rounding of the float32 estimate at most
- * 10 2^-24 (s_i r 15 sum(|q| + 128) + S_i R 255 sum(|Q| + 128)) + 4 2^-24 |estimate_i|.
+ * with e_i >= ||error_i|| (of the reading in question), k >= max_i ||error''_i|| / S_i, and the
+ * rounding of the float32 estimate at most 10 2^-24 (s_i r 15 sum(|q| + 128) + S_i R 255
+ * sum(|Q| + 128)) + 4 2^-24 |estimate_i|. All of these are computed in float64; that W_ij d_j and
+ * x_j / d_j are rounded there is at most 2^-50 ||W_i d|| ||u||, which e_i holds.
  *
  * Stored rows are multiplied in float64, which is exact, and summed in float64 by halves: the
  * products, zeros behind D up to a power of two, then p[j] + p[j + n / 2] until one is left. That
@@ -40,7 +41,7 @@ typedef struct {
     const void *weight;    /* [V, D], the live one */
     const float *bias;     /* [V] or NULL */
     const int32_t *order;  /* [D] column of each reordered input */
-    const float *divisor;  /* [D] powers of two, of each reordered input; 1 where loud */
+    const double *divisor; /* [D] d_j of each reordered input, positive; 1 where loud */
     uint8_t *tiles;        /* [T, hire_head_tile_bytes] */
     uint16_t *scales;      /* bfloat16 [T, 3, 16]: S, s, e of the first reading */
     uint8_t *low;          /* [V, hire_head_low_bytes], or NULL: no second reading */
@@ -64,7 +65,7 @@ typedef struct {
 /* Where one row's intermediate results lie. */
 typedef struct {
     float *x;               /* [D + 15]: as given, zeros behind D */
-    float *u;               /* [D]: reordered, divided */
+    double *u;              /* [D]: reordered, divided */
     int8_t *loud[2];        /* [A rounded up to 4]: q is 256 [0] + [1] */
     int8_t *quiet[2];       /* [B rounded up to 128] */
     float *estimate;        /* [16 T], -inf behind V */

@@ -11,7 +11,7 @@
 #define OMP(text)
 #endif
 
-#define CLIP 2.9f /* quiet weights beyond this many root mean squares saturate: less error in all */
+#define CLIP 2.9 /* quiet weights beyond this many root mean squares saturate: less error in all */
 #define LEAST_SCALE 0x1p-100f
 
 static float bf16_to_float(uint16_t half)
@@ -51,48 +51,48 @@ static uint16_t round_up(double value)
     return (uint16_t)((bits >> 16) + ((bits & 0xffff) != 0 || near < value));
 }
 
-static int clamp_code(float value)
+static int clamp_code(double value)
 {
-    const float most = value > 255.0f ? 255.0f : value; /* never NaN: rows are finite */
-    return most < 0.0f ? 0 : (int)(most + 0.5f);
+    const double most = value > 255.0 ? 255.0 : value; /* never NaN: rows are finite */
+    return most < 0.0 ? 0 : (int)(most + 0.5);
 }
 
 /* Codes of n values around zero, 127.5 the middle, with a scale in bfloat16; returns the scale. */
-static float codes_of(const float *value, int64_t n, float range, uint8_t *code, uint16_t *scale)
+static double codes_of(const double *value, int64_t n, double range, uint8_t *code, uint16_t *scale)
 {
-    *scale = round_up(range > 0.0f ? fmax(range / 127.5, LEAST_SCALE) : 0.0);
-    const float unit = bf16_to_float(*scale);
-    const double inverse = unit > 0.0f ? 1.0 / unit : 0.0;
-    for (int64_t k = 0; k < n; k++) code[k] = (uint8_t)clamp_code((float)(value[k] * inverse + 127.5));
+    *scale = round_up(range > 0.0 ? fmax(range / 127.5, LEAST_SCALE) : 0.0);
+    const double unit = bf16_to_float(*scale), inverse = unit > 0.0 ? 1.0 / unit : 0.0;
+    for (int64_t k = 0; k < n; k++) code[k] = (uint8_t)clamp_code(value[k] * inverse + 127.5);
     return unit;
 }
 
-static double error_of(const float *value, const uint8_t *code, int64_t n, double unit, int high)
+static double error_of(const double *value, const uint8_t *code, int64_t n, double unit, int high)
 {
-    double sum = 0.0;
+    double sum = 0.0, squares = 0.0;
     for (int64_t k = 0; k < n; k++) {
         const double middle = high ? (code[k] >> 4) * 16 - 120.0 : code[k] - 127.5;
         const double error = value[k] - middle * unit;
         sum += error * error;
+        squares += value[k] * value[k];
     }
-    return sqrt(sum) * (1 + 1e-9) + 1e-30;
+    return sqrt(sum) * (1 + 1e-9) + sqrt(squares) * 0x1p-50 + 1e-30;
 }
 
 /* The reordered row times its divisors; its largest absolute values; 0 when it is not finite. */
-static int row_values(const hire_head *head, int64_t row, float *value, float range_of_2[2])
+static int row_values(const hire_head *head, int64_t row, double *value, double range_of_2[2])
 {
     double squares = 0.0;
-    range_of_2[0] = range_of_2[1] = 0.0f;
+    range_of_2[0] = range_of_2[1] = 0.0;
     for (int64_t k = 0; k < head->width; k++) {
         const int64_t place = row * head->weight_stride + head->order[k];
-        value[k] = weight_at(head->weight, place, head->weight_type) * head->divisor[k];
-        if (!(fabsf(value[k]) < INFINITY)) return 0;
-        float *range = range_of_2 + (k >= head->num_loud);
-        if (fabsf(value[k]) > *range) *range = fabsf(value[k]);
-        if (k >= head->num_loud) squares += (double)value[k] * value[k];
+        value[k] = (double)weight_at(head->weight, place, head->weight_type) * head->divisor[k];
+        if (!(fabs(value[k]) < INFINITY)) return 0;
+        double *range = range_of_2 + (k >= head->num_loud);
+        if (fabs(value[k]) > *range) *range = fabs(value[k]);
+        if (k >= head->num_loud) squares += value[k] * value[k];
     }
     const int64_t quiet = head->width - head->num_loud;
-    const float clip = quiet ? CLIP * (float)sqrt(squares / (double)quiet) : 0.0f;
+    const double clip = quiet ? CLIP * sqrt(squares / (double)quiet) : 0.0;
     if (clip < range_of_2[1]) range_of_2[1] = clip;
     return 1;
 }
@@ -119,18 +119,18 @@ static void store_low_codes(const hire_head *head, int64_t row, const uint8_t *c
 
 static int pack_row(const hire_head *head, int64_t row, float *error_ratio)
 {
-    float value[HIRE_HEAD_MOST_WIDTH], range_of_2[2];
+    double value[HIRE_HEAD_MOST_WIDTH], range_of_2[2];
     uint8_t code[HIRE_HEAD_MOST_WIDTH];
     const int64_t loud = head->num_loud, quiet = head->width - loud;
     uint16_t *scales = head->scales + row / 16 * 48 + row % 16;
     error_ratio[row] = 0.0f;
     if (!row_values(head, row, value, range_of_2)) return 0;
-    const float unit = codes_of(value, loud, range_of_2[0], code, scales);
-    if (unit > 0.0f)
+    const double unit = codes_of(value, loud, range_of_2[0], code, scales);
+    if (unit > 0.0)
         error_ratio[row] = (float)(error_of(value, code, loud, unit, 0) / unit * (1 + 1e-6));
     uint16_t narrow;
-    const float step = codes_of(value + loud, quiet, range_of_2[1], code + loud, &narrow);
-    scales[16] = step > 0.0f ? round_up((double)step * 16) : 0; /* exact: a power of two more */
+    const double step = codes_of(value + loud, quiet, range_of_2[1], code + loud, &narrow);
+    scales[16] = step > 0.0 ? round_up(step * 16) : 0; /* exact: a power of two more */
     scales[32] = round_up(error_of(value + loud, code + loud, quiet, step, 1) * (1 + 1e-6));
     store_tile_codes(head, row, code);
     if (head->low != NULL) {
