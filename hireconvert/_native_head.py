@@ -15,6 +15,7 @@ import torch
 
 from hireconvert._native import ABI, LEVELS, LIBRARY, VARIABLE, level, scratch
 from hireconvert._packing import LANES, TYPES, together
+from hireconvert.runtime.hire_predict import head_copy_bytes, num_loud
 
 __all__ = ["ABI", "MOST_WIDTH", "TYPES", "VARIABLE", "HeadCall", "HeadLayer", "level"]
 MOST_WIDTH = 16384
@@ -79,11 +80,6 @@ class HeadCall(NamedTuple):
     num_refined: int  # rows of low nibbles that were read
 
 
-def num_loud(width: int) -> int:
-    """Columns kept in 8 bits: a sixteenth, in fours."""
-    return min(width, -(-width // 64) * 4)
-
-
 def _columns(weight_VD: torch.Tensor, loud: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(order int32 [D], divisor float64 [D]): loud columns first, then what x is divided by.
 
@@ -118,20 +114,18 @@ class HeadLayer:
         self.level_number = head_level(self.level)
         rows, width = self.shape_VD
         loud = num_loud(width)
-        quiet, tiles = width - loud, -(-rows // LANES)
+        tiles = -(-rows // LANES)
         order_D, divisor_D = _columns(weight_VD.detach(), loud)
-        tile_bytes = LANES * (-(-loud // 4) * 4 + -(-quiet // 8) * 4)
-        rest = quiet % 128
-        low_bytes = quiet // 128 * 64 + (64 if rest > 64 else 32 if rest else 0)
+        every, low = head_copy_bytes((1, width), 8)  # with 6 and 2 bytes of numbers of each row
         code, number = torch.zeros((), dtype=torch.uint8), torch.zeros((), dtype=torch.bfloat16)
         tensors = {
             "order": order_D,
             "divisor": divisor_D,
-            "tiles": code.expand(tiles, tile_bytes),
+            "tiles": code.expand(tiles, LANES * (every - 6)),
             "scales": number.expand(tiles, 3, LANES),
         }
         if bits == 8:
-            tensors |= {"low": code.expand(rows, low_bytes), "low_error": number.expand(rows)}
+            tensors |= {"low": code.expand(rows, low - 2), "low_error": number.expand(rows)}
         if bias_V is not None:
             tensors["bias"] = bias_V.detach().float()
         self.tensors = together(tensors)
@@ -160,17 +154,6 @@ class HeadLayer:
 
     def __reduce__(self) -> Any:
         return _nothing, ()
-
-    def row_bytes(self) -> dict[str, int]:
-        """Bytes that are read of every row (`scan`), of one read on (`refined`), of one exact."""
-        rows, width = self.shape_VD
-        scan = self.tensors["tiles"].shape[1] // LANES + 6
-        low = self.tensors.get("low")
-        return {
-            "scan": scan * rows,
-            "refined": 0 if low is None else low.shape[1] + 2,
-            "exact": width * self.weight_VD.element_size(),
-        }
 
     def run(
         self, x_ND: torch.Tensor, count: int, *, certify: bool, cap: float | None, mask: bool

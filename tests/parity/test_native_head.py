@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from hireconvert.runtime import hire_head_native
 from hireconvert.runtime.hire_head import SparseHead, soft_cap
+from hireconvert.runtime.hire_predict import head_copy_bytes
 from tests.native import LEVELS
 from tests.native_head import (
     CASES,
@@ -231,6 +232,15 @@ def fields(struct: str) -> list[str]:
 def test_both_sides_mean_the_same_structs():
     assert fields("hire_head") == [name for name, _ in _native_head._Struct._fields_]
     assert fields("hire_head_call") == [name for name, _ in _native_head._Call._fields_]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_copy_is_as_large_as_is_said(name):
+    case, head = CASES[name], packed(CASES[name])
+    every, read_on = head_copy_bytes((head.tensors["tiles"].shape[0] * 16, case.width), case.bits)
+    assert head.tensors["tiles"].nbytes + head.tensors["scales"].nbytes == every
+    low = [head.tensors[key].nbytes for key in ("low", "low_error") if key in head.tensors]
+    assert sum(low) == read_on * case.rows
 
 
 def test_the_level_is_bounded_by_the_environment():
