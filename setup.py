@@ -42,6 +42,7 @@ setup(
             depends=sorted(path.as_posix() for path in FOLDER.glob("*.h")),
             extra_compile_args=flags,
             extra_link_args=[flag for flag in flags if flag == "-fopenmp"],
+            libraries=["m"] if flags else [],
             optional=True,
         )
     ],

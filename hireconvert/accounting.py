@@ -16,7 +16,13 @@ from hireconvert.runtime.hire_config import (
     head_tensor_shapes,
     low_tensors,
 )
-from hireconvert.runtime.hire_predict import FFN_PARTS, layer_bytes, num_active, varies
+from hireconvert.runtime.hire_predict import (
+    FFN_PARTS,
+    head_copy_bytes,
+    layer_bytes,
+    num_active,
+    varies,
+)
 
 ITEM_BYTES = {"U8": 1, "I8": 1, "F8_E4M3": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8, "I64": 8}
 TensorTable: TypeAlias = dict[str, tuple[str, tuple[int, ...]]]
@@ -156,18 +162,20 @@ def layer_rows(hire: Mapping[str, Any], width: int, weight_bytes: int) -> list[d
 
 
 def head_bytes(head: Mapping[str, Any] | None, shape_VD: Sequence[int], weight_bytes: int) -> int:
-    """Bytes that the head reads per row; a certified head is counted at its fewest rows."""
+    """Bytes that the head reads per row; a certified head is counted at its fewest rows.
+
+    Of kind `q` what the native kernels read: the PyTorch path reads its own copy in full.
+    """
     vocabulary, width = shape_VD
     if head is None:
         return vocabulary * width * weight_bytes
+    asked = min(head["certify_top"] if head["certified"] else head["num_candidates"], vocabulary)
+    exact = asked * width * weight_bytes
     if head["kind"] == "lr":
-        copy = 2 * head["rank"] * (vocabulary + width)
-    else:
-        blocks = ceil(width / (head["block"] or width))
-        copy = vocabulary * (ceil(width * head["bits"] / 8) + 4 * blocks)
-    bounds = 4 * vocabulary if head["certified"] else 0
-    rescored = head["certify_top"] if head["certified"] else head["num_candidates"]
-    return copy + bounds + min(rescored, vocabulary) * width * weight_bytes
+        bounds = 8 * vocabulary if head["certified"] else 0
+        return 2 * head["rank"] * (vocabulary + width) + bounds + exact
+    every, read_on = head_copy_bytes(shape_VD, head["bits"])
+    return every + min(2 * asked, vocabulary) * read_on + exact
 
 
 def attention_bytes(attention: Mapping[str, Any] | None, tensors: TensorTable) -> tuple[int, int]:

@@ -4,7 +4,7 @@
 `hire_install` putting selection into native layers, `hire_predict` predictors and top-k,
 `hire_select` what a row keeps, `hire_native` the way to the native kernels, `hire_blocks`,
 `hire_cache` and `hire_step` the native decode step, `hire_ffn` the sparse FFN, `hire_head` the
-sparse LM head.
+sparse LM head, `hire_head_native` the way to its native kernels.
 """
 
 RUNTIME_FILES = (
@@ -20,5 +20,6 @@ RUNTIME_FILES = (
     "hire_blocks.py",
     "hire_step.py",
     "hire_ffn.py",
+    "hire_head_native.py",
     "hire_head.py",
 )

@@ -3,14 +3,17 @@
 Shape suffixes: N rows (positions), D width, V vocabulary, R rank, C rescored rows.
 
 The reference head, to which a certificate refers: products of the stored weight row and hidden
-state in float64 (exact for float32 and narrower), summed in float64, rounded once to float32;
-ties go to the lowest id. With e_i >= ||W_i - Wq_i|| + gamma ||Wq_i||, gamma covering the rounding
-of the float32 estimate,
+state in float64 (exact for float32 and narrower), summed in float64 by halves (`exact_rows`; from
+another order another float32 may follow), rounded once to float32; ties go to the lowest id. With
+e_i >= ||W_i - Wq_i|| + gamma ||Wq_i||, gamma covering the rounding of the float32 estimate,
 
     |W_i x - estimate_i| <= e_i ||x||
 
 so a row whose estimate + e_i ||x|| stays below the n-th best exactly known logit is not among the
 best n. Soft-capping and rounding are monotone; the comparison is made after both, with a margin.
+
+This is the PyTorch path. `hire_head_native` takes quantized heads on a CPU where it can, with
+another copy and another bound (native/head.h of hireconvert) and the same promise.
 """
 
 from collections.abc import Mapping
@@ -21,10 +24,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from . import hire_head_native
 from .hire_ffn import content_stamp, weight_stamp
 from .hire_predict import top_k_indices
 
-COUNTER_NAMES = ("calls", "rows", "rescored", "dense_rows", "uncertified_rows", "overflow_rows")
+COUNTER_NAMES = (
+    "calls",
+    "rows",
+    "rescored",
+    "dense_rows",
+    "uncertified_rows",
+    "overflow_rows",
+    "refined",
+)
 _FLOAT32_UNIT = 2.0**-24
 _HALF_MAX = 65504.0
 # Rows whose capped upper bound comes this close to the threshold (relative) are rescored too. It
@@ -40,26 +52,39 @@ _CACHE_ELEMENTS, _ROWS_AT_ONCE = 2**18, 32
 
 @dataclass
 class PreparedHead:
-    """Estimator and bounds derived from the live weight; valid while `stamp` matches it."""
+    """Estimator and bounds derived from the live weight; valid while `stamp` matches it.
+
+    Beside a native head the tensors below it are there once something has asked for them.
+    """
 
     stamp: tuple[Any, ...]
     content: tuple[float, ...]
     weight_VD: torch.Tensor
     bias_V: torch.Tensor | None
-    codes_VD: torch.Tensor | None
-    scale_V: torch.Tensor | None
-    copy_VD: torch.Tensor | None
-    basis_RD: torch.Tensor | None
-    factor_VR: torch.Tensor | None
-    bound_V: torch.Tensor
-    outside_V: torch.Tensor | None
+    native: Any  # what hire_head_native packed, or None
+    codes_VD: torch.Tensor | None = None
+    scale_V: torch.Tensor | None = None
+    copy_VD: torch.Tensor | None = None
+    basis_RD: torch.Tensor | None = None
+    factor_VR: torch.Tensor | None = None
+    bound_V: torch.Tensor | None = None
+    outside_V: torch.Tensor | None = None
 
 
 def exact_rows(
     x_D: torch.Tensor, weight_CD: torch.Tensor, bias_C: torch.Tensor | None
 ) -> torch.Tensor:
-    """Reference logits float32 [C] of the given weight rows (see the top of this file)."""
-    z_C = (weight_CD.double() * x_D.double()).sum(-1)
+    """Reference logits float32 [C] of some rows, before soft-capping (see the top of this file).
+
+    By halves: zeros fill D up to a power of two n, then p[j] + p[j + n / 2] until one is left.
+    """
+    product_CD = weight_CD.double() * x_D.double()
+    half = 1 << (x_D.shape[0] - 1).bit_length()
+    product_CD = F.pad(product_CD, (0, half - x_D.shape[0]))
+    while half > 1:
+        half //= 2
+        product_CD = product_CD[:, :half] + product_CD[:, half:]
+    z_C = product_CD[:, 0]
     return (z_C if bias_C is None else z_C + bias_C.double()).float()
 
 
@@ -130,24 +155,23 @@ class SparseHead(nn.Module):
         same = self.prepared is not None and self.prepared.stamp == stamp
         if same and (not thorough or self.prepared.content == content_stamp([head])):
             return
-        weight_VD = head.weight.detach()
-        bias = getattr(head, "bias", None)
-        prepared = PreparedHead(
+        self.prepared = PreparedHead(
             stamp,
             content_stamp([head]),
-            weight_VD,
-            None if bias is None else bias.detach(),
-            None,
-            None,
-            None,
-            None,
-            None,
-            torch.zeros(weight_VD.shape[0], device=weight_VD.device),
-            None,
+            head.weight.detach(),
+            None if head.bias is None else head.bias.detach(),
+            hire_head_native.pack(self.spec, head),
         )
+        if self.prepared.native is None:
+            self._prepare_copy()
+
+    @torch.no_grad()
+    def _prepare_copy(self) -> None:
+        """Build what the PyTorch path reads."""
+        weight_VD = self.prepared.weight_VD
+        self.prepared.bound_V = torch.zeros(weight_VD.shape[0], device=weight_VD.device)
         build = self._prepare_low_rank if self.spec["kind"] == "lr" else self._prepare_quantized
-        build(prepared)
-        self.prepared = prepared
+        build(self.prepared)
 
     def _prepare_quantized(self, prepared: PreparedHead) -> None:
         weight_VD, spec = prepared.weight_VD, self.spec
@@ -181,6 +205,7 @@ class SparseHead(nn.Module):
         error = (chunk.double() - copy_CD).norm(dim=1)
         gamma = (chunk.shape[1] + 8) * _FLOAT32_UNIT * 1.01
         bound = error * (1 + 1e-9) + gamma * copy_CD.norm(dim=1) + 1e-30
+        assert prepared.bound_V is not None
         prepared.bound_V[start : start + chunk.shape[0]] = (bound * (1 + 1e-6)).float()
 
     def _prepare_low_rank(self, prepared: PreparedHead) -> None:
@@ -248,35 +273,34 @@ class SparseHead(nn.Module):
         bias_C = None if prepared.bias_V is None else prepared.bias_V[index_C]
         return exact_rows(x_D, prepared.weight_VD[index_C], bias_C)
 
-    def _needed(self, x_D: torch.Tensor, z_V: torch.Tensor) -> torch.Tensor:
-        """Mask [V] of the rows that may be among the best `certify_top` of the reference."""
-        top = min(self.spec["certify_top"], z_V.shape[0])
-        first_C = top_k_indices(z_V[None], top)[0]
+    def _needed(self, x_D: torch.Tensor, z_V: torch.Tensor, top: int) -> torch.Tensor:
+        """Mask [V] of the rows that may be among the best `top` of the reference."""
+        first_C = top_k_indices(z_V[None], min(top, z_V.shape[0]))[0]
         threshold = soft_cap(self._rescore(x_D, first_C), self.cap).min()
         upper_V = soft_cap(self._upper(x_D, z_V), self.cap)
         needed_V = upper_V >= threshold - _MARGIN * (threshold.abs() + 1e-30)
         return needed_V.index_fill(0, first_C, True)
 
     def certified_row(
-        self, x_D: torch.Tensor, z_V: torch.Tensor
+        self, x_D: torch.Tensor, z_V: torch.Tensor, top: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits float32 [V], the best `certify_top` the reference's, and the rescored mask."""
+        """Logits float32 [V], the best `top` the reference's, and the rescored mask."""
         if torch.compiler.is_compiling():
-            return self._certified_row_fixed(x_D, z_V)
-        needed_V = self._needed(x_D, z_V)
+            return self._certified_row_fixed(x_D, z_V, top)
+        needed_V = self._needed(x_D, z_V, top)
         index_C = needed_V.nonzero()[:, 0]
         return z_V.index_put((index_C,), self._rescore(x_D, index_C)), needed_V
 
     def _certified_row_fixed(
-        self, x_D: torch.Tensor, z_V: torch.Tensor
+        self, x_D: torch.Tensor, z_V: torch.Tensor, top: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same with room for a fixed number of rows, as a compiled graph needs it.
 
         More rows than fit, or NaN or inf among the inputs: every logit is computed exactly from
         the stored weight, and counted.
         """
-        needed_V = self._needed(x_D, z_V)
-        room = max(_COMPILED_MIN_ROWS, _COMPILED_ROWS_PER_TOP * self.spec["certify_top"])
+        needed_V = self._needed(x_D, z_V, top)
+        room = max(_COMPILED_MIN_ROWS, _COMPILED_ROWS_PER_TOP * top)
         room = min(room, z_V.shape[0])
         finite = x_D.isfinite().all()
         overflow = finite & (needed_V.sum() > room)
@@ -284,7 +308,7 @@ class SparseHead(nn.Module):
             torch.where(needed_V, z_V, torch.full_like(z_V, -3e38))[None], room
         )[0]
         scored_V = z_V.index_put((index_C,), self._rescore(x_D, index_C))
-        self._count(overflow_rows=overflow, dense_rows=~finite)
+        self.count(overflow_rows=overflow, dense_rows=~finite)
         weight_VD, bias_V = self.prepared.weight_VD, self.prepared.bias_V
 
         def everything(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
@@ -296,12 +320,10 @@ class SparseHead(nn.Module):
         return torch.cond(overflow | ~finite, everything, rescored, (x_D, scored_V)), needed_V
 
     def estimated_row(
-        self, x_D: torch.Tensor, z_V: torch.Tensor
+        self, x_D: torch.Tensor, z_V: torch.Tensor, num: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits float32 [V], the best `num_candidates` exact and all others clamped below them."""
-        index_C = top_k_indices(
-            z_V.nan_to_num()[None], min(self.spec["num_candidates"], z_V.shape[0])
-        )[0]
+        """Logits float32 [V], the best `num` exact and all others clamped below them."""
+        index_C = top_k_indices(z_V.nan_to_num()[None], min(num, z_V.shape[0]))[0]
         exact_C = self._rescore(x_D, index_C)
         lowest = exact_C.min()
         below = torch.nextafter(lowest, torch.full_like(lowest, -torch.inf))
@@ -311,18 +333,34 @@ class SparseHead(nn.Module):
 
     # ----------------------------------------------------------------- all rows
 
-    def _count(self, **increments: Any) -> None:
+    def count(self, **increments: Any) -> None:
+        """Add to the counters of these names, Python numbers or tensors."""
         zero = torch.zeros((), dtype=torch.int64, device=self.counts.device)
         self.counts.add_(torch.stack([zero + increments.get(name, 0) for name in COUNTER_NAMES]))
 
     def count_dense(self, rows: int) -> None:
         """Count rows that the dense head serves although they were due here."""
-        self._count(calls=1, rows=rows, dense_rows=rows)
+        self.count(calls=1, rows=rows, dense_rows=rows)
 
-    def forward(self, x_ND: torch.Tensor, head: Any, certify: bool) -> torch.Tensor:
-        """Full-size float32 logits [N, V]; a row with NaN or inf goes through the dense head."""
+    def forward(
+        self, x_ND: torch.Tensor, head: Any, certify: bool, top: int | None = None
+    ) -> torch.Tensor:
+        """Full-size float32 logits [N, V]; a row with NaN or inf goes through the dense head.
+
+        `certify`: the best `top` (None: `certify_top`) are certified, at most `certify_top`.
+        """
         if not torch.compiler.is_compiling() and self.prepared is None:
             self.prepare(head)
+        num = min(top or self.spec["certify_top"], self.spec["certify_top"])
+        num = num if certify else self.spec["num_candidates"]
+        self.unselected = None
+        if hire_head_native.serves(self.prepared.native, x_ND):
+            return hire_head_native.run(self, head, x_ND, certify, num)
+        if self.prepared.bound_V is None:
+            self._prepare_copy()
+        return self._rows(x_ND, head, certify, num)
+
+    def _rows(self, x_ND: torch.Tensor, head: Any, certify: bool, num: int) -> torch.Tensor:
         row = self.certified_row if certify else self.estimated_row
         logits, masks = [], []
         dense_rows = 0
@@ -333,19 +371,20 @@ class SparseHead(nn.Module):
                     rescored_V = torch.ones_like(z_V, dtype=torch.bool)
                     dense_rows += 1
                 else:
-                    z_V, rescored_V = row(x_D, z_V)
+                    z_V, rescored_V = row(x_D, z_V, num)
                 logits.append(z_V)
                 masks.append(rescored_V)
         rescored_NV = torch.stack(masks)
         rows = x_ND.shape[0]
-        self._count(
+        self.count(
             calls=1,
             rows=rows,
             rescored=rescored_NV.sum(),
             dense_rows=dense_rows,
             uncertified_rows=0 if certify else rows - dense_rows,
         )
-        self.unselected = ~rescored_NV if self.spec["unselected"] == "-inf" else None
+        if self.spec["unselected"] == "-inf":
+            self.unselected = ~rescored_NV
         return torch.stack(logits)
 
     @torch.no_grad()

@@ -30,6 +30,8 @@ class HireState:
         # generate() sets these for its duration: whether it runs, and how the head serves it.
         self.generating = False
         self.head_mode = "recipe"
+        # How many of the best rows a call certifies; None: the recipe's number.
+        self.head_top: int | None = None
         # Whether the FFN weights are plain layers; serving engines and adapters replace them.
         self.usable = True
         # Set by the causal forward while it runs: the base model need not decide again.
@@ -105,7 +107,7 @@ class HireHeadMixin(Native):
             self.hire.count_dense(rows)
             return super().forward(hidden_states)
         certify = self.hire.spec["certified"] and state.head_mode != "estimate"
-        logits = self.hire(hidden_states.flatten(0, -2), self, certify)
+        logits = self.hire(hidden_states.flatten(0, -2), self, certify, state.head_top)
         return logits.view(*hidden_states.shape[:-1], -1)
 
 

@@ -24,6 +24,7 @@ from .hire_config import (
     layer_tensor_shapes,
 )
 from .hire_head import SparseHead
+from .hire_head_native import path as native_head_path
 from .hire_install import Native
 from .hire_native import path as native_path
 
@@ -40,6 +41,7 @@ RUNTIME_FILES = (
     "hire_blocks.py",
     "hire_step.py",
     "hire_ffn.py",
+    "hire_head_native.py",
     "hire_head.py",
 )
 logger = logging.getLogger("hire")
@@ -116,6 +118,8 @@ class HireIoMixin(Native):
         if head is not None:
             head.counts.zero_()
         path = f"{native_path(base.hire_layers.values())}; {base.hire_step.path(base)}"
+        if head is not None:
+            path = f"{path}; {native_head_path(head.spec, self.get_output_embeddings())}"
         logger.warning("hire: %s", describe(self.config.hire, path))
 
     def _hire_assign(self, path: Any, base: Any, head: SparseHead | None) -> None:

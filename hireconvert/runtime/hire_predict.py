@@ -6,7 +6,7 @@ or groups of neurons).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -327,3 +327,23 @@ def layer_bytes(
         "kept": num_active(spec) * last,
         "dense": spec["num_neurons"] * num_matrices * row,
     }
+
+
+def head_copy_bytes(shape_VD: Sequence[int], bits: int) -> tuple[int, int]:
+    """(bytes read of every row together, of one row read on) of a head's copy for the kernels.
+
+    A sixteenth of the columns has 8 bits a weight, the others `bits`: of 8 the high nibble is read
+    of every row, the low one of rows read on. Each row has two scales and a bound, then a bound.
+    """
+    rows, width = shape_VD
+    loud = num_loud(width)
+    quiet = width - loud
+    every = -(-loud // 4) * 4 + -(-quiet // 8) * 4 + 6
+    rest = quiet % 128
+    low = quiet // 128 * 64 + (64 if rest > 64 else 32 if rest else 0)
+    return rows * every, low + 2 if bits == 8 else 0
+
+
+def num_loud(width: int) -> int:
+    """Columns of a head's copy kept in 8 bits: a sixteenth, in fours."""
+    return min(width, -(-width // 64) * 4)

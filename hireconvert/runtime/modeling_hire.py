@@ -177,7 +177,7 @@ class HireCausalMixin(Native):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Native `generate`; the head certifies, estimates or runs dense as the settings need."""
         state = self.hire_state
-        before = (state.generating, state.head_mode)
+        before = (state.generating, state.head_mode, state.head_top)
         state.generating = True
         self._hire_custom = bool(
             kwargs.get("logits_processor") or kwargs.get("prefix_allowed_tokens_fn")
@@ -185,13 +185,16 @@ class HireCausalMixin(Native):
         try:
             return super().generate(*args, **kwargs)
         finally:
-            state.generating, state.head_mode = before
+            state.generating, state.head_mode, state.head_top = before
 
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> Any:
         """Native resolution of the settings, which then choose the head's mode."""
         resolved = super()._prepare_generation_config(*args, **kwargs)
         if self.hire_state.generating:
-            self.hire_state.head_mode = self._hire_head_mode(resolved[0].to_dict())
+            settings = resolved[0].to_dict()
+            self.hire_state.head_mode = self._hire_head_mode(settings)
+            # Greedy decoding reads the best row alone; what reads more has another mode.
+            self.hire_state.head_top = None if settings.get("do_sample") else 1
         return resolved
 
     def _hire_head_mode(self, settings: Mapping[str, Any]) -> str:

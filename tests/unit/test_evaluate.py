@@ -256,7 +256,8 @@ def test_head_figures() -> None:
     assert 4 <= head.rescored_median <= head.rescored_p99 <= head.rescored_max < VOCABULARY
 
 
-def test_a_head_that_estimates_badly_shows() -> None:
+def test_a_head_that_estimates_badly_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HIRE_NATIVE", "off")
     model = hire_model(dense_model(), None, {**HEAD, "certified": False, "num_candidates": 2})
     good = evaluate_model(model, None, windows()).head
     sparse = model.lm_head.hire

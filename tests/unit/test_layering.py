@@ -13,6 +13,7 @@ STAGE_LAYER = 3
 LIBRARY = {
     "runtime.hire_native": '"hireconvert._native"',
     "runtime.hire_blocks": '"hireconvert._native_step"',
+    "runtime.hire_head_native": '"hireconvert._native_head"',
 }
 
 

@@ -67,14 +67,15 @@ def sanitized(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("fuzz", ["native_fuzz", "native_head"])
 @pytest.mark.parametrize("level", LEVELS)
-def test_nothing_is_read_or_written_out_of_bounds(level, sanitized):
-    """Some hundred mutations of what layers are packed from, under the sanitizers."""
+def test_nothing_is_read_or_written_out_of_bounds(level, fuzz, sanitized):
+    """Some hundred mutations of what layers and heads are packed from, under the sanitizers."""
     found = subprocess.run(
         [COMPILER, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
     )
     done = run_python(
-        ["-P", "-m", "tests.native_fuzz", "150" if level == LEVELS[-1] else "40"],
+        ["-P", "-m", f"tests.{fuzz}", "150" if level == LEVELS[-1] else "40"],
         LD_PRELOAD=str(Path(found.stdout.strip()).resolve()),
         ASAN_OPTIONS="detect_leaks=0",
         HIRE_NATIVE=level,

@@ -188,11 +188,15 @@ def test_tables_name_what_each_kind_stores() -> None:
 def test_head_bytes_by_hand() -> None:
     head = HeadRecipe(certified=False, num_candidates=10).model_dump()
     assert head_bytes(None, (100, 32), 2) == 6400
-    assert head_bytes(head, (100, 32), 2) == 100 * (32 + 4) + 10 * 64
+    # 4 columns of 8 bits, 28 of 4 in eights, three numbers; the low nibbles of 20 rows and a bound.
+    assert head_bytes(head, (100, 32), 2) == 100 * (4 + 16 + 6) + 20 * (32 + 2) + 10 * 64
     certified = {**head, "certified": True, "certify_top": 4}
-    assert head_bytes(certified, (100, 32), 2) == 100 * (32 + 4 + 4) + 4 * 64
+    assert head_bytes(certified, (100, 32), 2) == 100 * 26 + 8 * 34 + 4 * 64
+    assert head_bytes({**certified, "bits": 4}, (100, 32), 2) == 100 * 26 + 4 * 64
+    assert head_bytes({**certified, "certify_top": 99}, (9, 32), 2) == 9 * (26 + 34 + 64)
     low_rank = {**head, "kind": "lr", "rank": 8}
     assert head_bytes(low_rank, (100, 32), 2) == 2 * 8 * 132 + 10 * 64
+    assert head_bytes({**low_rank, "certified": True}, (100, 32), 2) == 2 * 8 * 132 + 800 + 64 * 64
 
 
 def test_untied_embedding_is_not_read() -> None:

@@ -1,4 +1,7 @@
-"""The sparse head: its certificate against a float64 reference computed here, its conventions."""
+"""The sparse head: its certificate against a float64 reference computed here, its conventions.
+
+All of it on the PyTorch path, which the native one is held against in tests/parity.
+"""
 
 import copy
 import math
@@ -13,6 +16,11 @@ from hireconvert.runtime.hire_predict import recall_at, top_k_indices
 from tests.tiny import head_spec, hire_model, stepwise, tiny_model, tokens
 
 ROWS, WIDE, TOP = 300, 48, 5
+
+
+@pytest.fixture(autouse=True)
+def _without_kernels(monkeypatch):
+    monkeypatch.setenv("HIRE_NATIVE", "off")
 
 
 def draw(kind: str, generator: torch.Generator) -> torch.Tensor:

@@ -1,0 +1,250 @@
+"""The native LM head: a weight packed for `native/head.h`, and calls into it.
+
+The files that ship in checkpoints import this module when it is there
+(`runtime/hire_head_native.py`), so what they use of it may only change together with `ABI`.
+
+Shape suffixes: N rows, D width, V vocabulary, T tiles of 16 rows.
+"""
+
+import ctypes
+import itertools
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+
+from hireconvert._native import ABI, LEVELS, LIBRARY, VARIABLE, level, scratch
+from hireconvert._packing import LANES, TYPES, together
+from hireconvert.runtime.hire_predict import head_copy_bytes, num_loud
+
+__all__ = ["ABI", "MOST_WIDTH", "TYPES", "VARIABLE", "HeadCall", "HeadLayer", "level"]
+MOST_WIDTH = 16384
+_VNNI = len(LEVELS)  # one more than the highest of LEVELS
+_MOST_ROWS = 2**31 - 64
+_CHUNK_ROWS = 16384
+_NUMBERS = ("width", "num_rows", "num_loud", "weight_type", "weight_stride")
+_POINTERS = ("weight", "bias", "order", "divisor", "tiles", "scales", "low", "low_error")
+
+
+class _Struct(ctypes.Structure):
+    """hire_head of native/head.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _NUMBERS),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        ("loud_ratio", ctypes.c_double),
+    ]
+
+
+class _Call(ctypes.Structure):
+    """hire_head_call of native/head.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "y", "rescored", "finite", "counts")),
+        *((name, ctypes.c_int64) for name in ("num_rows", "certify", "count")),
+        ("cap", ctypes.c_double),
+    ]
+
+
+_HEADS: "weakref.WeakValueDictionary[int, HeadLayer]" = weakref.WeakValueDictionary()
+_HANDLES = itertools.count()
+
+
+def _declare() -> None:
+    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    LIBRARY.hire_head_level.argtypes, LIBRARY.hire_head_level.restype = [number], number
+    LIBRARY.hire_head_pack.argtypes = [pointer, pointer, number]
+    LIBRARY.hire_head_pack.restype = size
+    LIBRARY.hire_head_scratch_bytes.argtypes = [pointer, size]
+    LIBRARY.hire_head_scratch_bytes.restype = size
+    LIBRARY.hire_head_logits.argtypes = [pointer, pointer, pointer, number, number]
+    LIBRARY.hire_head_logits.restype = size
+
+
+_declare()
+
+
+def head_level(highest: str | None) -> int:
+    """The level that the library is told: of AVX-512 with VNNI where the machine has it."""
+    wanted = LEVELS.index(highest or LEVELS[0])
+    return int(LIBRARY.hire_head_level(_VNNI if wanted == _VNNI - 1 else wanted))
+
+
+class HeadCall(NamedTuple):
+    """What a call of `HeadLayer.run` gives."""
+
+    logits_NV: torch.Tensor  # float32, before soft-capping
+    rescored_NV: torch.Tensor | None  # bool: where logits are the reference's; when asked for
+    finite_N: torch.Tensor | None  # bool: which rows were written; None: all
+    num_rescored: int  # rows of the weight that were read, of all N together
+    num_refined: int  # rows of low nibbles that were read
+
+
+def _columns(weight_VD: torch.Tensor, loud: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(order int32 [D], divisor float64 [D]): loud columns first, then what x is divided by.
+
+    Where errors of all columns are alike in size, the bound is least when column j is multiplied by
+    sqrt(|x_j| / |w_j|); of x nothing is known here.
+    """
+    energy_D = torch.zeros(weight_VD.shape[1], dtype=torch.float64)
+    for chunk in weight_VD.split(_CHUNK_ROWS):
+        energy_D += chunk.float().square().sum(0).double()
+    order_D = torch.sort(energy_D, descending=True, stable=True).indices
+    quiet_D = energy_D[order_D[loud:]].clamp(1e-60, 1e60).sqrt()
+    divisor_D = torch.ones_like(energy_D)
+    if quiet_D.numel():
+        divisor_D[loud:] = (quiet_D.log().mean().exp() / quiet_D).clamp(1e-4, 1e4).sqrt()
+    return order_D.int(), divisor_D
+
+
+class HeadLayer:
+    """One head packed for the library. Immutable: a change of weights calls for another one."""
+
+    def __init__(
+        self, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, *, bits: int = 8
+    ) -> None:
+        """Pack the live weight, which is read again at every call, and so must stay as it is.
+
+        `bits` 8: two nibbles of most columns, 4: the high ones alone. Raises ValueError when the
+        weight is none of `TYPES` in rows on the CPU or too large.
+        """
+        _check(weight_VD, bias_V, bits)
+        self.shape_VD = weight_VD.shape
+        self.bits, self.level = bits, level()
+        self.level_number = head_level(self.level)
+        rows, width = self.shape_VD
+        loud = num_loud(width)
+        tiles = -(-rows // LANES)
+        order_D, divisor_D = _columns(weight_VD.detach(), loud)
+        every, low = head_copy_bytes((1, width), 8)  # with 6 and 2 bytes of numbers of each row
+        code, number = torch.zeros((), dtype=torch.uint8), torch.zeros((), dtype=torch.bfloat16)
+        tensors = {
+            "order": order_D,
+            "divisor": divisor_D,
+            "tiles": code.expand(tiles, LANES * (every - 6)),
+            "scales": number.expand(tiles, 3, LANES),
+        }
+        if bits == 8:
+            tensors |= {"low": code.expand(rows, low - 2), "low_error": number.expand(rows)}
+        if bias_V is not None:
+            tensors["bias"] = bias_V.detach().float()
+        self.tensors = together(tensors)
+        self.weight_VD = weight_VD.detach()
+        pointers = {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
+        self._struct = _Struct(
+            width=width,
+            num_rows=rows,
+            num_loud=loud,
+            weight_type=TYPES.index(weight_VD.dtype),
+            weight_stride=weight_VD.stride(0),
+            weight=self.weight_VD.data_ptr(),
+            **pointers,
+        )
+        self._address = ctypes.addressof(self._struct)
+        ratio_V = torch.zeros(rows)
+        threads = torch.get_num_threads()
+        bad = LIBRARY.hire_head_pack(self._address, ratio_V.data_ptr(), threads)
+        self.finite = bad == 0  # what a weight with NaN or inf was packed to is of no use
+        self._struct.loud_ratio = float(ratio_V.max())
+        self.handle = next(_HANDLES)
+        _HEADS[self.handle] = self
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """None: a copy of the model has its own weight, and packs it."""
+
+    def __reduce__(self) -> Any:
+        return _nothing, ()
+
+    def run(
+        self, x_ND: torch.Tensor, count: int, *, certify: bool, cap: float | None, mask: bool
+    ) -> HeadCall:
+        """Logits of rows each on its own: bits depend neither on threads nor on other rows.
+
+        `certify`: the best `count` rows, after soft-capping with `cap`, are those of the reference
+        head, in its order and with its logits; else `count` rows are the reference's and all others
+        below them. Raises ValueError when x is not [N, D].
+        """
+        rows, width = self.shape_VD
+        if x_ND.dim() != 2 or x_ND.shape[1] != width or count < 1:
+            raise ValueError(f"native: x is {list(x_ND.shape)}, width {width}; count is {count}")
+        x_ND, count = x_ND.float().contiguous(), min(count, rows)
+        num = x_ND.shape[0]
+        logits_NV = torch.empty(num, rows)
+        rescored_NV = torch.zeros(num, rows, dtype=torch.bool) if mask else None
+        finite_N, counts = torch.empty(num, dtype=torch.bool), torch.zeros(3, dtype=torch.int64)
+        call = _Call(
+            x=x_ND.data_ptr(),
+            y=logits_NV.data_ptr(),
+            rescored=None if rescored_NV is None else rescored_NV.data_ptr(),
+            finite=finite_N.data_ptr(),
+            counts=counts.data_ptr(),
+            num_rows=num,
+            certify=certify,
+            count=count,
+            cap=cap or 0.0,
+        )
+        bad = LIBRARY.hire_head_logits(
+            self._address,
+            ctypes.addressof(call),
+            scratch(LIBRARY.hire_head_scratch_bytes(self._address, count)).data_ptr(),
+            torch.get_num_threads(),
+            self.level_number,
+        )
+        rescored, refined, _ = counts.tolist()
+        return HeadCall(logits_NV, rescored_NV, finite_N if bad else None, rescored, refined)
+
+
+def _check(weight_VD: torch.Tensor, bias_V: torch.Tensor | None, bits: int) -> None:
+    given = f"{weight_VD.dtype} {list(weight_VD.shape)} on {weight_VD.device}"
+    if weight_VD.dim() != 2 or weight_VD.device.type != "cpu" or weight_VD.dtype not in TYPES:
+        raise ValueError(f"native: the head's weight is {given}")
+    rows, width = weight_VD.shape
+    if not 1 <= width <= MOST_WIDTH or not 1 <= rows <= _MOST_ROWS:
+        raise ValueError(f"native: the head's weight is {given}")
+    if weight_VD.stride(1) != 1 or weight_VD.stride(0) < width:
+        raise ValueError(f"native: the head's weight lies in strides {weight_VD.stride()}")
+    if bits not in (4, 8):
+        raise ValueError(f"native: the head's bits are {bits}, expected 4 or 8")
+    if bias_V is None:
+        return
+    if bias_V.shape != (rows,) or bias_V.device.type != "cpu" or bias_V.dtype not in TYPES:
+        raise ValueError(f"native: the head's bias is {bias_V.dtype} {list(bias_V.shape)}")
+
+
+def _nothing() -> None:
+    """What a packed head becomes when it is pickled: nothing, and it is packed again."""
+
+
+# --------------------------------------------------------------------------- inside graphs
+
+_OPERATORS = torch.library.Library("hire_native", "FRAGMENT")
+_OPERATORS.define(
+    "head(Tensor x, int handle, bool certify, int count, float cap)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _head(x_ND: torch.Tensor, handle: int, certify: bool, count: int, cap: float) -> _Result:
+    call = _HEADS[handle].run(x_ND, count, certify=certify, cap=cap, mask=True)
+    finite_N = call.finite_N
+    if finite_N is None:
+        finite_N = torch.ones(x_ND.shape[0], dtype=torch.bool)
+    assert call.rescored_NV is not None
+    read_2 = torch.tensor([call.num_rescored, call.num_refined])
+    return call.logits_NV, call.rescored_NV, finite_N, read_2
+
+
+def _head_shapes(x_ND: torch.Tensor, handle: int, certify: bool, count: int, cap: float) -> _Result:
+    del certify, count, cap
+    shape_NV = (x_ND.shape[0], _HEADS[handle].shape_VD[0])
+    return (
+        x_ND.new_empty(shape_NV, dtype=torch.float32),
+        x_ND.new_empty(shape_NV, dtype=torch.bool),
+        x_ND.new_empty(x_ND.shape[0], dtype=torch.bool),
+        x_ND.new_empty(2, dtype=torch.int64),
+    )
+
+
+_OPERATORS.impl("head", _head, "CPU")
+torch.library.register_fake("hire_native::head", _head_shapes, lib=_OPERATORS)
