@@ -27,11 +27,11 @@ VARIABLE = "HIRE_NATIVE"  # of the environment: `off`, `ffn`, or the highest lev
 _NUMBERS = (
     "width", "stride", "num_neurons", "num_candidates", "num_kept", "gated", "activation",
     "weight_type", "bits", "block", "symmetric", "tile_bytes", "rest_bits", "rest_block",
-    "rest_symmetric", "rest_bytes",
+    "rest_symmetric", "rest_bytes", "low_bytes",
 )  # fmt: skip
 _POINTERS = (
     "tiles", "mean", "inverse_scale", "bias", "soft", "norm", "rows", "row_bias", "down_bias",
-    "rest",
+    "rest", "low_bias", "low",
 )  # fmt: skip
 
 
@@ -121,7 +121,9 @@ class FfnLayer:
         """A layer of weights and predictor tensors (docs/format.md); raises ValueError.
 
         `settings`: `activation`, `num_candidates`, `num_kept` (as many: none is dropped), the
-        predictor's `bits`, `block`, `symmetric`, and `rest` (the same three keys, or None).
+        predictor's `bits`, `block`, `symmetric`, `rest` (the same three keys, or None), and
+        `refined`, whether the weights lie on the grid of `low_scale` and `down_low_scale`; where
+        they do not, they are read as they are.
         `tensors`: `gate` (or None), `up` and `down` [F, D]; their biases as `gate_bias`, ...;
         `norm` [F], what scores are multiplied by; the predictor's and the low-bit copy's.
         """
@@ -137,11 +139,6 @@ class FfnLayer:
     def address(self) -> int:
         """Where the library finds it, as long as the layer lives."""
         return self._address
-
-    @property
-    def down_FD(self) -> torch.Tensor:
-        """The output rows, a view."""
-        return self.tensors["rows"][:, -1, : self._width]
 
     def run(
         self, x_ND: torch.Tensor, counts: torch.Tensor | None = None

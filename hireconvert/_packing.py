@@ -9,17 +9,20 @@ L lanes, G blocks of a row.
 import contextlib
 import mmap
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from hireconvert.runtime.hire_predict import unpack_planes
+from hireconvert.runtime.hire_predict import decode_blocks, decode_down, unpack_planes
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "relu", "relu2", "gelu_quick")
 PREDICTOR_BITS, REST_BITS = (2, 3, 4), (2, 3, 4, 8)
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 LANES, STRIDE = 16, 32
 REST_PIECE = 128  # outputs in 64 bytes of a low-bit row of 4 bits
+LOW_BITS = 4  # of refined rows below those of the copies
+_ROUNDED = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 _PAGE = 2**21
 _MOST = 2**31 - 64  # indices are 32 bits wide
 _MOST_WIDTH = 2**19  # sums of codes times digits over a row are 32 bits wide
@@ -175,6 +178,11 @@ class _Tensors:
         """Whether the tensor was given."""
         return self._tensors.get(name) is not None
 
+    def named(self, *names: str) -> dict[str, torch.Tensor]:
+        """Those of the tensors that were given."""
+        found = {name: self._tensors.get(name) for name in names}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
     def planes(self, name: str, bits: int, rows: int, length: int) -> torch.Tensor:
         """The codes of bit planes, uint8 [rows, length]."""
         planes = self.get(name, bits, rows, -(-length // 8))
@@ -251,6 +259,81 @@ def _rest(
     return {"rest": rows}
 
 
+def _refined(
+    given: _Tensors, numbers: dict[str, int], settings: Mapping[str, Any]
+) -> dict[str, torch.Tensor] | None:
+    """The weights as codes beyond those of the copies; None where they are no such codes.
+
+    They are not where blocks are cut through, or weights were trained or merged since.
+    """
+    width, neurons, parts = numbers["width"], numbers["num_neurons"], 1 + numbers["gated"]
+    names, block, down_block = ("gate", "up")[2 - parts :], numbers["block"], numbers["rest_block"]
+    if (numbers["bits"], numbers["rest_bits"]) != (4, 4):
+        raise ValueError("native: refined rows without 4-bit copies")
+    if block % LANES and block < width:
+        return None
+    first_MD = torch.cat([given.floats(name, neurons, width) for name in names])
+    down_FD, factor_D = given.floats("down", neurons, width), given.floats("column_scale", width)
+    low_M = _low(
+        first_MD * factor_D,
+        decode_blocks(given.named("planes", "scale", "offset"), settings, width),
+        given.floats("low_scale", parts * neurons, -(-width // block)),
+        block,
+    )
+    copy = given.named("down_planes", "down_scale", "down_offset")
+    low_F = _low(
+        down_FD,
+        decode_down(copy, settings["rest"], width),
+        given.floats("down_low_scale", neurons, -(-width // down_block)),
+        down_block,
+    )
+    value_MD, dtype = low_M.value_MD / factor_D, TYPES[numbers["weight_type"]]
+    pairs = ((value_MD, first_MD), (low_F.value_MD, down_FD))
+    if not all(_is_rounded(value, weight, dtype) for value, weight in pairs):
+        return None
+    rows = [*low_M.rows(numbers["stride"]).chunk(parts), low_F.rows(numbers["stride"])]
+    low = torch.cat(rows, dim=1).contiguous()
+    numbers["low_bytes"] = low.shape[1]
+    bias_M = value_MD.double() @ given.floats("mean", width).double()
+    bias_M -= given.floats("bias", parts * neurons)
+    biases = _biases(given, numbers)
+    if "row_bias" in biases:
+        bias_M += biases.pop("row_bias").flatten()
+    return {"low": low, "low_bias": _pad_parts(bias_M.float(), parts), **biases}
+
+
+@dataclass(frozen=True)
+class _Low:
+    """What a copy left of a matrix: codes [M, D], scales [M, G], and the values with the copy's."""
+
+    code_MD: torch.Tensor
+    scale_MG: torch.Tensor
+    value_MD: torch.Tensor
+
+    def rows(self, stride: int) -> torch.Tensor:
+        """uint8 [M, bytes]: codes with 16 neighbours side by side, then scales."""
+        padded = torch.zeros(self.code_MD.shape[0], stride, dtype=torch.uint8)
+        padded[:, : self.code_MD.shape[1]] = self.code_MD
+        packed = pack_lanes(padded.unflatten(1, (-1, LANES)), LOW_BITS)
+        return torch.cat([packed, _octets(self.scale_MG)], dim=1)
+
+
+def _low(
+    weight_MD: torch.Tensor, copy_MD: torch.Tensor, scale_MG: torch.Tensor, block: int
+) -> _Low:
+    width, middle = weight_MD.shape[1], (2**LOW_BITS - 1) / 2
+    scale_MD = scale_MG.repeat_interleave(block, dim=1)[:, :width]
+    code_MD = ((weight_MD - copy_MD) / scale_MD + middle).round().clamp(0, 2 * middle)
+    return _Low(code_MD.to(torch.uint8), scale_MG, copy_MD + scale_MD * (code_MD - middle))
+
+
+def _is_rounded(value_MD: torch.Tensor, weight_MD: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether weights are the values, rounded to their type."""
+    largest = value_MD.abs().amax(1, keepdim=True)
+    allowed = _ROUNDED[dtype] * value_MD.abs() + 2.0**-20 * largest
+    return bool(((weight_MD - value_MD).abs() <= allowed).all())
+
+
 def _weights(given: _Tensors, numbers: dict[str, int], up: torch.Tensor) -> dict[str, torch.Tensor]:
     width, neurons, gated = numbers["width"], numbers["num_neurons"], numbers["gated"]
     names = ["gate", "up"] if gated else ["up"]
@@ -260,7 +343,13 @@ def _weights(given: _Tensors, numbers: dict[str, int], up: torch.Tensor) -> dict
     rows = torch.zeros(neurons, len(matrices), numbers["stride"], dtype=up.dtype)
     for place, matrix in enumerate(matrices):
         rows[:, place, :width] = matrix
-    tensors = {"rows": rows}
+    return {"rows": rows, **_biases(given, numbers)}
+
+
+def _biases(given: _Tensors, numbers: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    """Those that the layer has: `row_bias` [P, F] and `down_bias` [D]."""
+    width, neurons = numbers["width"], numbers["num_neurons"]
+    names, tensors = ["gate", "up"] if numbers["gated"] else ["up"], {}
     if any(given.has(f"{name}_bias") for name in names):
         tensors["row_bias"] = torch.stack(
             [
@@ -299,6 +388,6 @@ def pack(
         "activation": _one_of(settings, "activation", ACTIVATIONS),
         "weight_type": TYPES.index(up.dtype),
     }
-    packed = _predictor(given, numbers, settings) | _weights(given, numbers, up)
-    packed |= _rest(given, numbers, settings.get("rest"))
-    return numbers, packed
+    packed = _predictor(given, numbers, settings) | _rest(given, numbers, settings.get("rest"))
+    refined = _refined(given, numbers, settings) if settings.get("refined") else None
+    return numbers, packed | (_weights(given, numbers, up) if refined is None else refined)

@@ -44,6 +44,7 @@ typedef struct {
     int64_t rest_block;     /* outputs to a scale: D, or a multiple of HIRE_LANES */
     int64_t rest_symmetric;
     int64_t rest_bytes;     /* of one neuron's low-bit row */
+    int64_t low_bytes;      /* of one neuron's refinement; 0: rows hold the weights */
     const uint8_t *tiles;   /* [Fp / 16, tile_bytes]: for each block codes, scales, offsets; NULL
                                where C = F, with mean, inverse_scale and bias */
     const float *mean;          /* [D] */
@@ -51,15 +52,18 @@ typedef struct {
     const float *bias;          /* [parts, Fp] of the estimates */
     const float *soft;          /* [parts, Fp] or NULL */
     const float *norm;          /* [Fp]; ones where scores are plain */
-    const void *rows;           /* [F, parts + 1, stride]: gate, up, down of a neuron in turn */
+    const void *rows;           /* [F, parts + 1, stride]: gate, up, down of a neuron in turn;
+                                   NULL where refined */
     const float *row_bias;      /* [parts, F] or NULL */
     const float *down_bias;     /* [D] or NULL */
     const uint8_t *rest;        /* [F, rest_bytes] or NULL */
+    const float *low_bias;      /* [parts, Fp] or NULL: added to estimates and refinements */
+    const uint8_t *low;         /* [F, low_bytes] or NULL: what 4-bit tiles and rest left */
 } hire_layer;
 
 /* Where one row's intermediate results lie; all of it is the caller's scratch memory. */
 typedef struct {
-    float *x;        /* [stride], zeros behind D */
+    float *x;        /* [stride], zeros behind D; where rows are refined the predictor's input */
     float *u;        /* [Bp]: a block of the predictor's input; Bp is a block in whole 32s */
     int8_t *u_digits; /* [G, Bp / 4, 4, 4]: digits (the fourth is 0) of four inputs at a time */
     int32_t *u_first; /* [G, 4]: sums over a block's codes begin with these digits */

@@ -185,6 +185,9 @@ static void start(const hire_layer *layer, const void *x, int type, hire_run *ru
     }
     for (int64_t j = width; j < layer->stride; j++) run->x[j] = 0.0f;
     if (layer->num_candidates < layer->num_neurons) split_inputs(layer, run);
+    if (layer->low != NULL)
+        for (int64_t j = 0; j < width; j++)
+            run->x[j] = (run->x[j] - layer->mean[j]) * layer->inverse_scale[j];
     if (layer->rest != NULL)
         for (int64_t j = 0; j < layer->stride; j += 16)
             run->rest_scale_of[j / 16] =
@@ -195,7 +198,13 @@ static void start(const hire_layer *layer, const void *x, int type, hire_run *ru
 
 #include "estimate_body.h"
 
+/* ------------------------------------------------------------------ the rest, by low-bit rows */
+
+#include "rest_body.h"
+
 /* ------------------------------------------------------------------ exact rows */
+
+#include "refined_body.h"
 
 /* Products of x with one row of gate and of up; the next neuron's rows are asked for meanwhile. */
 INLINE void dots(const void *row, const char *next, const float *x, int64_t stride,
@@ -350,6 +359,7 @@ INLINE int exact_as(const hire_layer *layer, hire_run *run, int64_t from, int64_
 
 static int exact(const hire_layer *layer, hire_run *run, int64_t from, int64_t to, float *partial)
 {
+    if (layer->low != NULL) return exact_refined(layer, run, from, to, partial);
     if (layer->weight_type == HIRE_FLOAT32)
         return exact_as(layer, run, from, to, partial, HIRE_FLOAT32);
     if (layer->weight_type == HIRE_BFLOAT16)
@@ -359,22 +369,21 @@ static int exact(const hire_layer *layer, hire_run *run, int64_t from, int64_t t
 
 static void kept(const hire_layer *layer, hire_run *run, int64_t from, int64_t to, float *partial)
 {
-    int32_t index[64];
-    float h[64];
-    for (int64_t at = from; at < to; at += 64) {
-        const int64_t num = to - at < 64 ? to - at : 64;
+    int32_t index[BATCH];
+    float h[BATCH];
+    for (int64_t at = from; at < to; at += BATCH) {
+        const int64_t num = to - at < BATCH ? to - at : BATCH;
         for (int64_t i = 0; i < num; i++) {
             const int32_t place = run->chosen[at + i];
             index[i] = run->index[place];
             h[i] = run->h[place];
         }
-        outputs(layer, index, h, num, partial);
+        if (layer->low != NULL)
+            refined_outputs(layer, run, index, h, num, partial);
+        else
+            outputs(layer, index, h, num, partial);
     }
 }
-
-/* ------------------------------------------------------------------ the rest, by low-bit rows */
-
-#include "rest_body.h"
 
 /* ------------------------------------------------------------------ the row that goes out */
 

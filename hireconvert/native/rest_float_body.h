@@ -21,7 +21,8 @@ INLINE w16 load_lanes(const uint8_t *p, int64_t bytes)
 
 /* Value times scale for each block of `num` rows; what the offsets add is summed by block. */
 INLINE void rest_scales(const hire_layer *layer, const uint8_t *const *row, const float *value,
-                        const int num, const int bits, float *scale, float *offset)
+                        const int num, const int bits, const int symmetric, float *scale,
+                        float *offset)
 {
     const int64_t blocks = (layer->width + layer->rest_block - 1) / layer->rest_block;
     const int64_t padded = (blocks + 15) / 16 * 16, codes = code_bytes(layer->stride / 16, bits);
@@ -31,7 +32,7 @@ INLINE void rest_scales(const hire_layer *layer, const uint8_t *const *row, cons
             const uint8_t *own = row[i] + codes + 2 * b;
             const v16 v = v_set1(value[i]), s = v_load_f16(own);
             v_store(scale + i * padded + b, v_mul(v, s));
-            if (!layer->rest_symmetric)
+            if (!symmetric)
                 sum = v_fma(v, middle_value(s, own + 2 * blocks, bits), sum);
         }
         v_store(offset + b, sum);
@@ -48,12 +49,13 @@ INLINE void rest_vector(float *sum, const w16 *word, const float *scale, int64_t
 }
 
 INLINE void rest_rows(const hire_layer *layer, const hire_run *run, const uint8_t *const *row,
-                      const float *value, const int num, const int bits, float *partial)
+                      const float *value, const int num, const int bits, const int symmetric,
+                      float *partial)
 {
     const int64_t blocks = (layer->width + layer->rest_block - 1) / layer->rest_block;
     const int64_t padded = (blocks + 15) / 16 * 16;
     float *offset = partial + layer->stride, *scale = offset + padded;
-    rest_scales(layer, row, value, num, bits, scale, offset);
+    rest_scales(layer, row, value, num, bits, symmetric, scale, offset);
     const int per_word = 32 / bits;
     const int32_t *block = run->rest_scale_of;
     int64_t left = layer->stride / 16, at = 0;
@@ -90,11 +92,12 @@ INLINE void rest_in_floats(const hire_layer *layer, hire_run *run, int64_t from,
         value[held++] = run->value[i];
         for (int64_t at = 0; at < layer->rest_bytes; at += 64) prefetch(row[held - 1] + at);
         if (held == 4) {
-            rest_rows(layer, run, row, value, 4, bits, partial);
+            rest_rows(layer, run, row, value, 4, bits, (int)layer->rest_symmetric, partial);
             held = 0;
         }
     }
-    for (int i = 0; i < held; i++) rest_rows(layer, run, row + i, value + i, 1, bits, partial);
+    for (int i = 0; i < held; i++)
+        rest_rows(layer, run, row + i, value + i, 1, bits, (int)layer->rest_symmetric, partial);
     for (int64_t j = 0; j < layer->stride; j += 16)
         v_store(partial + j,
                 v_add(v_load(partial + j), v_set1(offset[run->rest_scale_of[j / 16]])));

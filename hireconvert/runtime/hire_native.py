@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .hire_predict import num_active, varies
+from .hire_predict import is_refined, num_active, varies
 
 ABI = 1
 MOST_ROWS = 4  # more rows at once read fewer bytes together, densely, than one after the other
@@ -105,6 +105,7 @@ def pack(
         "num_candidates": spec["num_candidates"],
         "num_kept": num_active(spec),
         "rest": spec.get("unselected"),
+        "refined": is_refined(spec),
         **{key: spec["predictor"][key] for key in ("bits", "block", "symmetric")},
     }
     named = {
