@@ -275,13 +275,13 @@ class Step:
         return torch.zeros(len(self.blocks), len(PAST_FIELDS), dtype=torch.int64)
 
     def run(
-        self, x_QD: torch.Tensor, past_B5: torch.Tensor, angles: Sequence[int], most: int
+        self, x_QD: torch.Tensor, past_B5: torch.Tensor, angles: Sequence[torch.Tensor], most: int
     ) -> int:
         """All layers over `x_QD` (float32, contiguous), in place.
 
         `past_B5` as `past` gives it, filled in by the caller (it vouches for the addresses: room
-        for Q more positions, SLACK behind the end). `angles`: addresses of cos and sin, float32
-        [Q, rotary], of each rope. `most`: at least the longest cache's length and Q together.
+        for Q more positions, SLACK behind the end). `angles`: cos and sin, float32 [Q, rotary] and
+        contiguous, of each rope. `most`: at least the longest cache's length and Q together.
         Returns -1, or the first layer that met NaN or inf, when x and no count is of use. Raises
         ValueError when sizes do not fit.
         """
@@ -294,16 +294,20 @@ class Step:
             or past_B5.shape != (len(self.blocks), len(PAST_FIELDS))
             or past_B5.dtype != torch.int64
             or not past_B5.is_contiguous()
-            or len(angles) != 2 * (max(self.rotary) + 1)
+            or len(angles) < 2 * (max(self.rotary) + 1)
         ):
             raise ValueError(f"native: x is {x_QD.dtype} {list(x_QD.shape)}, width {self.width}")
+        for rope, rotary in self.rotary.items():
+            for angle in angles[2 * rope : 2 * rope + 2]:
+                if angle.shape != (num_rows, rotary) or angle.dtype != torch.float32:
+                    raise ValueError(f"native: angles are {angle.dtype} {list(angle.shape)}")
         threads = torch.get_num_threads()
         room = max(256, 1 << (most - 1).bit_length())
         size = self._sizes.get((room, threads))
         if size is None:
             size = LIBRARY.hire_step_scratch(self._address, len(self.blocks), room, threads)
             self._sizes[room, threads] = size
-        pointers = (ctypes.c_void_p * len(angles))(*angles)
+        pointers = (ctypes.c_void_p * len(angles))(*[angle.data_ptr() for angle in angles])
         bad: int = LIBRARY.hire_step(
             self._address, len(self.blocks), past_B5.data_ptr(), ctypes.addressof(pointers),
             x_QD.data_ptr(), num_rows, scratch(size).data_ptr(), room, threads, self._level,

@@ -90,8 +90,7 @@ def run(dice: random.Random) -> None:
     x_QD = torch.randn(num_rows, width)
     if dice.random() < 0.2:
         x_QD[-1, -1] = dice.choice([float("nan"), float("inf"), 1e30])
-    addresses = [angles[0].data_ptr(), angles[1].data_ptr()]
-    bad = step.run(x_QD, past, addresses, cached + num_rows)
+    bad = step.run(x_QD, past, [angles[0], angles[1]], cached + num_rows)
     assert bad >= 0 or bool(x_QD.isfinite().all())
 
 

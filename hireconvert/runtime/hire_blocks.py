@@ -176,7 +176,7 @@ class Ropes:
         else:
             kinds = {kinds}
         self._fixed = kinds <= _FIXED_ROPES
-        self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.rotary = [cosine.shape[1] for cosine, _ in self._at(torch.arange(1))]
 
     def _at(self, position_P: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -190,16 +190,16 @@ class Ropes:
             found.append((cosine[0].contiguous(), sine[0].contiguous()))
         return found
 
-    def addresses(self, start: int, num: int) -> list[int]:
-        """Where cos and sin [num, rotary] of each rope lie, of positions from `start` on."""
+    def tables(self, start: int, num: int) -> list[torch.Tensor]:
+        """Cos and sin [num, rotary] of each rope in turn, of positions from `start` on."""
         if not self._fixed:
-            self._tables = self._at(torch.arange(start, start + num))
-            start = 0
-        elif not self._tables or start + num > self._tables[0][0].shape[0]:
-            self._tables = self._at(torch.arange(max(_TABLE, 2 * (start + num))))
-        return [
-            table.data_ptr() + 4 * start * table.shape[1] for pair in self._tables for table in pair
-        ]
+            pairs = self._at(torch.arange(start, start + num))
+        else:
+            if not self._pairs or start + num > self._pairs[0][0].shape[0]:
+                self._pairs = self._at(torch.arange(max(_TABLE, 2 * (start + num))))
+            pairs = self._pairs
+        skipped = 0 if not self._fixed else start
+        return [table[skipped : skipped + num] for pair in pairs for table in pair]
 
 
 def check_model(base: Any) -> None:
@@ -315,7 +315,7 @@ def _run_alone(
     told[0] = torch.tensor(
         [views[0].data_ptr(), views[1].data_ptr(), views[0].stride(0), 0, cached]
     )
-    step.run(x_QD, told, ropes.addresses(cached, num), cached + num)
+    step.run(x_QD, told, ropes.tables(cached, num), cached + num)
     return views[0], views[1]
 
 
@@ -347,7 +347,7 @@ def _try_model(base: Any, blocks: list[Any], ropes: Ropes) -> None:
         told[index] = torch.tensor(row)
     embedded = base.embed_tokens(ids)
     x_QD = embedded[0].to(torch.float32, copy=True)
-    bad = step.run(x_QD, told, ropes.addresses(0, 1), 1)
+    bad = step.run(x_QD, told, ropes.tables(0, 1), 1)
     expected = output[0][0]
     close = _CLOSE if expected.dtype == torch.float32 else _CLOSE_HALF
     if bad >= 0 or _differs(base.norm(x_QD), expected, close):

@@ -203,7 +203,7 @@ class NativeStep:
         if embedded is None:
             embedded = base.embed_tokens(given)
         x_QD = embedded[0].to(torch.float32, copy=True).contiguous()
-        angles = plan.ropes.addresses(start, num)
+        angles = plan.ropes.tables(start, num)
         if plan.step.run(x_QD, held.past_B5, angles, held.longest() + num) >= 0:
             return None  # NaN or inf: the cache is as it was
         held.advance(cache, num)

@@ -147,11 +147,18 @@ ODD = {
         "max_position_embeddings": 16,
     },
     "eager": {"attn_implementation": "eager"},
+    "two_ropes": {
+        "family": "gemma3_text",
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "num_hidden_layers": 3,
+        "sliding_window": 6,
+    },
+    "soft_cap": {"family": "gemma2", "attn_implementation": "eager"},
 }
 
 
-def odd_model(**settings: Any) -> Any:
-    config = copy.deepcopy(tiny_model("llama").config)
+def odd_model(family: str = "llama", **settings: Any) -> Any:
+    config = copy.deepcopy(tiny_model(family).config)
     attention = settings.pop("attn_implementation", None)
     config.update({"num_hidden_layers": 2, **settings})
     torch.manual_seed(3)

@@ -173,11 +173,14 @@ def test_layers_must_fit_each_other():
     ],
 )
 def test_calls_that_do_not_fit_are_refused(x):
-    step = Step([block()])
+    step, angles = Step([block()]), [torch.zeros(1, 2)] * 2
     with pytest.raises(ValueError, match="native: x is"):
-        step.run(x, step.past(), [0, 0], 8)
+        step.run(x, step.past(), angles, 8)
     with pytest.raises(ValueError, match="native: x is"):
-        step.run(torch.zeros(1, 6), step.past()[:, :4], [0, 0], 8)
+        step.run(torch.zeros(1, 6), step.past()[:, :4], angles, 8)
     with pytest.raises(ValueError, match="native: x is"):
-        step.run(torch.zeros(1, 6), step.past(), [0], 8)
+        step.run(torch.zeros(1, 6), step.past(), angles[:1], 8)
+    for odd in (torch.zeros(2, 2), torch.zeros(1, 4), torch.zeros(1, 2, dtype=torch.float64)):
+        with pytest.raises(ValueError, match="native: angles are"):
+            step.run(torch.zeros(1, 6), step.past(), [angles[0], odd], 8)
     assert _native_step.MOST_ROWS == 4
