@@ -4,7 +4,9 @@ python tools/bench_ffn.py --shape smollm2 --dtype float32 --threads 1
 
 Every round times all arms in turn over copies of one random layer that together exceed the caches;
 medians of rounds and their range go to stdout. `dense, kernels` reads every exact row and predicts
-nothing: what is gained beyond it is owed to sparsity, what it gains itself to the kernels.
+nothing: what is gained beyond it is owed to sparsity, what it gains itself to the kernels. Parts of
+a call come from arms that keep one neuron, without and with the rest, and from selection alone.
+With one thread times are those of the thread, which other jobs on the machine disturb less.
 """
 
 import argparse
@@ -23,6 +25,8 @@ SHAPES = {"smollm2": (576, 1536), "qwen": (896, 4864), "llama1b": (2048, 8192)}
 REST = {"bits": 4, "block": 32, "symmetric": False}
 FORM = GridFormat(**REST)
 STREAM_BYTES = 256 * 2**20
+# By name: what to call in turn, and the bytes that one call reads.
+Arms = dict[str, tuple[list[Callable[[torch.Tensor], Any]], float]]
 
 
 def tensors_of(width: int, neurons: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -41,11 +45,10 @@ def tensors_of(width: int, neurons: int, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def native_arm(
-    tensors: dict[str, Any], keep: float, rest: Any, copies: int
+    tensors: dict[str, Any], num: int, rest: Any, memory: int
 ) -> tuple[list[Callable[[torch.Tensor], Any]], float]:
-    """(the copies to call in turn, bytes that one call reads)."""
+    """(copies to call in turn that exceed `memory` bytes, bytes that one call reads)."""
     neurons = tensors["up"].shape[0]
-    num = max(1, round(keep * neurons))
     settings = {"activation": "silu", "num_candidates": num, "num_kept": num, "rest": rest, **REST}
     layer = _native.FfnLayer.pack(settings, tensors)
     numbers = layer.numbers
@@ -53,12 +56,13 @@ def native_arm(
     if num < neurons:
         total += layer.tensors["tiles"].nbytes
         total += (neurons - num) * numbers.get("rest_bytes", 0)
+    copies = max(2, memory // total)
     layers = [layer, *(_native.FfnLayer(numbers, layer.tensors) for _ in range(copies - 1))]
     return [each.run for each in layers], total
 
 
 def dense_arm(
-    tensors: dict[str, Any], dtype: torch.dtype, copies: int
+    tensors: dict[str, Any], dtype: torch.dtype, memory: int
 ) -> tuple[list[Callable[[torch.Tensor], Any]], float]:
     """The three products of PyTorch."""
 
@@ -67,7 +71,8 @@ def dense_arm(
         down = tensors["down"].to(dtype).t().contiguous()
         return lambda x: F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
-    return [one() for _ in range(copies)], 3.0 * tensors["up"].numel() * dtype.itemsize
+    total = 3 * tensors["up"].numel() * dtype.itemsize
+    return [one() for _ in range(max(2, memory // total))], total
 
 
 def stream_rate() -> float:
@@ -81,40 +86,67 @@ def stream_rate() -> float:
     return STREAM_BYTES / min(seconds) / 1e9
 
 
-def measure(shape: str, dtype: torch.dtype, rounds: int, memory: int) -> None:
-    """Print one table."""
-    width, neurons = SHAPES[shape]
-    tensors = tensors_of(width, neurons, dtype)
-    copies = max(2, memory // (3 * width * neurons * dtype.itemsize))
-    arms = {f"dense, PyTorch, {str(dtype)[6:]}": dense_arm(tensors, dtype, copies)}
-    arms["dense, kernels"] = native_arm(tensors, 1.0, None, copies)
-    for keep in (0.5, 0.25):
-        for name, rest in (("", None), (", rest by estimate", REST)):
-            arms[f"keep {keep}{name}"] = native_arm(tensors, keep, rest, copies)
-    x = torch.randn(1, width).to(dtype)
+def selection_arm(neurons: int, num: int) -> tuple[list[Callable[[torch.Tensor], Any]], float]:
+    """The k largest of scores that lie in the cache, many times, with the cost of a call."""
+    score = torch.rand(neurons)
+    return [lambda _: _native.top_k(score, num)] * 200, 4.0 * neurons
+
+
+def timed(arms: Arms, x: torch.Tensor, rounds: int) -> dict[str, list[float]]:
+    """Microseconds of a call, by arm and round, the arms in turn."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in arms}
     with torch.inference_mode():
         for turn in range(rounds + 1):
             for name, (calls, _) in arms.items():
-                start = time.perf_counter()
+                start = clock()
                 for call in calls:
                     call(x)
                 if turn:
-                    times[name].append((time.perf_counter() - start) / copies * 1e6)
-    base = statistics.median(times[next(iter(arms))])
-    own = statistics.median(times["dense, kernels"])
+                    times[name].append((clock() - start) / len(calls) * 1e6)
+    return times
+
+
+def measure(shape: str, dtype: torch.dtype, rounds: int, memory: int) -> None:
+    """Print one table."""
+    width, neurons = SHAPES[shape]
+    tensors = tensors_of(width, neurons, dtype)
+    arms: Arms = {f"dense, PyTorch, {str(dtype)[6:]}": dense_arm(tensors, dtype, memory)}
+    arms["dense, kernels"] = native_arm(tensors, neurons, None, memory)
+    for keep in (0.5, 0.25):
+        for name, rest in (("", None), (", rest by estimate", REST)):
+            num = max(1, round(keep * neurons))
+            arms[f"keep {keep}{name}"] = native_arm(tensors, num, rest, memory)
+    parts: Arms = {
+        "estimates": native_arm(tensors, 1, None, memory // 2),
+        "estimates and rest": native_arm(tensors, 1, REST, memory // 2),
+        "selection": selection_arm(neurons, neurons // 4),
+    }
+    times = timed(arms | parts, torch.randn(1, width).to(dtype), rounds)
+    middles = {name: statistics.median(found) for name, found in times.items()}
+    base, own = middles[next(iter(arms))], middles["dense, kernels"]
     print(
         f"\n{shape}: {width} x {neurons}, {dtype}, {torch.get_num_threads()} threads, "
-        f"{_native.level()}, stream {stream_rate():.1f} GB/s, {copies} copies\n"
+        f"{_native.level()}, stream {stream_rate():.1f} GB/s\n"
     )
     print("| arm | us | range | MB | GB/s | PyTorch / arm | kernels' dense / arm |")
     print("|---|--:|--:|--:|--:|--:|--:|")
     for name, (_, size) in arms.items():
-        middle, low, high = statistics.median(times[name]), min(times[name]), max(times[name])
+        middle, low, high = middles[name], min(times[name]), max(times[name])
         print(
             f"| {name} | {middle:.0f} | {low:.0f}-{high:.0f} | {size / 1e6:.2f} "
             f"| {size / middle / 1e3:.1f} | {base / middle:.2f} | {own / middle:.2f} |"
         )
+    print("\n| part of a call | us | MB | GB/s |\n|---|--:|--:|--:|")
+    both, alone = parts["estimates and rest"][1], parts["estimates"][1]
+    rest_time = middles["estimates and rest"] - middles["estimates"]
+    rows = [
+        ("estimates, with selection and the call itself", middles["estimates"], alone),
+        ("rest of all neurons", rest_time, both - alone),
+        ("selection of a quarter", middles["selection"], parts["selection"][1]),
+    ]
+    for name, middle, size in rows:
+        print(f"| {name} | {middle:.1f} | {size / 1e6:.2f} | {size / middle / 1e3:.1f} |")
 
 
 def main() -> None:

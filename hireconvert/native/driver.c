@@ -17,7 +17,7 @@ int hire_level_at_most(int wanted)
 #ifdef HIRE_X86
     __builtin_cpu_init();
     const int narrow = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                       __builtin_cpu_supports("f16c");
+                       __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt");
     const int wide = narrow && __builtin_cpu_supports("avx512f") &&
                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
@@ -39,64 +39,9 @@ const hire_kernels *hire_kernels_of(int level)
     return &hire_kernels_portable;
 }
 
-/* ------------------------------------------------------------------ selection */
-
-enum { TOP_BITS = 11, MIDDLE_BITS = 10, LOW_BITS = 10 };
-
-static uint32_t bits_of(float score)
-{
-    uint32_t bits;
-    memcpy(&bits, &score, sizeof bits);
-    return bits & 0x7fffffff; /* -0 is 0; floats that are not negative order like their bits */
-}
-
-/* The bucket that holds the *k-th largest; *k becomes its rank within the bucket. */
-static uint32_t bucket_of_kth(const int32_t *count, uint32_t buckets, int64_t *k)
-{
-    uint32_t bucket = buckets - 1;
-    while (bucket > 0 && count[bucket] < *k) *k -= count[bucket--];
-    return bucket;
-}
-
-/* Bits of the k-th largest score, by histograms of ever lower bits; *ties becomes how many of
- * the scores equal to it are among the k largest. */
-static uint32_t kth_bits(const float *score, int64_t n, int64_t *ties, int32_t *spare)
-{
-    int32_t count[1 << TOP_BITS] = {0};
-    for (int64_t i = 0; i < n; i++) count[bits_of(score[i]) >> (MIDDLE_BITS + LOW_BITS)]++;
-    const uint32_t top = bucket_of_kth(count, 1 << TOP_BITS, ties);
-    int64_t left = 0;
-    for (int64_t i = 0; i < n; i++) {
-        spare[left] = (int32_t)i;
-        left += bits_of(score[i]) >> (MIDDLE_BITS + LOW_BITS) == top;
-    }
-    memset(count, 0, sizeof(int32_t) << MIDDLE_BITS);
-    for (int64_t i = 0; i < left; i++)
-        count[bits_of(score[spare[i]]) >> LOW_BITS & ((1 << MIDDLE_BITS) - 1)]++;
-    const uint32_t high = top << MIDDLE_BITS | bucket_of_kth(count, 1 << MIDDLE_BITS, ties);
-    memset(count, 0, sizeof(int32_t) << LOW_BITS);
-    for (int64_t i = 0; i < left; i++) {
-        const uint32_t bits = bits_of(score[spare[i]]);
-        if (bits >> LOW_BITS == high) count[bits & ((1 << LOW_BITS) - 1)]++;
-    }
-    return high << LOW_BITS | bucket_of_kth(count, 1 << LOW_BITS, ties);
-}
-
 void hire_top_k(const float *score, int64_t n, int64_t k, int32_t *out, int32_t *spare)
 {
-    if (k >= n) {
-        for (int64_t i = 0; i < n; i++) out[i] = (int32_t)i;
-        return;
-    }
-    int64_t ties = k, found = 0;
-    const uint32_t kth = kth_bits(score, n, &ties, spare);
-    for (int64_t i = 0; i < n; i++) {
-        const uint32_t bits = bits_of(score[i]);
-        const int equal = bits == kth;
-        out[found] = (int32_t)i; /* out has room for one more than k */
-        found += bits > kth || (equal && ties > 0);
-        ties -= equal;
-    }
+    hire_kernels_of(hire_level_at_most(HIRE_AVX512))->top_k(score, n, k, out, spare);
 }
 
 /* ------------------------------------------------------------------ scratch memory */
@@ -172,12 +117,12 @@ static int64_t cut(int64_t total, int64_t s)
     return at < total ? at : total;
 }
 
-static void choose_kept(const hire_layer *layer, hire_run *run)
+static void choose_kept(const hire_layer *layer, const hire_kernels *kernels, hire_run *run)
 {
     if (layer->num_kept == layer->num_candidates) {
         for (int64_t i = 0; i < layer->num_kept; i++) run->chosen[i] = (int32_t)i;
     } else {
-        hire_top_k(run->exact, layer->num_candidates, layer->num_kept, run->chosen, run->spare);
+        kernels->top_k(run->exact, layer->num_candidates, layer->num_kept, run->chosen, run->spare);
     }
     if (layer->rest == NULL) return;
     for (int64_t i = 0; i < layer->num_candidates; i++) run->value[run->index[i]] = run->h[i];
@@ -215,7 +160,7 @@ void hire_row_of_team(const hire_layer *layer, const hire_kernels *kernels, hire
     }
     OMP(omp master)
     if (!bad[0]) {
-        hire_top_k(run->score, all, candidates, run->index, run->spare);
+        kernels->top_k(run->score, all, candidates, run->index, run->spare);
         /* Kept neurons are known before they are computed: none of them is in the rest. */
         if (fused && layer->rest != NULL)
             for (int64_t i = 0; i < candidates; i++) run->value[run->index[i]] = 0.0f;
@@ -232,7 +177,7 @@ void hire_row_of_team(const hire_layer *layer, const hire_kernels *kernels, hire
         }
         OMP(omp barrier)
         OMP(omp master)
-        if (!bad[1]) choose_kept(layer, run);
+        if (!bad[1]) choose_kept(layer, kernels, run);
         OMP(omp barrier)
         if (bad[1]) return;
     }

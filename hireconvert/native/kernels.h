@@ -91,6 +91,8 @@ typedef struct {
     void (*kept)(const hire_layer *, hire_run *, int64_t from, int64_t to, float *partial);
     /* Low-bit rows of the neurons [from, to) whose value is not 0. */
     void (*rest)(const hire_layer *, hire_run *, int64_t from, int64_t to, float *partial);
+    /* As hire_top_k. */
+    void (*top_k)(const float *score, int64_t n, int64_t k, int32_t *out, int32_t *spare);
     void (*finish)(const hire_layer *, hire_run *, void *y, int type);
 } hire_kernels;
 
@@ -128,8 +130,8 @@ HIRE_API int64_t hire_ffn(const hire_layer *layer, const void *x, void *y, uint8
                           int64_t *counts, void *scratch, int64_t num_rows, int32_t num_threads,
                           int32_t level);
 
-/* The k largest of n scores (not negative, no NaN) as ascending indices in out [n + 1]; ties go to
- * the lowest index. spare [n]. */
+/* The k largest of n scores (not negative, no NaN) as ascending indices in out [k]; ties go to the
+ * lowest index. spare [n]. */
 HIRE_API void hire_top_k(const float *score, int64_t n, int64_t k, int32_t *out, int32_t *spare);
 
 #endif

@@ -8,10 +8,10 @@
 #include <string.h>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,popcnt"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,popcnt")
 #endif
 
 #include "simd_avx512.h"
@@ -24,7 +24,8 @@
 #pragma GCC pop_options
 #endif
 
-const hire_kernels hire_kernels_avx512 = {start, estimate, exact, kept, rest, finish};
+const hire_kernels hire_kernels_avx512 = {
+    start, estimate, exact, kept, rest, top_k, finish};
 const hire_step_kernels hire_step_avx512 = {
     matrix, norm, rotate, store_at, attend, sum_segments, activate_all, add_to, all_finite};
 #endif

@@ -105,6 +105,16 @@ INLINE v16 from_digits(const w16 *sum)
     return v_fma(v_from_w(sum[2]), v_set1(65536.0f), low);
 }
 
+/* The sum of the lanes. */
+INLINE int64_t w_total(w16 x)
+{
+    int32_t lane[16];
+    int64_t total = 0;
+    w_store(lane, x);
+    for (int l = 0; l < 16; l++) total += lane[l];
+    return total;
+}
+
 /* ------------------------------------------------------------------ the row that comes in */
 
 /* Inputs [at, at + 16) of the predictor, zeros from `end` on. */
@@ -117,16 +127,6 @@ INLINE v16 centred(const hire_layer *layer, const float *x, int64_t at, int64_t 
     for (int64_t i = 0; at + i < end; i++)
         some[i] = (x[at + i] - layer->mean[at + i]) * layer->inverse_scale[at + i];
     return v_load(some);
-}
-
-/* The sum of whole numbers of 24 bits. */
-INLINE int64_t w_total(w16 x)
-{
-    int32_t lane[16];
-    int64_t total = 0;
-    w_store(lane, x);
-    for (int l = 0; l < 16; l++) total += lane[l];
-    return total;
 }
 
 /* The digits of n inputs u (n in whole 32s) times `inverse`; returns the numbers' sum. */
@@ -193,6 +193,10 @@ static void start(const hire_layer *layer, const void *x, int type, hire_run *ru
             run->rest_scale_of[j / 16] =
                 (int32_t)((j < width ? j : width - 1) / layer->rest_block);
 }
+
+/* ------------------------------------------------------------------ selection */
+
+#include "select_body.h"
 
 /* ------------------------------------------------------------------ estimates */
 

@@ -10,6 +10,7 @@
 #include "kernels_body.h"
 #include "step_body.h"
 
-const hire_kernels hire_kernels_portable = {start, estimate, exact, kept, rest, finish};
+const hire_kernels hire_kernels_portable = {
+    start, estimate, exact, kept, rest, top_k, finish};
 const hire_step_kernels hire_step_portable = {
     matrix, norm, rotate, store_at, attend, sum_segments, activate_all, add_to, all_finite};

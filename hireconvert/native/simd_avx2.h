@@ -195,6 +195,33 @@ static inline void w_interleave(const uint8_t *const *row, w16 *out)
     for (int v = 0; v < 4; v++) out[v] = (w16){a[v], b[v]};
 }
 
+/* Counts, lane by lane, where x > y; both signed. */
+static inline w16 w_count_above(w16 count, w16 x, w16 y)
+{
+    return (w16){_mm256_sub_epi32(count.a, _mm256_cmpgt_epi32(x.a, y.a)),
+                 _mm256_sub_epi32(count.b, _mm256_cmpgt_epi32(x.b, y.b))};
+}
+static inline unsigned w_bits(__m256i a, __m256i b)
+{
+    return (unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(a)) |
+           (unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(b)) << 8;
+}
+/* A bit for every lane where x > y (both signed), and where x = y. */
+static inline unsigned w_above(w16 x, w16 y)
+{
+    return w_bits(_mm256_cmpgt_epi32(x.a, y.a), _mm256_cmpgt_epi32(x.b, y.b));
+}
+static inline unsigned w_equal(w16 x, w16 y)
+{
+    return w_bits(_mm256_cmpeq_epi32(x.a, y.a), _mm256_cmpeq_epi32(x.b, y.b));
+}
+/* Writes `first` plus the places of the bits, ascending; returns where the next go. */
+static inline int32_t *w_places(int32_t *out, unsigned bits, int32_t first)
+{
+    for (; bits; bits &= bits - 1) *out++ = first + __builtin_ctz(bits);
+    return out;
+}
+
 /* A macro: GCC takes a function that only prefetches for one without effect and drops its calls. */
 #define prefetch(p) _mm_prefetch((const char *)(p), _MM_HINT_T0)
 

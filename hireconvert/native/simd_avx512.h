@@ -124,6 +124,23 @@ static inline void w_interleave(const uint8_t *const *row, w16 *out)
     out[3] = _mm512_unpackhi_epi16(high0, high1);
 }
 
+/* Counts, lane by lane, where x > y; both signed. */
+static inline w16 w_count_above(w16 count, w16 x, w16 y)
+{
+    return _mm512_mask_add_epi32(count, _mm512_cmpgt_epi32_mask(x, y), count, _mm512_set1_epi32(1));
+}
+/* A bit for every lane where x > y (both signed), and where x = y. */
+static inline unsigned w_above(w16 x, w16 y) { return _mm512_cmpgt_epi32_mask(x, y); }
+static inline unsigned w_equal(w16 x, w16 y) { return _mm512_cmpeq_epi32_mask(x, y); }
+/* Writes `first` plus the places of the bits, ascending; returns where the next go. */
+static inline int32_t *w_places(int32_t *out, unsigned bits, int32_t first)
+{
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    _mm512_mask_compressstoreu_epi32(out, (__mmask16)bits,
+                                     _mm512_add_epi32(lane, _mm512_set1_epi32(first)));
+    return out + __builtin_popcount(bits);
+}
+
 /* A macro: GCC takes a function that only prefetches for one without effect and drops its calls. */
 #define prefetch(p) _mm_prefetch((const char *)(p), _MM_HINT_T0)
 

@@ -196,6 +196,33 @@ static inline void w_interleave(const uint8_t *const *row, w16 *out)
         }
 }
 
+/* Counts, lane by lane, where x > y; both signed. */
+static inline w16 w_count_above(w16 count, w16 x, w16 y)
+{
+    HIRE_LOOP count.l[l] += (int32_t)x.l[l] > (int32_t)y.l[l];
+    return count;
+}
+/* A bit for every lane where x > y (both signed), and where x = y. */
+static inline unsigned w_above(w16 x, w16 y)
+{
+    unsigned bits = 0;
+    HIRE_LOOP bits |= (unsigned)((int32_t)x.l[l] > (int32_t)y.l[l]) << l;
+    return bits;
+}
+static inline unsigned w_equal(w16 x, w16 y)
+{
+    unsigned bits = 0;
+    HIRE_LOOP bits |= (unsigned)(x.l[l] == y.l[l]) << l;
+    return bits;
+}
+/* Writes `first` plus the places of the bits, ascending; returns where the next go. */
+static inline int32_t *w_places(int32_t *out, unsigned bits, int32_t first)
+{
+    for (; bits; bits >>= 1, first++)
+        if (bits & 1) *out++ = first;
+    return out;
+}
+
 /* A macro: GCC takes a function that only prefetches for one without effect and drops its calls. */
 #if defined(__GNUC__)
 #define prefetch(p) __builtin_prefetch(p)
