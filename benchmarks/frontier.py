@@ -144,12 +144,14 @@ def measure(session: Session, store: Store, reference: Arm, ids: Any, prompt: li
                 original.compare(arm)
                 store.add("quality", {"name": arm.name, "kl": arm.kl, "top1": arm.top1})
                 advance(arm.name)
-    todo = request.rounds - len(store.of("round"))
-    with reporter.stage("decoding", todo) as advance:
-        main = Load(prompt, 1, request.num_tokens)
-        for arm in session.arms if todo > 0 else []:
+    done = [row["ms"] for row in store.of("round")]
+    fewest = min(sum(arm.name in ms for ms in done) for arm in session.arms)
+    todo, main = range(fewest, request.rounds), Load(prompt, 1, request.num_tokens)
+    with reporter.stage("decoding", len(todo) + len(session.arms)) as advance:
+        for arm in session.arms if todo else []:
             warm_up(arm, main)
-        for _ in range(todo):
+            advance(f"{arm.name} is warm")
+        for _ in todo:
             traces, wild = one_round(session.arms, main)
             times = {name: trace.median_ms for name, trace in traces.items()}
             store.add("round", {"ms": times, "unsteady": sorted(wild)})
@@ -183,6 +185,7 @@ def points(store: Store) -> list[dict[str, Any]]:
         ms = statistics.median(times)
         rate = arm["bytes"] / ms / 1e6
         row = {"name": name, "ms": ms, "low": min(times), "high": max(times)}
+        row["unsteady"] = sum(name in each["unsteady"] for each in rounds)
         row |= {"rate": rate, "roofline": rate / stream, "bytes": arm["bytes"]}
         row |= {"kl": quality[name]["kl"], "top1": quality[name]["top1"]}
         found.append({**row, "threads": arm["threads"]})
@@ -219,8 +222,9 @@ def table(rows: Sequence[Mapping[str, Any]], store: Store) -> str:
         rival, beaten = rival_of(row, rows), ""
         if rival is not None and row["name"].startswith(OURS):
             beaten = f"{rival['ms'] / row['ms']:.2f} ({rival['name'].rpartition('.')[2]})"
+        mark = f" ({row['unsteady']} unsteady)" if row["unsteady"] else ""
         lines.append(
-            f"| {row['name']} | {row['ms']:.2f} | {row['low']:.2f}-{row['high']:.2f} "
+            f"| {row['name']} | {row['ms']:.2f} | {row['low']:.2f}-{row['high']:.2f}{mark} "
             f"| {size(row['bytes'])} | {row['rate']:.1f} | {row['roofline']:.0%} "
             f"| {number(row['kl'], '.4f')} | {row['top1']:.1%} | {row['threads']} | {beaten} |"
         )

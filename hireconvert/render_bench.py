@@ -23,7 +23,7 @@ def bench(result: Result) -> RenderableType:
     )
     parts: list[RenderableType] = [Text(title), Text(""), _arms(result["arms"]), Text("")]
     parts += [_bound(result["byte_bound"]), Text(""), _breakdown(result["breakdown"]), Text("")]
-    parts.append(_subjects(result["subjects"]))
+    parts += [_subjects(result["subjects"]), Text(""), *map(_runs_by, result["subjects"])]
     if len(result["growth"]) > 1:
         parts += [Text(""), _growth(result["growth"]), Text(overtaking(result["growth"]))]
     for name, reason in result["skipped"].items():
@@ -101,15 +101,18 @@ def _breakdown(breakdown: Result) -> Table:
 
 
 def _subjects(subjects: list[Result]) -> Table:
-    table = _table("process", "load, s", "memory", "peak", "runs by")
+    table = _table("process", "load, s", "memory", "peak")
     for each in subjects:
-        path = each.get("path") or each.get("system") or "PyTorch"
-        version = f"llama.cpp {each['version']}: " if "version" in each else ""
         memory = [ABSENT if each[key] is None else size(each[key]) for key in ("resident", "peak")]
-        table.add_row(
-            Text(each["name"]), f"{each['load_ms'] / 1000:.1f}", *memory, Text(version + path)
-        )
+        table.add_row(Text(each["name"]), f"{each['load_ms'] / 1000:.1f}", *memory)
     return table
+
+
+def _runs_by(subject: Result) -> Text:
+    """Which code decodes a process's model, and for which instructions it was built."""
+    path = subject.get("path") or subject.get("system") or "PyTorch"
+    version = f"llama.cpp {subject['version']}, " if "version" in subject else ""
+    return Text(f"{subject['name']}: {version}{path.strip(' |')}")
 
 
 def _growth(rows: list[Result]) -> Table:

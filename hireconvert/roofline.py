@@ -3,7 +3,7 @@
 Shape suffixes: N, M rows and columns of the matrix that is streamed.
 """
 
-import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from hireconvert.subjects import Way
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _CACHES = "/sys/devices/system/cpu/cpu0/cache"
+_MEMORY, _ASSUMED_MEMORY = "/proc/meminfo", 4 * 2**30
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 _ASSUMED_CACHE, _TIMES_CACHE, _SHARE_OF_MEMORY = 32 * 2**20, 8, 0.25
 _COLUMNS, _ROUNDS = 4096, 5
@@ -42,10 +43,12 @@ def cache_bytes(folder: str = _CACHES) -> int:
 
 
 def _free_bytes() -> int:
+    """Memory that is to be had, files that the system keeps in memory included."""
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return 4 * 2**30
+        found = re.search(r"MemAvailable: +(\d+) kB", Path(_MEMORY).read_text())
+    except OSError:
+        found = None
+    return _ASSUMED_MEMORY if found is None else 1024 * int(found[1])
 
 
 def stream_bytes() -> int:

@@ -28,7 +28,7 @@ from hireconvert.bench import check_request
 from hireconvert.errors import InputError, UsageError
 from hireconvert.plots import SpeedPoint, quality_against_speed
 from hireconvert.roofline import cache_bytes, counts_at, measure_stream, way_bytes
-from hireconvert.session import Request, stored_dtype
+from hireconvert.session import Request, Session, stored_dtype
 from hireconvert.subjects import LlamaSubject, Way, find_program
 from hireconvert.timing import Trace
 from hireconvert.workers import Worker
@@ -299,6 +299,30 @@ def test_bytes_of_every_way_are_those_of_the_accounting() -> None:
     assert stored_dtype(tensors) == "float32" and stored_dtype(halves) == "bfloat16"
 
 
+@pytest.mark.parametrize("step", [False, True])
+def test_the_arms_of_what_is_sparse(tmp_path: Path, step: bool) -> None:
+    def names(**parts: Any) -> dict[str, Way]:
+        session = Session(
+            folder=tmp_path,
+            dense=tmp_path,
+            request=Request(),
+            dtype="float32",
+            threads=1,
+            hire={**hire(), **parts},
+            tensors={},
+            text_config=Config,
+        )
+        return session.ways(step)
+
+    assert len(names()) == 4 and len(names(ffn=None)) == len(names(head=None)) == 2
+    dense = names()["converted, nothing sparse"]
+    # Through the kernels where they run whole steps, else as Transformers runs the dense model.
+    assert dense == (Way(ffn=True, keep=1.0) if step else Way())
+    assert names()["converted"] == Way(ffn=True, head=True)
+    assert names(ffn=None)["converted"] == Way(ffn=True, head=True)
+    assert names(head=None)["converted"] == Way(ffn=True)
+
+
 # --------------------------------------------------------------------------- tables
 
 
@@ -336,7 +360,7 @@ def filled(path: Path) -> frontier.Store:
         store.add("quality", {"name": name, "kl": kl, "top1": 0.9})
     for factor in (1.0, 1.1, 0.9):
         ms = {name: factor * each[0] for name, each in figures.items()}
-        store.add("round", {"ms": ms, "unsteady": []})
+        store.add("round", {"ms": ms, "unsteady": ["llama.cpp m.Q4_0"]})
     stream = {"gb_per_s": 50.0, "num_bytes": 10**9}
     facts = {"processor": "p", "torch": "2", "transformers": "5"}
     store.add("machine", {**facts, "stream": stream})
@@ -350,7 +374,9 @@ def test_the_frontier_compares_with_the_fastest_rival_that_is_no_worse(tmp_path:
     ours = next(row for row in rows if row["name"].startswith("ours"))
     assert frontier.rival_of(ours, rows)["name"] == "llama.cpp m.Q6_K"
     assert ours["rate"] == pytest.approx(25.0) and ours["roofline"] == pytest.approx(0.5)
-    assert "1.25 (Q6_K)" in frontier.table(rows, store)
+    lines = {line.split(" | ")[0]: line for line in frontier.table(rows, store).splitlines()}
+    assert "1.25 (Q6_K)" in lines["| ours out: keep 0.5, head dense"]
+    assert "2.70-3.30 (3 unsteady)" in lines["| llama.cpp m.Q4_0"]
     assert frontier.draw(rows, store).count("<svg") == 1
 
 
