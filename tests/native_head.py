@@ -64,7 +64,7 @@ def weight_of(case: Case, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor | N
     if case.kind == "outlier":
         weight_VD[:, case.width // 3] *= 200
     if case.kind == "ties":
-        weight_VD = weight_VD[torch.randint(0, 20, (case.rows,), generator=dice)]
+        weight_VD = weight_VD[torch.randint(0, min(20, case.rows), (case.rows,), generator=dice)]
     if case.kind == "coarse":
         weight_VD = (weight_VD * 2).round() / 2
     if case.kind == "zeros":

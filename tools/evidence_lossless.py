@@ -27,7 +27,7 @@ from hireconvert.distill_head import distill_head
 from hireconvert.evaluate import builtin_text
 from hireconvert.loading import load
 from hireconvert.runtime.hire_head import SparseHead, exact_rows, soft_cap
-from hireconvert.runtime.hire_predict import top_k_indices
+from hireconvert.runtime.hire_predict import head_copy_bytes, top_k_indices
 from hireconvert.schema import HeadRecipe
 
 MODELS = {
@@ -149,22 +149,26 @@ def generate_and_catch(model: Any, batch: Mapping[str, torch.Tensor], num_tokens
     """Greedy tokens of the converted model, with every step's head input and best rows."""
     head = model.get_output_embeddings()
     sparse, hidden, best, rescored = head.hire, [], [], []
-    certified_row = sparse.certified_row
+    forward = sparse.forward
 
-    def spy(x_D: torch.Tensor, z_V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits_V, rescored_V = certified_row(x_D, z_V)
-        hidden.append(x_D.clone())
-        best.append(ordered_top(soft_cap(logits_V, sparse.cap), TOP))
-        rescored.append(int(rescored_V.sum()))
-        progress(f"row {len(hidden)}")
-        return logits_V, rescored_V
+    def spy(x_ND: torch.Tensor, head: Any, certify: bool, top: int | None = None) -> torch.Tensor:
+        del top  # greedy decoding needs one row, the evidence is about all that can be certified
+        rows = []
+        for x_D in x_ND:
+            before = int(sparse.counts[2])
+            rows.append(forward(x_D[None], head, certify))
+            hidden.append(x_D.clone())
+            best.append(ordered_top(soft_cap(rows[-1][0], sparse.cap), TOP))
+            rescored.append(int(sparse.counts[2]) - before)
+            progress(f"row {len(hidden)}")
+        return torch.cat(rows)
 
-    sparse.certified_row = spy
+    sparse.forward = spy
     model.hire_stats(reset=True)
     try:
         tokens_BT = greedy(model, batch, num_tokens)
     finally:
-        del sparse.certified_row
+        del sparse.forward
     counts = model.hire_stats()["head"]
     if counts["rows"] != tokens_BT.numel() or counts["dense_rows"]:
         raise RuntimeError(f"the head counted {counts}: its certified path did not serve every row")
@@ -262,11 +266,14 @@ def certificates(model: Any, hidden_ND: torch.Tensor, text_ND: torch.Tensor) -> 
                 recipe = HeadRecipe(certified=True, **changes)
                 sparse.predictor_tensors = distill_head(head.weight, text_ND, held_ND, recipe)[0]
             sparse.prepare(head)
+            if "rank" not in changes and sparse.prepared.native is not None:
+                found.append(native_certificate(sparse, head, hidden_ND, top))
+                sparse._prepare_copy()  # what the PyTorch path reads
             # Low-rank bounds exclude next to nothing, so a quarter of the states shows as much.
             some_ND, counts = hidden_ND[:: 4 if "rank" in changes else 1], []
             for x_ND in some_ND.split(32):
                 pairs = zip(x_ND, sparse._estimate(x_ND), strict=True)
-                counts += [int(sparse._needed(x_D, z_V).sum()) for x_D, z_V in pairs]
+                counts += [int(sparse._needed(x_D, z_V, top).sum()) for x_D, z_V in pairs]
                 progress(f"{name}, top {top}: {len(counts)}")
             total = read + sum(counts) / len(counts) * 2 * width
             found.append(
@@ -274,6 +281,25 @@ def certificates(model: Any, hidden_ND: torch.Tensor, text_ND: torch.Tensor) -> 
                 | {"read_share": total / (2 * rows * width)}
             )
     return found
+
+
+def native_certificate(sparse: Any, head: Any, hidden_ND: torch.Tensor, top: int) -> dict[str, Any]:
+    """Stored rows that the native kernels read, and the bytes of all that they read."""
+    (rows, width), refined = head.weight.shape, 0
+    counts: list[int] = []
+    for x_D in hidden_ND:
+        call = sparse.prepared.native.run(x_D[None], top, certify=True, cap=sparse.cap, mask=False)
+        counts.append(call.num_rescored)
+        refined += call.num_refined
+        progress(f"native, top {top}: {len(counts)}")
+    every, low = head_copy_bytes((rows, width), 8)
+    total = every + (refined * low + sum(counts) * 2 * width) / len(counts)
+    return {
+        "bound": "native, 4 + 4 bits",
+        "top": top,
+        "positions": len(counts),
+        **spread(counts),
+    } | {"read_share": total / (2 * rows * width)}
 
 
 def spread(counts: list[int]) -> dict[str, float]:

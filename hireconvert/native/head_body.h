@@ -10,6 +10,8 @@
 #define INLINE static inline
 #endif
 
+enum { AHEAD = 4096 }; /* bytes that codes are asked for before they are used */
+
 INLINE w16 word_at(const int8_t *x)
 {
     int32_t word;
@@ -28,6 +30,7 @@ INLINE v16 loud_sums(const hire_head *head, const hire_head_run *run, const uint
 {
     w16 high = h_zero(), low = h_zero();
     for (int64_t k = 0; k < head->num_loud; k += 4, codes += 64) {
+        prefetch(codes + AHEAD);
         const w16 code = w_load4(codes);
         high = h_dot(high, code, word_at(run->loud[0] + k));
         low = h_dot(low, code, word_at(run->loud[1] + k));
@@ -42,6 +45,7 @@ INLINE v16 quiet_sums(const hire_head *head, const hire_head_run *run, const uin
     w16 high = h_zero(), low = h_zero(), high_odd = h_zero(), low_odd = h_zero();
     const int8_t *high_x = run->quiet[0], *low_x = run->quiet[1];
     for (int64_t k = 0; k < quiet; k += 8, codes += 64) {
+        prefetch(codes + AHEAD);
         const w16 both = w_load4(codes), even = h_low(both), odd = h_high(both);
         high = h_dot_nibbles(high, even, word_at(high_x + k));
         low = h_dot_nibbles(low, even, word_at(low_x + k));
