@@ -267,9 +267,9 @@ def _refined(
     They are not where blocks are cut through, or weights were trained or merged since.
     """
     width, neurons, parts = numbers["width"], numbers["num_neurons"], 1 + numbers["gated"]
-    names, block, down_block = ("gate", "up")[2 - parts :], numbers["block"], numbers["rest_block"]
-    if (numbers["bits"], numbers["rest_bits"]) != (4, 4):
+    if (numbers["bits"], numbers.get("rest_bits")) != (4, 4):
         raise ValueError("native: refined rows without 4-bit copies")
+    names, block, down_block = ("gate", "up")[2 - parts :], numbers["block"], numbers["rest_block"]
     if block % LANES and block < width:
         return None
     first_MD = torch.cat([given.floats(name, neurons, width) for name in names])

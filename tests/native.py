@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from hireconvert.quantize import GridFormat, encode_down, encode_matrix, fit_grid, round_codes
+from hireconvert.quantize import (
+    GridFormat,
+    decode_codes,
+    encode_down,
+    encode_matrix,
+    fit_grid,
+    round_codes,
+)
 from hireconvert.runtime.hire_predict import top_k_indices
 from tests.decoding import decode_matrix
 
@@ -49,6 +56,7 @@ class Case:
     act: str = "silu"
     bias: bool = False
     soft: bool = False
+    refined: bool = False
 
 
 CASES = {
@@ -66,6 +74,11 @@ CASES = {
     "bfloat16": Case(96, 200, 90, 60, dtype=torch.bfloat16, rest=(4, 96, False), bias=True),
     "float16": Case(95, 200, 90, 90, dtype=torch.float16, symmetric=False, rest=(3, 32, False)),
     "wide": Case(576, 320, 150, 150, block=96, rest=(4, 32, False)),
+    "refined": Case(90, 131, 60, 40, symmetric=False, rest=(4, 48, True), bias=True, refined=True),
+    "refined_all": Case(48, 40, 40, 12, block=16, rest=(4, 16, False), refined=True),
+    "refined_fused": Case(
+        260, 70, 30, 30, gated=False, block=500, rest=(4, 64, False), act="relu", refined=True
+    ),
 }  # fmt: skip
 
 
@@ -97,7 +110,31 @@ def tensors_of(case: Case, seed: int = 0) -> dict[str, Any]:
         tensors["soft"] = (torch.rand(len(names) * neurons, generator=dice) * 0.2).half()
     if case.rest is not None:
         tensors |= encode_down(tensors["down"].float(), GridFormat(*case.rest))
+    if case.refined:
+        refine(case, tensors, names)
     return tensors
+
+
+def refine(case: Case, tensors: dict[str, Any], names: list[str]) -> None:
+    """Round the weights to the copies and 4 bits more; the scales are added."""
+    assert case.rest is not None
+    first_MD = torch.cat([tensors[name] for name in names]) * tensors["column_scale"]
+    down = {key.removeprefix("down_"): value for key, value in tensors.items()}
+    copies = {
+        "low_scale": (first_MD, tensors, GridFormat(4, case.block, case.symmetric)),
+        "down_low_scale": (tensors["down"], down, GridFormat(*case.rest)),
+    }
+    rounded = []
+    for name, (weight_MD, copy, form) in copies.items():
+        left_MD = weight_MD - decode_matrix(copy, form, tuple(weight_MD.shape))
+        grid = fit_grid(left_MD, GridFormat(4, form.block, symmetric=True))
+        tensors[name] = grid.scale
+        rounded.append(weight_MD - left_MD + decode_codes(round_codes(left_MD, grid), grid))
+    tensors["down"] = rounded[1]
+    for name, matrix in zip(
+        names, (rounded[0] / tensors["column_scale"]).chunk(len(names)), strict=True
+    ):
+        tensors[name] = matrix
 
 
 def settings_of(case: Case) -> dict[str, Any]:
@@ -110,6 +147,7 @@ def settings_of(case: Case) -> dict[str, Any]:
         "block": case.block,
         "symmetric": case.symmetric,
         "rest": rest,
+        "refined": case.refined,
     }
 
 

@@ -16,7 +16,7 @@ from tests.native import CASES, Case, rows_of, settings_of, tensors_of
 
 NASTY: tuple[Any, ...] = (None, True, -1, 0, 1, 2, 3, 5, 16, 31, 33, 97, 2**31, 2**62, 0.5, "q")
 # Behind the low-bit rows up to 64 bytes are read, and nothing else may be.
-BEHIND = {"rest": 64}
+BEHIND = {"rest": 64, "low": 64}
 
 
 def apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -148,7 +148,7 @@ void hire_row_of_team(const hire_layer *layer, const hire_kernels *kernels, hire
     const int64_t all = layer->num_neurons, candidates = layer->num_candidates;
     const int fused = layer->num_kept == candidates;
     int finite = 1;
-    if (candidates < all) { /* else nothing needs an estimate */
+    if (candidates < all || layer->low != NULL) { /* else nothing needs an estimate */
         OMP(omp for schedule(static) nowait)
         for (int64_t tile = 0; tile < tiles; tile++)
             finite &= kernels->estimate(layer, run, tile, tile + 1);

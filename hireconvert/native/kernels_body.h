@@ -184,7 +184,7 @@ static void start(const hire_layer *layer, const void *x, int type, hire_run *ru
         memcpy(run->x + whole, wide, (size_t)(width - whole) * sizeof(float));
     }
     for (int64_t j = width; j < layer->stride; j++) run->x[j] = 0.0f;
-    if (layer->num_candidates < layer->num_neurons) split_inputs(layer, run);
+    if (layer->num_candidates < layer->num_neurons || layer->low != NULL) split_inputs(layer, run);
     if (layer->low != NULL)
         for (int64_t j = 0; j < width; j++)
             run->x[j] = (run->x[j] - layer->mean[j]) * layer->inverse_scale[j];
