@@ -15,6 +15,7 @@ place of what the file holds between the marks of NAME, and the plot lies beside
 """
 
 import argparse
+import hashlib
 import json
 import re
 import statistics
@@ -27,8 +28,9 @@ from typing import Any
 
 from rich.console import Console
 
+import hireconvert
 from hireconvert.arms import Arm, Load, Reference, one_round, warm_up
-from hireconvert.bench import check_request, machine, prompt_and_windows, versions
+from hireconvert.bench import check_request, machine, prompt_and_windows, read_text, versions
 from hireconvert.errors import HireError
 from hireconvert.figures import number, size
 from hireconvert.inspection import dense_table
@@ -40,6 +42,7 @@ from hireconvert.subjects import TorchModel, TorchSubject, Way
 
 KEEPS = (1.0, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)
 OURS = "ours"
+PACKAGE = Path(hireconvert.__file__).parent
 _HEAD: dict[str, Any] = {
     "kind": "q",
     "bits": 8,
@@ -106,14 +109,26 @@ def load(session: Session, stack: ExitStack, prompt: list[int], options: Any) ->
 # --------------------------------------------------------------------------- rows on disk
 
 
+def code_digest() -> str:
+    """Changes with the library and its kernels: rounds of different code are not mixed."""
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*")):
+        if path.suffix in (".py", ".so", ".pyd", ".dylib"):
+            digest.update(path.relative_to(PACKAGE).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 class Store:
     """Rows of a jsonl file; the first says how they were measured and must not change."""
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, settings: Mapping[str, Any] | None) -> None:
+        """`settings` None takes the rows as they are, however they were measured."""
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        if settings is None:
+            return
         if not self.rows:
             self.add("settings", settings)
         elif self.rows[0] != {"row": "settings", **settings}:
@@ -144,9 +159,9 @@ def measure(session: Session, store: Store, reference: Arm, ids: Any, prompt: li
                 original.compare(arm)
                 store.add("quality", {"name": arm.name, "kl": arm.kl, "top1": arm.top1})
                 advance(arm.name)
-    done = [row["ms"] for row in store.of("round")]
-    fewest = min(sum(arm.name in ms for ms in done) for arm in session.arms)
-    todo, main = range(fewest, request.rounds), Load(prompt, 1, request.num_tokens)
+    names = {arm.name for arm in session.arms}
+    done = [row for row in store.of("round") if names <= row["ms"].keys()]
+    todo, main = range(len(done), request.rounds), Load(prompt, 1, request.num_tokens)
     with reporter.stage("decoding", len(todo) + len(session.arms)) as advance:
         for arm in session.arms if todo else []:
             warm_up(arm, main)
@@ -172,16 +187,25 @@ def note_arms(session: Session, store: Store) -> None:
 # --------------------------------------------------------------------------- table and plot
 
 
+def common_rounds(store: Store) -> list[dict[str, Any]]:
+    """The rounds in which all arms of the last one took part."""
+    rounds = store.of("round")
+    if not rounds:
+        sys.exit("no round was measured yet; run this without --only-draw.")
+    return [row for row in rounds if rounds[-1]["ms"].keys() <= row["ms"].keys()]
+
+
 def points(store: Store) -> list[dict[str, Any]]:
-    """One row an arm, with the median of its rounds, from the fastest to the slowest."""
+    """One row an arm of the last round, from the fastest to the slowest.
+
+    Medians are over the rounds in which all of these took part: only those compare.
+    """
     quality = {row["name"]: row for row in store.of("quality")}
     arms = {row["name"]: row for row in store.of("arm")}
     stream = store.of("machine")[-1]["stream"]["gb_per_s"]
-    rounds, found = store.of("round"), []
-    for name, arm in arms.items():
-        times = [row["ms"][name] for row in rounds if name in row["ms"]]
-        if not times or name not in quality:
-            continue
+    rounds, found = common_rounds(store), []
+    for name in rounds[-1]["ms"]:
+        times, arm = [row["ms"][name] for row in rounds], arms[name]
         ms = statistics.median(times)
         rate = arm["bytes"] / ms / 1e6
         row = {"name": name, "ms": ms, "low": min(times), "high": max(times)}
@@ -208,7 +232,7 @@ def table(rows: Sequence[Mapping[str, Any]], store: Store) -> str:
         f"{facts['processor']}, at most {settings['threads']} threads, torch {facts['torch']}, "
         f"transformers {facts['transformers']}. Memory streams "
         f"{facts['stream']['gb_per_s']:.1f} GB/s over {size(facts['stream']['num_bytes'])}. "
-        f"Medians of {len(store.of('round'))} rounds of {settings['num_tokens']} tokens after "
+        f"Medians of {len(common_rounds(store))} rounds of {settings['num_tokens']} tokens after "
         f"{settings['context']}, batch 1. KL in nats on {settings['kl_tokens']:,} tokens of "
         f"{settings['text']}. Ours in {settings['dtype']}.",
         "",
@@ -310,7 +334,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--kl-tokens", type=int, default=4096)
     parser.add_argument("--only-draw", action="store_true", help="from rows measured before")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.kl_tokens < 2:
+        parser.error("--kl-tokens: quality needs 2 tokens at least")
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -328,14 +355,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         kl_tokens=options.kl_tokens,
     )
     shown = ("threads", "dtype", "context", "num_tokens", "kl_tokens")
-    settings = {key: vars(options)[key] for key in shown} | {"text": options.text.name}
-    store = Store(options.out / f"{options.name}.jsonl", settings)
+    settings = {key: vars(options)[key] for key in shown}
+    settings |= {"text": options.text.name, "code": code_digest()}
+    path = options.out / f"{options.name}.jsonl"
+    store = Store(path, None if options.only_draw else settings)
     try:
         if not options.only_draw:
             check_request(request)
             with open_session(options.converted[0], request) as (session, stack):
-                text = options.text.read_text(encoding="utf-8")
-                prompt, ids = prompt_and_windows(session, text)
+                prompt, ids = prompt_and_windows(session, read_text(options.text))
                 reference = load(session, stack, prompt, options)
                 note_arms(session, store)
                 measure(session, store, reference, ids, prompt)

@@ -61,7 +61,8 @@ def check_request(request: Request) -> None:
         raise UsageError(f"--dtype {request.dtype}: one of {', '.join(DTYPES)}.")
 
 
-def _read_text(path: Path | None) -> str:
+def read_text(path: Path | None) -> str:
+    """The text of a file, without one that every Python carries. Raises InputError."""
     if path is None:
         return builtin_text()
     try:
@@ -95,7 +96,7 @@ def bench(folder: Path, request: Request, reporter: Reporter) -> dict[str, Any]:
     """
     start = time.perf_counter()
     check_request(request)
-    facts, text = inspect_checkpoint(folder), _read_text(request.text)
+    facts, text = inspect_checkpoint(folder), read_text(request.text)
     with open_session(folder, request) as (session, stack):
         prompt_T, ids_WT = prompt_and_windows(session, text)
         main_T = prompt_T[: request.contexts[0]]

@@ -384,6 +384,12 @@ def test_the_frontier_goes_on_where_it_stopped_and_refuses_other_settings(tmp_pa
     store = filled(tmp_path / "x.jsonl")
     again = filled(tmp_path / "x.jsonl")
     assert len(again.rows) == 2 * len(store.rows) - 1
+    again.add("round", {"ms": {"llama.cpp m.Q8_0": 7.0, "llama.cpp m.Q4_0": 2.0}, "unsteady": []})
+    assert len(frontier.points(again)) == 2  # what the last round ran, over the rounds that did
+    assert len(frontier.common_rounds(again)) == 7
+    assert len(frontier.Store(tmp_path / "x.jsonl", None).rows) == len(again.rows)
+    with pytest.raises(SystemExit, match="no round"):
+        frontier.common_rounds(frontier.Store(tmp_path / "empty.jsonl", {}))
     with pytest.raises(SystemExit, match="another way"):
         frontier.Store(tmp_path / "x.jsonl", {"threads": 2})
 
