@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hireconvert.runtime import hire_head_native
-from hireconvert.runtime.hire_head import SparseHead, soft_cap
+from hireconvert.runtime.hire_head import SparseHead, exact_rows, soft_cap
 from hireconvert.runtime.hire_predict import head_copy_bytes
 from tests.native import LEVELS
 from tests.native_head import (
@@ -132,14 +132,15 @@ def _by_halves(product: torch.Tensor) -> torch.Tensor:
 
 def test_the_order_of_the_sum_can_decide_a_float32():
     """Why the order is fixed: sums of the same products that round to neighbouring numbers."""
-    weight_VD, x_D = torch.tensor([[1.0, 2.0**-24, 2.0**-54, 2.0**-54]]), torch.ones(4)
-    # By halves 1 + 2^-54 is 1 again, and a half in the last place goes to even; the small ones
-    # first would have gone past it.
-    expected = _by_halves(weight_VD.double() * x_D.double()).float()
+    weight_VD, x_D = torch.tensor([[1.0, 2.0**-24, 2.0**-53, 2.0**-53]]), torch.ones(4)
+    # By halves each small one is lost, and half a unit in the last place goes to even; the small
+    # ones first are enough to go past it.
+    product_VD = weight_VD.double() * x_D.double()
+    other = product_VD[0, 2] + product_VD[0, 3] + product_VD[0, 1] + product_VD[0, 0]
+    assert float(_by_halves(product_VD).float()) == 1.0 < float(other.float())
     head = _native_head.HeadLayer(weight_VD, None)
-    case = Case(1, 4)
-    assert torch.equal(asked(head, x_D[None], 1, case).logits_NV[0], expected)
-    assert float(expected) == 1.0
+    assert float(asked(head, x_D[None], 1, Case(1, 4)).logits_NV) == 1.0
+    assert float(exact_rows(x_D, weight_VD, None)) == 1.0
 
 
 def test_a_bound_too_small_is_caught_by_these_tests():
