@@ -19,9 +19,10 @@ lint: .venv/installed
 types: .venv/installed
 	$(BIN)/mypy
 
-# The network is used for nothing but fetching the model; the tests then run offline.
+# The network is used for nothing but fetching the model; the tests then run offline, in two
+# processes of one thread each: two threads that wait for one another would fight over two cores.
 unit: .venv/installed models/smollm2.gguf
-	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/pytest -n 2 --dist loadfile
 
 fix: .venv/installed
 	$(BIN)/ruff check --fix .

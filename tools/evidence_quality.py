@@ -87,8 +87,8 @@ def keep_share(model: Any, keep: float, *, estimated: bool) -> float:
     for layer in hire_layers(model).values():
         layer.prepare()
         if not hasattr(layer, "full_estimate"):
-            layer.full_estimate = layer.prepared.estimate_FD
-        layer.prepared.estimate_FD = layer.full_estimate if estimated else None
+            layer.full_estimate = layer.widened().estimate_FD
+        layer.widened().estimate_FD = layer.full_estimate if estimated else None
         num_kept = round_half_up(keep * layer.spec["num_neurons"])
         layer.spec |= {"num_kept": num_kept, "num_candidates": num_kept}
         spec = layer.spec if estimated else {**layer.spec, "unselected": None}

@@ -261,7 +261,7 @@ def test_predictors_estimate_the_rest_as_the_runtime_does(
     copies = live_copies(plain, layout, BY_ESTIMATE)
     with selecting(plain, layout, counts, Selection(0.1, 24), copies=copies) as student:
         for mine, theirs in zip(student.layers, layers.values(), strict=True):
-            mine.predict_by(theirs.prepared.predictor, theirs.spec)
+            mine.predict_by(theirs.widened().predictor, theirs.spec)
             mine.refresh()
         with torch.no_grad():
             found = plain(input_ids=ids, use_cache=False).logits
@@ -292,7 +292,7 @@ def test_predictors_select_as_the_runtime_does(keep: str, changes: dict[str, Any
         torch.no_grad(),
     ):
         for mine, theirs in zip(student.layers, layers.values(), strict=True):
-            mine.predictor = theirs.prepared.predictor
+            mine.predictor = theirs.widened().predictor
         found = plain(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
