@@ -17,6 +17,7 @@ not measured again. Shape suffixes: N rows (scored positions), D width, W window
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ def keep_share(model: Any, keep: float, *, estimated: bool) -> float:
         layer.prepare()
         if not hasattr(layer, "full_estimate"):
             layer.full_estimate = layer.widened().estimate_FD
-        layer.widened().estimate_FD = layer.full_estimate if estimated else None
+        rest = layer.full_estimate if estimated else None
+        layer.prepared.widened = replace(layer.widened(), estimate_FD=rest)
         num_kept = round_half_up(keep * layer.spec["num_neurons"])
         layer.spec |= {"num_kept": num_kept, "num_candidates": num_kept}
         spec = layer.spec if estimated else {**layer.spec, "unselected": None}

@@ -175,7 +175,7 @@ models = [AutoModelForCausalLM.from_pretrained(Path(sys.argv[1]) / name / "model
           for name in ("one", "two", "one")]
 def module(model):
     layer = model.model.hire_layers[0]
-    return sys.modules[type(layer).__init__.__globals__["Predictor"].__module__]
+    return sys.modules[type(layer).__init__.__globals__["Widened"].__module__]
 edited = [hasattr(module(model), "EDITED") for model in models]
 for model in models:
     model.generate(torch.arange(3, 9)[None], max_new_tokens=3, do_sample=False)
