@@ -24,6 +24,7 @@ from hireconvert.schema import UnselectedRecipe
 
 SHIPPED = [
     "aggressive",
+    "fast",
     "balanced",
     "demo",
     "gemma3-270m",
