@@ -24,9 +24,9 @@ from hireconvert.schema import UnselectedRecipe
 
 SHIPPED = [
     "aggressive",
-    "fast",
     "balanced",
     "demo",
+    "fast",
     "gemma3-270m",
     "lossless",
     "qwen2.5-coder-0.5b",

@@ -26,8 +26,8 @@ from hireconvert.quantize import GridFormat, decode_codes, fit_grid, round_codes
 from hireconvert.runtime.hire_predict import decode_blocks, decode_down
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from evidence_finetune import figures, texts  # noqa: E402
-from evidence_quality import keep_share, sparse_states  # noqa: E402
+from evidence_finetune import figures, texts
+from evidence_quality import keep_share, sparse_states
 
 Round = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
