@@ -62,10 +62,16 @@ def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
+ATTENTION = {"bits": 8, "block": 32, "matrices": ["self_attn.q_proj"]}
+
+
 @pytest.fixture(scope="module")
 def models() -> dict[str, Any]:
     return {
         "llama": hire_model(tiny_model("llama"), ffn={"group_size": 4, "unselected": {}}, head={}),
+        "refined": hire_model(
+            tiny_model("llama"), ffn={"predictor": {}, "unselected": {}, "rows": "refined"}
+        ),
         "llama_bias": hire_model(
             tiny_model("llama_bias"), ffn={"selection": "threshold", "unselected": {"bits": 3}}
         ),
@@ -90,7 +96,7 @@ def models() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("family", ["llama", "llama_bias", "phi3", "opt"])
+@pytest.mark.parametrize("family", ["llama", "llama_bias", "phi3", "opt", "refined"])
 def test_random_mutations_of_the_config(models, family):
     model, dice = models[family], random.Random(len(family))
     native_config = copy.deepcopy(model.config)
@@ -178,6 +184,13 @@ def test_what_passes_the_checks_also_runs(models):
         (("head", "certified"), 1, "certified"),
         (("head", "bits"), 3, "bits"),
         (("head",), [], "head"),
+        (("ffn", "layers", 0, "rows"), "coarse", "rows"),
+        (("attention",), [], "attention"),
+        (("attention",), {**ATTENTION, "bits": 4}, "attention.bits"),
+        (("attention",), {**ATTENTION, "block": 0}, "attention.block"),
+        (("attention",), {**ATTENTION, "matrices": []}, "attention.matrices"),
+        (("attention",), {**ATTENTION, "matrices": ["../q_proj"]}, "attention.matrices"),
+        (("attention",), {**ATTENTION, "matrices": ["a.b", "a.b"]}, "attention.matrices"),
     ],
 )
 def test_a_bad_field_is_named(models, path, value, named):
@@ -187,6 +200,26 @@ def test_a_bad_field_is_named(models, path, value, named):
         owner = owner[key]
     owner[path[-1]] = value
     with pytest.raises(ValueError, match=named):
+        check_hire_config(config)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("predictor", "bits"), 3),
+        (("predictor", "kind"), "lr"),
+        (("unselected", "bits"), 8),
+        (("unselected",), None),
+    ],
+)
+def test_refined_rows_without_their_copies_are_refused(models, path, value):
+    config = copy.deepcopy(models["refined"].config)
+    check_hire_config(config)
+    owner = config.hire["ffn"]["layers"][1]
+    for key in path[:-1]:
+        owner = owner[key]
+    owner[path[-1]] = value
+    with pytest.raises(ValueError, match=r"rows is .refined. without|rank"):
         check_hire_config(config)
 
 
