@@ -208,6 +208,21 @@ static void start(const hire_layer *layer, const void *x, int type, hire_run *ru
 
 /* ------------------------------------------------------------------ exact rows */
 
+/* h and exact of up to 16 candidates, from what their rows of gate and up give. */
+INLINE int finish_group(const hire_layer *layer, hire_run *run, int64_t at, int64_t num,
+                        const float *gate, const float *up, const float *norm)
+{
+    float out[16];
+    v16 h = activate(v_load(gate), (int)layer->activation);
+    if (layer->gated) h = v_mul(h, v_load(up));
+    const v16 score = v_mul(v_abs(h), v_load(norm));
+    v_store(out, h);
+    memcpy(run->h + at, out, (size_t)num * sizeof *out);
+    v_store(out, score);
+    memcpy(run->exact + at, out, (size_t)num * sizeof *out);
+    return v_finite(score);
+}
+
 #include "refined_body.h"
 
 /* Products of x with one row of gate and of up; the next neuron's rows are asked for meanwhile. */
@@ -289,11 +304,11 @@ INLINE void add_outputs(const hire_layer *layer, const int32_t *index, const flo
 INLINE int exact_group(const hire_layer *layer, hire_run *run, int64_t at, int64_t num,
                        int64_t last, const int type)
 {
-    const int gated = layer->gated != 0, act = (int)layer->activation;
+    const int gated = layer->gated != 0;
     const int64_t stride = layer->stride, neurons = layer->num_neurons;
     const int64_t row_bytes = (2 + gated) * stride * type_size(type);
     const char *base = layer->rows;
-    float gate[16] = {0}, up[16] = {0}, norm[16] = {0}, out[16];
+    float gate[16] = {0}, up[16] = {0}, norm[16] = {0};
     for (int64_t i = 0; i < num; i++) {
         const int64_t neuron = run->index[at + i];
         const int64_t next = run->index[at + i + (at + i < last ? 1 : 0)];
@@ -309,14 +324,7 @@ INLINE int exact_group(const hire_layer *layer, hire_run *run, int64_t at, int64
             if (gated) up[i] += layer->row_bias[neurons + neuron];
         }
     }
-    v16 h = activate(v_load(gate), act);
-    if (gated) h = v_mul(h, v_load(up));
-    const v16 score = v_mul(v_abs(h), v_load(norm));
-    v_store(out, h);
-    memcpy(run->h + at, out, (size_t)num * sizeof *out);
-    v_store(out, score);
-    memcpy(run->exact + at, out, (size_t)num * sizeof *out);
-    return v_finite(score);
+    return finish_group(layer, run, at, num, gate, up, norm);
 }
 
 static NOINLINE void outputs_f32(const hire_layer *layer, const int32_t *index, const float *h,

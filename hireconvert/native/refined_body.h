@@ -66,9 +66,8 @@ INLINE void ask_for(const uint8_t *row, int64_t bytes)
 INLINE int refined_group(const hire_layer *layer, hire_run *run, int64_t at, int64_t num,
                          int64_t last, const int gated)
 {
-    const int act = (int)layer->activation;
     const int64_t padded = (layer->num_neurons + 15) / 16 * 16, part = low_part(layer, layer->block);
-    float gate[16] = {0}, up[16] = {0}, norm[16] = {0}, out[16];
+    float gate[16] = {0}, up[16] = {0}, norm[16] = {0};
     for (int64_t i = 0; i < num; i++) {
         const int64_t neuron = run->index[at + i];
         const int64_t ahead = at + i + 2 < last ? at + i + 2 : last;
@@ -79,14 +78,7 @@ INLINE int refined_group(const hire_layer *layer, hire_run *run, int64_t at, int
         if (gated) up[i] += run->z[padded + neuron] + layer->low_bias[padded + neuron];
         norm[i] = layer->norm[neuron];
     }
-    v16 h = activate(v_load(gate), act);
-    if (gated) h = v_mul(h, v_load(up));
-    const v16 score = v_mul(v_abs(h), v_load(norm));
-    v_store(out, h);
-    memcpy(run->h + at, out, (size_t)num * sizeof *out);
-    v_store(out, score);
-    memcpy(run->exact + at, out, (size_t)num * sizeof *out);
-    return v_finite(score);
+    return finish_group(layer, run, at, num, gate, up, norm);
 }
 
 /* Output rows of up to BATCH neurons: the copies', then what those left. */
