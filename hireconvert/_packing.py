@@ -102,6 +102,11 @@ def _tiles(
     return torch.cat(pieces, dim=1).contiguous()
 
 
+def _padded(codes_MD: torch.Tensor, length: int) -> torch.Tensor:
+    """The codes with zeros behind each row, uint8 [M, length]."""
+    return torch.nn.functional.pad(codes_MD, (0, length - codes_MD.shape[1]))
+
+
 def _rest_rows(
     codes_FD: torch.Tensor, scales: list[torch.Tensor], bits: int, stride: int
 ) -> torch.Tensor:
@@ -111,8 +116,7 @@ def _rest_rows(
     and 64 more (high half). Other widths: 16 outputs side by side.
     """
     piece = REST_PIECE if bits == 4 else 1
-    padded = torch.zeros(codes_FD.shape[0], -(-stride // piece) * piece, dtype=torch.uint8)
-    padded[:, : codes_FD.shape[1]] = codes_FD
+    padded = _padded(codes_FD, -(-stride // piece) * piece)
     if bits == 4:
         half = padded.unflatten(1, (-1, 2, 4, 4, 4))  # piece, half, v, i, k
         packed = (half[:, :, 0] | half[:, :, 1] << 4).transpose(2, 3).flatten(1)
@@ -312,9 +316,7 @@ class _Low:
 
     def rows(self, stride: int) -> torch.Tensor:
         """uint8 [M, bytes]: codes with 16 neighbours side by side, then scales."""
-        padded = torch.zeros(self.code_MD.shape[0], stride, dtype=torch.uint8)
-        padded[:, : self.code_MD.shape[1]] = self.code_MD
-        packed = pack_lanes(padded.unflatten(1, (-1, LANES)), LOW_BITS)
+        packed = pack_lanes(_padded(self.code_MD, stride).unflatten(1, (-1, LANES)), LOW_BITS)
         return torch.cat([packed, _octets(self.scale_MG)], dim=1)
 
 
