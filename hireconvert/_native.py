@@ -49,7 +49,10 @@ def _load() -> Any:
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = folder / f"_kernels{suffix}"
         if path.exists():
-            return _declared(ctypes.CDLL(str(path)), path)
+            try:
+                return _declared(ctypes.CDLL(str(path)), path)
+            except OSError as error:  # an OpenMP runtime that neither torch nor the system has
+                raise ImportError(f"{path.name} cannot be loaded: {error}") from error
     raise ImportError("hireconvert was installed without a C compiler and has no native library")
 
 

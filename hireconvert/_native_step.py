@@ -54,7 +54,7 @@ _POINTER, _SIZE, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 LIBRARY.hire_step_scratch.argtypes = [_POINTER, _SIZE, _SIZE, _NUMBER]
 LIBRARY.hire_step_scratch.restype = _SIZE
 LIBRARY.hire_step.argtypes = [*[_POINTER] * 1, _SIZE, *[_POINTER] * 3, _SIZE, _POINTER, _SIZE,
-                              _NUMBER, _NUMBER]  # fmt: skip
+                              _POINTER, ctypes.c_double, _NUMBER, _NUMBER]  # fmt: skip
 LIBRARY.hire_step.restype = _SIZE
 LIBRARY.hire_matvec.argtypes = [*[_POINTER] * 3, _SIZE, _POINTER, _NUMBER, _NUMBER]
 LIBRARY.hire_matvec.restype = None
@@ -250,9 +250,13 @@ class Block:
 
 @dataclass
 class Step:
-    """Decoder layers that run in one call. Raises ValueError when they do not fit together."""
+    """Decoder layers that run in one call. Raises ValueError when they do not fit together.
+
+    `last_norm`: what a vector, normalized with that epsilon, is multiplied by behind all layers.
+    """
 
     blocks: Sequence[Block]
+    last_norm: tuple[torch.Tensor, float] | None = None
     held: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -267,6 +271,10 @@ class Step:
         for block in described:
             if self.rotary.setdefault(block.rope, block.rotary) != block.rotary:
                 raise ValueError("native: layers of one rope turn different numbers")
+        self._last: tuple[int | None, float] = (None, 0.0)
+        if self.last_norm is not None:
+            gain_D, eps = self.last_norm
+            self._last = (_floats("norm", gain_D, self.width, self.held), eps)
         self._level = LEVELS.index(level() or LEVELS[0])
         self._sizes: dict[tuple[int, int], int] = {}
 
@@ -277,7 +285,7 @@ class Step:
     def run(
         self, x_QD: torch.Tensor, past_B5: torch.Tensor, angles: Sequence[torch.Tensor], most: int
     ) -> int:
-        """All layers over `x_QD` (float32, contiguous), in place.
+        """All layers, and the last norm, over `x_QD` (float32, contiguous), in place.
 
         `past_B5` as `past` gives it, filled in by the caller (it vouches for the addresses: room
         for Q more positions, SLACK behind the end). `angles`: cos and sin, float32 [Q, rotary] and
@@ -310,7 +318,8 @@ class Step:
         pointers = (ctypes.c_void_p * len(angles))(*[angle.data_ptr() for angle in angles])
         bad: int = LIBRARY.hire_step(
             self._address, len(self.blocks), past_B5.data_ptr(), ctypes.addressof(pointers),
-            x_QD.data_ptr(), num_rows, scratch(size).data_ptr(), room, threads, self._level,
+            x_QD.data_ptr(), num_rows, scratch(size).data_ptr(), room, *self._last, threads,
+            self._level,
         )  # fmt: skip
         return bad
 

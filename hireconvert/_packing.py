@@ -20,7 +20,6 @@ ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "relu", "relu2", "gelu_quick")
 PREDICTOR_BITS, REST_BITS = (2, 3, 4), (2, 3, 4, 8)
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 LANES, STRIDE = 16, 32
-REST_PIECE = 128  # outputs in 64 bytes of a low-bit row of 4 bits
 LOW_BITS = 4  # of refined rows below those of the copies
 _ROUNDED = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 _PAGE = 2**21
@@ -110,19 +109,19 @@ def _padded(codes_MD: torch.Tensor, length: int) -> torch.Tensor:
 def _rest_rows(
     codes_FD: torch.Tensor, scales: list[torch.Tensor], bits: int, stride: int
 ) -> torch.Tensor:
-    """uint8 [F, bytes]: codes, then scales, then offsets.
-
-    4 bits: 64 bytes for 128 outputs, byte 16 i + 4 v + k that of outputs 16 v + 4 i + k (low half)
-    and 64 more (high half). Other widths: 16 outputs side by side.
-    """
-    piece = REST_PIECE if bits == 4 else 1
-    padded = _padded(codes_FD, -(-stride // piece) * piece)
-    if bits == 4:
-        half = padded.unflatten(1, (-1, 2, 4, 4, 4))  # piece, half, v, i, k
-        packed = (half[:, :, 0] | half[:, :, 1] << 4).transpose(2, 3).flatten(1)
-    else:
-        packed = pack_lanes(padded.unflatten(1, (-1, LANES)), bits)
+    """uint8 [F, bytes]: codes with 16 outputs side by side, then scales, then offsets."""
+    packed = pack_lanes(_padded(codes_FD, stride).unflatten(1, (-1, LANES)), bits)
     return torch.cat([packed, *[_octets(scale) for scale in scales]], dim=1)
+
+
+def _rest_tiles(codes_FD: torch.Tensor, scales: list[torch.Tensor], stride: int) -> torch.Tensor:
+    """uint8 [T, bytes] of 4-bit codes: as native/rest_body.h has a tile of 16 neurons."""
+    code_TLD = _by_tile(_padded(codes_FD, stride), 1)[:, 0]
+    # Tile, four neurons, neuron, 32 outputs, half, output; bytes lie by output, then neuron.
+    code = code_TLD.unflatten(2, (-1, 2, LANES)).unflatten(1, (-1, 4))
+    packed = (code[..., 0, :] | code[..., 1, :] << 4).permute(0, 3, 1, 4, 2).flatten(1)
+    by_block = [_by_tile(scale, 1)[:, 0].transpose(1, 2).flatten(1) for scale in scales]
+    return torch.cat([*[_octets(scale) for scale in by_block], packed], dim=1).contiguous()
 
 
 def _memory(size: int) -> torch.Tensor:
@@ -257,7 +256,10 @@ def _rest(
     symmetric = bool(_one_of(rest, "symmetric", (False, True)))
     codes = given.planes("down_planes", bits, neurons, width)
     scales = _scales(given, "down_", symmetric, neurons, -(-width // block))
-    rows = _rest_rows(codes, scales, bits, numbers["stride"])
+    if bits == 4:
+        rows = _rest_tiles(codes, scales, numbers["stride"])
+    else:
+        rows = _rest_rows(codes, scales, bits, numbers["stride"])
     numbers |= {"rest_bits": bits, "rest_block": block, "rest_symmetric": symmetric}
     numbers["rest_bytes"] = rows.shape[1]
     return {"rest": rows}
@@ -295,7 +297,7 @@ def _refined(
     pairs = ((value_MD, first_MD), (low_F.value_MD, down_FD))
     if not all(_is_rounded(value, weight, dtype) for value, weight in pairs):
         return None
-    rows = [*low_M.rows(numbers["stride"]).chunk(parts), low_F.rows(numbers["stride"])]
+    rows = [*low_M.words(numbers["stride"]).chunk(parts), low_F.rows(numbers["stride"])]
     low = torch.cat(rows, dim=1).contiguous()
     numbers["low_bytes"] = low.shape[1]
     bias_M = value_MD.double() @ given.floats("mean", width).double()
@@ -314,10 +316,15 @@ class _Low:
     scale_MG: torch.Tensor
     value_MD: torch.Tensor
 
+    def words(self, stride: int) -> torch.Tensor:
+        """uint8 [M, bytes]: words of 8 codes (byte i those of i and 4 + i), then scales."""
+        code = _padded(self.code_MD, stride).unflatten(1, (-1, 2, 4))
+        packed = (code[:, :, 0] | code[:, :, 1] << LOW_BITS).flatten(1)
+        return torch.cat([packed, _octets(self.scale_MG)], dim=1)
+
     def rows(self, stride: int) -> torch.Tensor:
         """uint8 [M, bytes]: codes with 16 neighbours side by side, then scales."""
-        packed = pack_lanes(_padded(self.code_MD, stride).unflatten(1, (-1, LANES)), LOW_BITS)
-        return torch.cat([packed, _octets(self.scale_MG)], dim=1)
+        return _rest_rows(self.code_MD, [self.scale_MG], LOW_BITS, stride)
 
 
 def _low(

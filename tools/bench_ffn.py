@@ -1,15 +1,18 @@
 """One FFN of a model's shape, batch 1, weights out of cache: dense in PyTorch against the kernels.
 
 python tools/bench_ffn.py --shape smollm2 --dtype float32 --threads 1
+python tools/bench_ffn.py --shape llama1b llama3b llama8b --dtype bfloat16 --threads 2 --refined
 
 Every round times all arms in turn over copies of one random layer that together exceed the caches;
-medians of rounds and their range go to stdout. `dense, kernels` reads every exact row and predicts
-nothing: what is gained beyond it is owed to sparsity, what it gains itself to the kernels. Parts of
-a call come from arms that keep one neuron, without and with the rest, and from selection alone.
-With one thread times are those of the thread, which other jobs on the machine disturb less.
+medians of rounds and their range go to stdout. `dense, kernels` predicts and selects nothing: what
+is gained beyond it is owed to sparsity, what it gains itself to the kernels. It reads every exact
+row at the precision of the sparse arms: as stored, or with --refined as 8-bit codes with a scale
+for 32. Parts of a call come from arms that keep one neuron, without and with the rest, and from
+selection alone. With one thread times are those of the thread, which other jobs disturb less.
 """
 
 import argparse
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -18,12 +21,30 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from hireconvert import _native
-from hireconvert.quantize import GridFormat, encode_down, encode_matrix, fit_grid, round_codes
+from hireconvert import _native, _native_step
+from hireconvert.quantize import (
+    Grid,
+    GridFormat,
+    decode_codes,
+    encode_down,
+    encode_matrix,
+    fit_grid,
+    round_codes,
+)
+from hireconvert.rounding import round_rows
+from hireconvert.runtime.hire_predict import decode_blocks, decode_down
 
-SHAPES = {"smollm2": (576, 1536), "qwen": (896, 4864), "llama1b": (2048, 8192)}
+SHAPES = {
+    "smollm2": (576, 1536),
+    "gemma": (640, 2048),
+    "qwen": (896, 4864),
+    "llama1b": (2048, 8192),
+    "llama3b": (3072, 8192),
+    "llama8b": (4096, 14336),
+}
 REST = {"bits": 4, "block": 32, "symmetric": False}
 FORM = GridFormat(**REST)
+LOW = GridFormat(4, REST["block"], symmetric=True)
 STREAM_BYTES = 256 * 2**20
 # By name: what to call in turn, and the bytes that one call reads.
 Arms = dict[str, tuple[list[Callable[[torch.Tensor], Any]], float]]
@@ -44,16 +65,36 @@ def tensors_of(width: int, neurons: int, dtype: torch.dtype) -> dict[str, Any]:
     return tensors
 
 
+def refine(tensors: dict[str, Any]) -> None:
+    """Round the layer's matrices to the copies and 4 bits more, as `ffn.rows: refined` does."""
+    width, dtype = tensors["up"].shape[1], tensors["up"].dtype
+    first_MD = torch.cat([tensors["gate"], tensors["up"]]).float()
+    copies = decode_blocks(tensors, REST, width), decode_down(tensors, REST, width)
+    rounded = []
+    for name, weight, copy in zip(
+        ("low_scale", "down_low_scale"), (first_MD, tensors["down"].float()), copies, strict=True
+    ):
+        grid: Grid = fit_grid(weight - copy, LOW)
+        tensors[name] = grid.scale
+        rounded.append((copy + decode_codes(round_codes(weight - copy, grid), grid)).to(dtype))
+    tensors["gate"], tensors["up"] = rounded[0].chunk(2)
+    tensors["down"] = rounded[1]
+
+
 def native_arm(
     tensors: dict[str, Any], num: int, rest: Any, memory: int
 ) -> tuple[list[Callable[[torch.Tensor], Any]], float]:
     """(copies to call in turn that exceed `memory` bytes, bytes that one call reads)."""
     neurons = tensors["up"].shape[0]
+    refined = "low_scale" in tensors
     settings = {"activation": "silu", "num_candidates": num, "num_kept": num, "rest": rest, **REST}
-    layer = _native.FfnLayer.pack(settings, tensors)
+    layer = _native.FfnLayer.pack(settings | {"refined": refined}, tensors)
     numbers = layer.numbers
-    total = num * 3 * numbers["stride"] * tensors["up"].element_size()
-    if num < neurons:
+    row = 3 * numbers["stride"] * tensors["up"].element_size()
+    total = num * numbers.get("low_bytes", row)
+    if refined:
+        total += layer.tensors["tiles"].nbytes + neurons * numbers["rest_bytes"]
+    elif num < neurons:
         total += layer.tensors["tiles"].nbytes
         total += (neurons - num) * numbers.get("rest_bytes", 0)
     copies = max(2, memory // total)
@@ -73,6 +114,42 @@ def dense_arm(
 
     total = 3 * tensors["up"].numel() * dtype.itemsize
     return [one() for _ in range(max(2, memory // total))], total
+
+
+def coded_arm(
+    tensors: dict[str, Any], memory: int
+) -> tuple[list[Callable[[torch.Tensor], Any]], float]:
+    """Dense in 8-bit codes with a scale for 32 neighbours, by the kernels of the projections."""
+    block = REST["block"]
+    first = round_rows(torch.cat([tensors["gate"], tensors["up"]]).float(), block)
+    down = round_rows(tensors["down"].float().t().contiguous(), block)
+
+    def one() -> Callable[[torch.Tensor], Any]:
+        held: list[torch.Tensor] = []
+        matrices = _native_step.coded([_native_step.Matrix(m) for m in (first, down)], block)
+        both = [matrix.described(held) for matrix in matrices]
+        scratch = torch.zeros(4 * (both[1].inputs + 32) + 64, dtype=torch.uint8)
+        z, y = torch.empty(1, both[0].outputs), torch.empty(1, both[1].outputs)
+        threads, number = torch.get_num_threads(), _native.LEVELS.index(_native.level() or "")
+
+        def product(matrix: Any, x: torch.Tensor, out: torch.Tensor) -> None:
+            _native.LIBRARY.hire_matvec(
+                ctypes.addressof(matrix), x.data_ptr(), out.data_ptr(), 1, scratch.data_ptr(),
+                threads, number,
+            )  # fmt: skip
+
+        def run(x: torch.Tensor, held: Any = held) -> Any:
+            x = x.float()
+            product(both[0], x, z)
+            gate, up = z.chunk(2, dim=1)
+            hidden = F.silu(gate).mul_(up)
+            product(both[1], hidden, y)
+            return y, held
+
+        return run
+
+    total = 3 * tensors["up"].numel() * (1 + 4 / block)
+    return [one() for _ in range(max(2, int(memory // total)))], total
 
 
 def stream_rate() -> float:
@@ -107,21 +184,34 @@ def timed(arms: Arms, x: torch.Tensor, rounds: int) -> dict[str, list[float]]:
     return times
 
 
-def measure(shape: str, dtype: torch.dtype, rounds: int, memory: int) -> None:
+def arms_of(tensors: dict[str, Any], options: argparse.Namespace, memory: int) -> tuple[Arms, Arms]:
+    """(arms that are compared, arms that stand for parts of a call)."""
+    neurons, dtype = tensors["up"].shape[0], tensors["up"].dtype
+    arms: Arms = {f"dense, PyTorch, {str(dtype)[6:]}": dense_arm(tensors, dtype, memory)}
+    if options.refined:
+        arms["dense, kernels"] = coded_arm(tensors, memory)
+        refine(tensors)
+    else:
+        arms["dense, kernels"] = native_arm(tensors, neurons, None, memory)
+    # Refined rows are what copies hold and more: without the copy of down they have no meaning.
+    rests = {"": None, ", rest by estimate": REST} if not options.refined else {"": REST}
+    for keep in options.keep:
+        for name, rest in rests.items():
+            num = max(1, round(keep * neurons))
+            arms[f"keep {keep}{name}"] = native_arm(tensors, num, rest, memory)
+    parts: Arms = {"selection": selection_arm(neurons, neurons // 4)}
+    parts["estimates and rest"] = native_arm(tensors, 1, REST, memory // 2)
+    if not options.refined:
+        parts["estimates"] = native_arm(tensors, 1, None, memory // 2)
+    return arms, parts
+
+
+def measure(shape: str, dtype: torch.dtype, options: argparse.Namespace) -> None:
     """Print one table."""
     width, neurons = SHAPES[shape]
     tensors = tensors_of(width, neurons, dtype)
-    arms: Arms = {f"dense, PyTorch, {str(dtype)[6:]}": dense_arm(tensors, dtype, memory)}
-    arms["dense, kernels"] = native_arm(tensors, neurons, None, memory)
-    for keep in (0.5, 0.25):
-        for name, rest in (("", None), (", rest by estimate", REST)):
-            num = max(1, round(keep * neurons))
-            arms[f"keep {keep}{name}"] = native_arm(tensors, num, rest, memory)
-    parts: Arms = {
-        "estimates": native_arm(tensors, 1, None, memory // 2),
-        "estimates and rest": native_arm(tensors, 1, REST, memory // 2),
-        "selection": selection_arm(neurons, neurons // 4),
-    }
+    arms, parts = arms_of(tensors, options, options.memory * 10**6)
+    rounds = options.rounds
     times = timed(arms | parts, torch.randn(1, width).to(dtype), rounds)
     middles = {name: statistics.median(found) for name, found in times.items()}
     base, own = middles[next(iter(arms))], middles["dense, kernels"]
@@ -138,30 +228,26 @@ def measure(shape: str, dtype: torch.dtype, rounds: int, memory: int) -> None:
             f"| {size / middle / 1e3:.1f} | {base / middle:.2f} | {own / middle:.2f} |"
         )
     print("\n| part of a call | us | MB | GB/s |\n|---|--:|--:|--:|")
-    both, alone = parts["estimates and rest"][1], parts["estimates"][1]
-    rest_time = middles["estimates and rest"] - middles["estimates"]
-    rows = [
-        ("estimates, with selection and the call itself", middles["estimates"], alone),
-        ("rest of all neurons", rest_time, both - alone),
-        ("selection of a quarter", middles["selection"], parts["selection"][1]),
-    ]
-    for name, middle, size in rows:
+    for name, (_, size) in parts.items():
+        middle = middles[name]
         print(f"| {name} | {middle:.1f} | {size / 1e6:.2f} | {size / middle / 1e3:.1f} |")
 
 
 def main() -> None:
     """Parse and measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=[*SHAPES, "all"], default="smollm2")
+    parser.add_argument("--shape", choices=list(SHAPES), nargs="+", default=["smollm2"])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.25])
+    parser.add_argument("--refined", action="store_true", help="rows in 8 bits (ffn.rows: refined)")
     parser.add_argument("--memory", type=int, default=400, help="MB of weights an arm goes through")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    for shape in SHAPES if options.shape == "all" else [options.shape]:
-        measure(shape, getattr(torch, options.dtype), options.rounds, options.memory * 10**6)
+    for shape in options.shape:
+        measure(shape, getattr(torch, options.dtype), options)
 
 
 if __name__ == "__main__":

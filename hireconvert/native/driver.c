@@ -54,11 +54,12 @@ int64_t hire_cut_scratch(const hire_layer *layer, char *scratch, hire_run *run)
     const int64_t lanes = HIRE_LANES, padded = whole(layer->num_neurons, lanes);
     const int64_t parts = layer->gated ? 2 : 1, blocks = layer->width / layer->block + 1;
     const int64_t block = whole(layer->block, 32);
+    const int64_t words = layer->low == NULL ? 0 : whole(layer->stride / 8, lanes);
     int64_t rest_blocks = 0;
     if (layer->rest != NULL) rest_blocks = whole(layer->width / layer->rest_block + 1, lanes);
-    run->partial_stride = layer->stride + 5 * rest_blocks;
+    run->partial_stride = layer->stride + lanes * rest_blocks;
     const int64_t sizes[] = {layer->stride, block, blocks * block, 4 * blocks, blocks, blocks,
-                             parts * padded, padded, padded, padded, padded, padded + 1, padded + 1,
+                             6 * words, words, words, words, parts * padded, padded, padded, padded, padded, padded + 1, padded + 1,
                              padded, layer->stride / lanes, HIRE_SEGMENTS * run->partial_stride};
     void *places[sizeof sizes / sizeof *sizes];
     int64_t total = 0;
@@ -72,16 +73,20 @@ int64_t hire_cut_scratch(const hire_layer *layer, char *scratch, hire_run *run)
     run->u_first = places[3];
     run->u_scale = places[4];
     run->u_sum = places[5];
-    run->z = places[6];
-    run->score = places[7];
-    run->value = places[8];
-    run->h = places[9];
-    run->exact = places[10];
-    run->index = places[11];
-    run->chosen = places[12];
-    run->spare = places[13];
-    run->rest_scale_of = places[14];
-    run->partial = places[15];
+    run->x_digits = places[6];
+    run->x_first = places[7];
+    run->x_place = places[8];
+    run->x_scale = places[9];
+    run->z = places[10];
+    run->score = places[11];
+    run->value = places[12];
+    run->h = places[13];
+    run->exact = places[14];
+    run->index = places[15];
+    run->chosen = places[16];
+    run->spare = places[17];
+    run->rest_scale_of = places[18];
+    run->partial = places[19];
     return total;
 }
 
@@ -110,36 +115,66 @@ void hire_scratch_places(const hire_layer *layer, int64_t *place_of_4)
 
 /* ------------------------------------------------------------------ one row */
 
-/* Piece s of `total` cut into HIRE_SEGMENTS pieces of whole fours. */
-static int64_t cut(int64_t total, int64_t s)
+/* Where piece s begins, of `total` cut into HIRE_SEGMENTS pieces of whole units. */
+static int64_t cut(int64_t total, int64_t unit, int64_t s)
 {
-    const int64_t at = whole(whole(total, HIRE_SEGMENTS) / HIRE_SEGMENTS, 4) * s;
+    const int64_t at = (total + unit - 1) / unit * s / HIRE_SEGMENTS * unit;
     return at < total ? at : total;
+}
+
+/* How many of the candidates lie before a neuron. */
+static int64_t candidates_before(const hire_layer *layer, const hire_run *run, int64_t neuron)
+{
+    int64_t low = 0, high = layer->num_candidates;
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (run->index[middle] < neuron)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
 }
 
 static void choose_kept(const hire_layer *layer, const hire_kernels *kernels, hire_run *run)
 {
-    if (layer->num_kept == layer->num_candidates) {
-        for (int64_t i = 0; i < layer->num_kept; i++) run->chosen[i] = (int32_t)i;
-    } else {
-        kernels->top_k(run->exact, layer->num_candidates, layer->num_kept, run->chosen, run->spare);
-    }
+    kernels->top_k(run->exact, layer->num_candidates, layer->num_kept, run->chosen, run->spare);
     if (layer->rest == NULL) return;
     for (int64_t i = 0; i < layer->num_candidates; i++) run->value[run->index[i]] = run->h[i];
+    if (layer->low != NULL) return;
     for (int64_t i = 0; i < layer->num_kept; i++) run->value[run->index[run->chosen[i]]] = 0.0f;
 }
 
-static void sum_segment(const hire_layer *layer, const hire_kernels *kernels, hire_run *run,
-                        int64_t s, int *finite)
+/* The kept of piece s. Where all candidates are kept they are computed here; refined ones, whose
+ * copies the rest adds, are those among the piece's own neurons [from, to). */
+static int sum_kept(const hire_layer *layer, const hire_kernels *kernels, hire_run *run, int64_t s,
+                    int64_t from, int64_t to, float *partial)
 {
+    int64_t begin = cut(layer->num_kept, 4, s), end = cut(layer->num_kept, 4, s + 1);
+    if (layer->num_kept < layer->num_candidates) {
+        kernels->kept(layer, run, begin, end, partial);
+        return 1;
+    }
+    if (layer->low != NULL) {
+        begin = candidates_before(layer, run, from);
+        end = candidates_before(layer, run, to);
+    }
+    const int finite = kernels->exact(layer, run, begin, end, partial);
+    if (layer->low != NULL)
+        for (int64_t i = begin; i < end; i++) run->value[run->index[i]] = run->h[i];
+    return finite;
+}
+
+static int sum_segment(const hire_layer *layer, const hire_kernels *kernels, hire_run *run,
+                       int64_t s)
+{
+    const int64_t all = layer->num_neurons, unit = layer->rest_bits == 4 ? HIRE_LANES : 4;
+    const int64_t from = cut(all, unit, s), to = cut(all, unit, s + 1);
     float *partial = run->partial + s * run->partial_stride;
     memset(partial, 0, (size_t)layer->stride * sizeof *partial);
-    const int64_t kept = layer->num_kept, all = layer->num_neurons;
-    if (kept == layer->num_candidates)
-        *finite &= kernels->exact(layer, run, cut(kept, s), cut(kept, s + 1), partial);
-    else
-        kernels->kept(layer, run, cut(kept, s), cut(kept, s + 1), partial);
-    if (layer->rest != NULL) kernels->rest(layer, run, cut(all, s), cut(all, s + 1), partial);
+    const int finite = sum_kept(layer, kernels, run, s, from, to, partial);
+    if (layer->rest != NULL) kernels->rest(layer, run, from, to, partial);
+    return finite;
 }
 
 void hire_row_of_team(const hire_layer *layer, const hire_kernels *kernels, hire_run *run, int *bad)
@@ -162,7 +197,7 @@ void hire_row_of_team(const hire_layer *layer, const hire_kernels *kernels, hire
     if (!bad[0]) {
         kernels->top_k(run->score, all, candidates, run->index, run->spare);
         /* Kept neurons are known before they are computed: none of them is in the rest. */
-        if (fused && layer->rest != NULL)
+        if (fused && layer->rest != NULL && layer->low == NULL)
             for (int64_t i = 0; i < candidates; i++) run->value[run->index[i]] = 0.0f;
     }
     OMP(omp barrier)
@@ -170,7 +205,8 @@ void hire_row_of_team(const hire_layer *layer, const hire_kernels *kernels, hire
     if (!fused) {
         OMP(omp for schedule(static) nowait)
         for (int64_t s = 0; s < HIRE_SEGMENTS; s++)
-            finite &= kernels->exact(layer, run, cut(candidates, s), cut(candidates, s + 1), NULL);
+            finite &= kernels->exact(layer, run, cut(candidates, 4, s),
+                                     cut(candidates, 4, s + 1), NULL);
         if (!finite) {
             OMP(omp atomic write)
             bad[1] = 1;
@@ -182,7 +218,7 @@ void hire_row_of_team(const hire_layer *layer, const hire_kernels *kernels, hire
         if (bad[1]) return;
     }
     OMP(omp for schedule(static) nowait)
-    for (int64_t s = 0; s < HIRE_SEGMENTS; s++) sum_segment(layer, kernels, run, s, &finite);
+    for (int64_t s = 0; s < HIRE_SEGMENTS; s++) finite &= sum_segment(layer, kernels, run, s);
     if (!finite && fused) {
         OMP(omp atomic write)
         bad[1] = 1;

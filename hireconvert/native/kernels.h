@@ -43,7 +43,7 @@ typedef struct {
     int64_t rest_bits;      /* of the low-bit output vectors: 2, 3, 4, 8; 0: the rest counts 0 */
     int64_t rest_block;     /* outputs to a scale: D, or a multiple of HIRE_LANES */
     int64_t rest_symmetric;
-    int64_t rest_bytes;     /* of one neuron's low-bit row */
+    int64_t rest_bytes;     /* of one neuron's low-bit row; of 4 bits: of a tile of them */
     int64_t low_bytes;      /* of one neuron's refinement; 0: rows hold the weights */
     const uint8_t *tiles;   /* [Fp / 16, tile_bytes]: for each block codes, scales, offsets; NULL
                                where C = F, with mean, inverse_scale and bias */
@@ -56,22 +56,27 @@ typedef struct {
                                    NULL where refined */
     const float *row_bias;      /* [parts, F] or NULL */
     const float *down_bias;     /* [D] or NULL */
-    const uint8_t *rest;        /* [F, rest_bytes] or NULL */
+    const uint8_t *rest;        /* [F, rest_bytes] (4 bits: [Fp / 16, rest_bytes]) or NULL */
     const float *low_bias;      /* [parts, Fp] or NULL: added to estimates and refinements */
     const uint8_t *low;         /* [F, low_bytes] or NULL: what 4-bit tiles and rest left */
 } hire_layer;
 
 /* Where one row's intermediate results lie; all of it is the caller's scratch memory. */
 typedef struct {
-    float *x;        /* [stride], zeros behind D; where rows are refined the predictor's input */
+    float *x;        /* [stride], zeros behind D */
     float *u;        /* [Bp]: a block of the predictor's input; Bp is a block in whole 32s */
     int8_t *u_digits; /* [G, Bp / 4, 4, 4]: digits (the fourth is 0) of four inputs at a time */
     int32_t *u_first; /* [G, 4]: sums over a block's codes begin with these digits */
     float *u_scale;  /* [G]: of the digits of a block */
     float *u_sum;    /* [G]: sums of u over blocks */
+    int8_t *x_digits; /* for refined rows, in words of 8 inputs [W / 16, 2, 3, 16, 4]: digits of */
+    int32_t *x_first; /* four inputs of each word; [W]: what its sum of codes begins with, */
+    int32_t *x_place; /* [W]: its block, counted from that of the first of the sixteen words, */
+    float *x_scale;   /* [W]: and the scale of its digits */
     float *z;        /* [parts, Fp] estimates */
     float *score;    /* [Fp] estimated */
-    float *value;    /* [Fp] hidden values of the rest: estimates, exact where computed */
+    float *value;    /* [Fp] hidden values of the rest: estimates, exact where computed; of the
+                        kept 0, unless the rest adds the copies of refined rows for them */
     float *h;        /* [F] exact hidden values of the candidates */
     float *exact;    /* [F] exact scores of the candidates */
     int32_t *index;  /* [F + 1] candidates, ascending */
@@ -89,7 +94,7 @@ typedef struct {
     /* Candidates [from, to): h, exact; with `partial` also their output. 1 unless NaN or inf. */
     int (*exact)(const hire_layer *, hire_run *, int64_t from, int64_t to, float *partial);
     void (*kept)(const hire_layer *, hire_run *, int64_t from, int64_t to, float *partial);
-    /* Low-bit rows of the neurons [from, to) whose value is not 0. */
+    /* Low-bit rows of the neurons [from, to) by their value; of 4 bits `from` starts a tile. */
     void (*rest)(const hire_layer *, hire_run *, int64_t from, int64_t to, float *partial);
     /* As hire_top_k. */
     void (*top_k)(const float *score, int64_t n, int64_t k, int32_t *out, int32_t *spare);

@@ -88,7 +88,7 @@ static NOINLINE v16 activate(v16 x, int activation)
 
 /* Numbers that share a scale become whole numbers of 24 bits, written in base 256 with digits from
  * -128 to 127: sums of codes times digits are exact, and the scale comes in once at their end. */
-enum { DIGITS = 3 };
+enum { DIGITS = 3, BATCH = 16 /* neurons */ };
 #define HIRE_LARGEST 8355000.0f
 #define HIRE_SMALLEST 1e-30f /* whose inverse times HIRE_LARGEST is still a float */
 
@@ -171,6 +171,32 @@ static void split_inputs(const hire_layer *layer, hire_run *run)
     }
 }
 
+/* The inputs' digits once more, for refined rows: those of sixteen words of eight inputs side by
+ * side. With weights of 16 bits the lowest digit is not used: sums then count in units of 256. */
+static void spread_inputs(const hire_layer *layer, hire_run *run)
+{
+    const int64_t block = layer->block, padded = (block + 31) / 32 * 32;
+    const int64_t words = (layer->stride + 127) / 128 * 16;
+    const int lowest = layer->weight_type != HIRE_FLOAT32;
+    for (int64_t w = 0; w < words; w++) {
+        const int64_t input = 8 * w, b = input / block;
+        int8_t *to = run->x_digits + w / 16 * (64 * 2 * DIGITS) + w % 16 * 4;
+        int8_t own[2][4][4] = {0};
+        int32_t sum = 0;
+        if (input < layer->width)
+            memcpy(own, run->u_digits + 4 * (padded * b + input - b * block), sizeof own);
+        for (int h = 0; h < 2; h++)
+            for (int d = 0; d < DIGITS; d++) {
+                memcpy(to + 64 * (DIGITS * h + d), own[h][d], 4);
+                if (d < lowest) continue;
+                for (int i = 0; i < 4; i++) sum += own[h][d][i] * (1 << 8 * (d - lowest));
+            }
+        run->x_first[w] = -15 * sum / 2; /* the middle code stands for zero */
+        run->x_scale[w] = input < layer->width ? run->u_scale[b] * (lowest ? 256.0f : 1.0f) : 0.0f;
+        run->x_place[w] = input < layer->width ? (int32_t)(b - w / 16 * 128 / block) : 0;
+    }
+}
+
 static void start(const hire_layer *layer, const void *x, int type, hire_run *run)
 {
     const int64_t width = layer->width, whole = width / 16 * 16;
@@ -185,9 +211,7 @@ static void start(const hire_layer *layer, const void *x, int type, hire_run *ru
     }
     for (int64_t j = width; j < layer->stride; j++) run->x[j] = 0.0f;
     if (layer->num_candidates < layer->num_neurons || layer->low != NULL) split_inputs(layer, run);
-    if (layer->low != NULL)
-        for (int64_t j = 0; j < width; j++)
-            run->x[j] = (run->x[j] - layer->mean[j]) * layer->inverse_scale[j];
+    if (layer->low != NULL) spread_inputs(layer, run);
     if (layer->rest != NULL)
         for (int64_t j = 0; j < layer->stride; j += 16)
             run->rest_scale_of[j / 16] =
@@ -379,6 +403,7 @@ static int exact(const hire_layer *layer, hire_run *run, int64_t from, int64_t t
     return exact_as(layer, run, from, to, partial, HIRE_FLOAT16);
 }
 
+/* Of refined rows only what the copies left: the rest runs through all neurons. */
 static void kept(const hire_layer *layer, hire_run *run, int64_t from, int64_t to, float *partial)
 {
     int32_t index[BATCH];
@@ -391,7 +416,7 @@ static void kept(const hire_layer *layer, hire_run *run, int64_t from, int64_t t
             h[i] = run->h[place];
         }
         if (layer->low != NULL)
-            refined_outputs(layer, run, index, h, num, partial);
+            low_outputs(layer, run, index, h, num, partial);
         else
             outputs(layer, index, h, num, partial);
     }

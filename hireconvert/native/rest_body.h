@@ -1,163 +1,130 @@
-/* Low-bit output rows of the neurons that are not kept; part of kernels_body.h.
+/* Low-bit output rows; part of kernels_body.h.
  *
- * Rows of 4 bits run in whole numbers: a row is pieces of 64 bytes for 128 outputs, and four rows
- * at a time are laid side by side, byte by byte, so that one instruction adds four neurons to
- * sixteen outputs. Values times scales become whole numbers that share a scale for up to BATCH
- * neurons and a block of outputs. Rows of other widths run in floats (rest_float_body.h). */
+ * Rows of 4 bits lie in tiles of sixteen neurons and run in whole numbers, those of every neuron: a
+ * tile is read as it lies, which is faster than picking rows. Values times scales become whole
+ * numbers that share a scale for a tile and a block of outputs, and one instruction adds four
+ * neurons to sixteen outputs. A tile holds, for each block, the neurons' scales; then, unless
+ * symmetric, their offsets; then for each 32 outputs 64 bytes for every four neurons (byte 4 l + i is
+ * neuron i's at output l, low half, and 16 + l, high half). Rows of other widths run one by one, in
+ * floats (rest_float_body.h), and only those whose value is not 0. */
 
 #include "rest_float_body.h"
 
 enum {
-    BATCH = 16, /* neurons */
-    PIECE = 8,  /* vectors of sixteen outputs in 64 bytes of a row */
-    SPAN = 64   /* vectors that a table serves, of as many blocks at most */
+    QUADS = HIRE_LANES / 4,
+    UNIT = 64 * QUADS, /* bytes of a tile for 32 outputs */
+    SPAN = 64          /* vectors of outputs that a table serves, of as many blocks at most */
 };
 
-/* Some rows, and what their codes are multiplied with in a span of outputs. */
+/* What a tile's codes are multiplied with, by block: a digit of four neurons side by side. */
 typedef struct {
-    const uint8_t *row[BATCH], *ahead[BATCH]; /* rows to ask for meanwhile */
-    float value[BATCH];
-    int64_t quads;                           /* of rows; those that fill the last have value 0 */
-    int32_t digits[BATCH / 4][DIGITS][SPAN]; /* by block: a digit of four neurons */
-    float scale[SPAN], offset[SPAN];         /* by block */
-} rest_batch;
+    int32_t digits[SPAN][QUADS][4];
+    float scale[SPAN];
+} rest_table;
 
-/* A digit of four numbers side by side in each lane, for every digit. */
-INLINE void store_digits(const w16 *q, int32_t (*to)[SPAN], int64_t at)
+/* Sums over digits from the `lowest` on, in units of 256^lowest. */
+INLINE w16 from_lowest(const w16 *sum, const int lowest)
 {
-    const w16 low = w_set1(0xff), middle = w_set1(0xff00), high = w_set1(0xff0000);
-    w_store(to[0] + at, w_or(w_or(w_and(q[0], low), w_left(w_and(q[1], low), 8)),
-                             w_or(w_left(w_and(q[2], low), 16), w_left(q[3], 24))));
-    w_store(to[1] + at, w_or(w_or(w_right(w_and(q[0], middle), 8), w_and(q[1], middle)),
-                             w_or(w_left(w_and(q[2], middle), 8), w_left(w_and(q[3], middle), 16))));
-    w_store(to[2] + at, w_or(w_or(w_right(q[0], 16), w_left(w_right(q[1], 16), 8)),
-                             w_or(w_and(q[2], high), w_left(w_and(q[3], high), 8))));
+    const w16 high = w_add(w_left(sum[2], 8), sum[1]);
+    return lowest ? high : w_add(w_left(high, 8), sum[0]);
 }
 
-/* Places [at, at + 16) of the table; `scales` is where in a row the first of them has its scale. */
-INLINE void fill_table(const hire_layer *layer, rest_batch *batch, int64_t scales, int64_t at)
+INLINE void fill_table(v16 value, const uint8_t *scales, rest_table *table, int64_t at,
+                       const int lowest)
+{
+    prefetch(scales + PREFETCH);
+    const v16 factor = v_mul(value, v_load_f16(scales));
+    const float most = v_most(v_max(v_abs(factor), v_set1(HIRE_SMALLEST)));
+    const w16 whole = w_round(v_mul(factor, v_set1(HIRE_LARGEST / most)));
+    w_store(table->digits[at], w_by_byte(digits_of(whole)));
+    table->scale[at] = most * ((lowest ? 256.0f : 1.0f) / HIRE_LARGEST);
+}
+
+/* What the codes' zero points add to a block: by lane, for the tiles so far. */
+INLINE void add_offset(const hire_layer *layer, v16 value, const uint8_t *scales, float *offset)
 {
     const int64_t blocks = (layer->width + layer->rest_block - 1) / layer->rest_block;
-    const int64_t offsets = scales + 2 * blocks;
-    v16 most = v_set1(HIRE_SMALLEST), offset = v_set1(0.0f), factor[BATCH];
-    for (int64_t i = 0; i < 4 * batch->quads; i++) {
-        const v16 v = v_set1(batch->value[i]), s = v_load_f16(batch->row[i] + scales);
-        const v16 least = layer->rest_symmetric ? v_mul(s, v_set1(-7.5f))
-                                                : v_load_f16(batch->row[i] + offsets);
-        prefetch(batch->ahead[i] + scales);
-        prefetch(batch->ahead[i] + offsets);
-        factor[i] = v_mul(v, s);
-        most = v_max(v_abs(factor[i]), most);
-        offset = v_fma(v, least, offset);
-    }
-    const v16 inverse = v_div(v_set1(HIRE_LARGEST), most);
-    v_store(batch->scale + at, v_mul(most, v_set1(1.0f / HIRE_LARGEST)));
-    v_store(batch->offset + at, offset);
-    for (int64_t quad = 0; quad < batch->quads; quad++) {
-        w16 q[4];
-        for (int i = 0; i < 4; i++)
-            q[i] = digits_of(w_round(v_mul(factor[4 * quad + i], inverse)));
-        store_digits(q, batch->digits[quad], at);
-    }
+    const uint8_t *offsets = scales + 32 * blocks;
+    prefetch(offsets + PREFETCH);
+    const v16 least = layer->rest_symmetric ? v_mul(v_load_f16(scales), v_set1(-7.5f))
+                                            : v_load_f16(offsets);
+    v_store(offset, v_fma(value, least, v_load(offset)));
 }
 
-/* Bytes [at, at + 64) of the rows, four rows to a lane. */
-INLINE void lay_side_by_side(const rest_batch *batch, int64_t at, w16 (*byte)[PIECE / 2])
-{
-    for (int64_t quad = 0; quad < batch->quads; quad++) {
-        const uint8_t *row[4];
-HIRE_UNROLL
-        for (int i = 0; i < 4; i++) {
-            row[i] = batch->row[4 * quad + i] + at;
-            prefetch(batch->ahead[4 * quad + i] + at);
-        }
-        w_interleave(row, byte[quad]);
-    }
-}
-
-/* Adds the rows' bytes [at, at + 64) to PIECE vectors of outputs, of which `num` are there. The
- * block of vector v lies at place[v] of the table. */
-INLINE void add_piece(const rest_batch *batch, int64_t at, const int32_t *place, float *partial,
-                      int num)
+/* Adds a unit to two vectors of outputs, whose blocks lie at place[0] and place[1] of the table. */
+INLINE void add_rest_unit(const uint8_t *codes, const rest_table *table, const int64_t *place,
+                          float *partial, const int lowest)
 {
     const w16 mask = w_set1(0x0f0f0f0f);
-    w16 byte[BATCH / 4][PIECE / 2];
-    lay_side_by_side(batch, at, byte);
+    w16 word[QUADS];
 HIRE_UNROLL
-    for (int v = 0; v < PIECE; v++) {
-        if (v == num) break;
-        const int shift = v < PIECE / 2 ? 0 : 4;
-        const int32_t *digit = batch->digits[0][0] + place[v];
+    for (int q = 0; q < QUADS; q++) {
+        word[q] = w_load4(codes + 64 * q);
+        prefetch(codes + 64 * q + PREFETCH);
+    }
+HIRE_UNROLL
+    for (int half = 0; half < 2; half++) {
         w16 sum[DIGITS] = {w_set1(0), w_set1(0), w_set1(0)};
-        for (int64_t quad = 0; quad < batch->quads; quad++, digit += DIGITS * SPAN) {
-            const w16 code = w_and(w_right(byte[quad][v % (PIECE / 2)], shift), mask);
 HIRE_UNROLL
-            for (int d = 0; d < DIGITS; d++)
-                sum[d] = w_dot(sum[d], code, (const int8_t *)(digit + d * SPAN));
+        for (int q = 0; q < QUADS; q++) {
+            const w16 code = w_and(half ? w_right(word[q], 4) : word[q], mask);
+            const int32_t *digit = table->digits[place[half]][q];
+            for (int d = lowest; d < DIGITS; d++)
+                sum[d] = w_dot(sum[d], code, (const int8_t *)(digit + d));
         }
-        const v16 scale = v_set1(batch->scale[place[v]]);
-        const v16 before = v_add(v_load(partial + 16 * v), v_set1(batch->offset[place[v]]));
-        v_store(partial + 16 * v, v_fma(from_digits(sum), scale, before));
+        const v16 scale = v_set1(table->scale[place[half]]);
+        float *to = partial + 16 * half;
+        v_store(to, v_fma(v_from_w(from_lowest(sum, lowest)), scale, v_load(to)));
     }
 }
 
-INLINE void add_batch(const hire_layer *layer, const hire_run *run, rest_batch *batch,
-                      float *partial)
+INLINE void rest_tiles(const hire_layer *layer, hire_run *run, int64_t from, int64_t to,
+                       float *partial, const int lowest)
 {
-    const int64_t vectors = layer->stride / 16, pieces = (vectors + PIECE - 1) / PIECE;
-    for (int64_t begin = 0; begin < vectors; begin += SPAN) {
-        const int64_t end = begin + SPAN < vectors ? begin + SPAN : vectors;
-        const int32_t first = run->rest_scale_of[begin], last = run->rest_scale_of[end - 1];
-        for (int64_t at = 0; first + at <= last; at += 16)
-            fill_table(layer, batch, 64 * pieces + 2 * (first + at), at);
-        for (int64_t from = begin; from < end; from += PIECE) {
-            const int num = (int)(end - from < PIECE ? end - from : PIECE);
-            int32_t place[PIECE] = {0};
-            for (int v = 0; v < num; v++) place[v] = run->rest_scale_of[from + v] - first;
-            add_piece(batch, from / PIECE * 64, place, partial + 16 * from, num);
+    const int64_t vectors = layer->stride / 16, block = layer->rest_block;
+    const int64_t blocks = (layer->width + block - 1) / block;
+    float *offset = partial + layer->stride;
+    memset(offset, 0, (size_t)(16 * blocks) * sizeof *offset);
+    for (int64_t tile = from / 16; 16 * tile < to; tile++) {
+        const uint8_t *scales = layer->rest + tile * layer->rest_bytes;
+        const uint8_t *codes = scales + (layer->rest_symmetric ? 32 : 64) * blocks;
+        const v16 value = v_load(run->value + 16 * tile);
+        rest_table table;
+        for (int64_t begin = 0; begin < vectors; begin += SPAN) {
+            const int64_t end = begin + SPAN < vectors ? begin + SPAN : vectors;
+            const int64_t first = run->rest_scale_of[begin], last = run->rest_scale_of[end - 1];
+            for (int64_t b = first; b <= last; b++) {
+                fill_table(value, scales + 32 * b, &table, b - first, lowest);
+                if (b * block >= 16 * begin) /* else the span before has added it */
+                    add_offset(layer, value, scales + 32 * b, offset + 16 * b);
+            }
+            for (int64_t v = begin; v < end; v += 2) {
+                const int64_t place[2] = {run->rest_scale_of[v] - first,
+                                          run->rest_scale_of[v + 1] - first};
+                add_rest_unit(codes + v / 2 * UNIT, &table, place, partial + 16 * v, lowest);
+            }
         }
     }
+    for (int64_t b = 0; b < blocks; b++) offset[16 * b] = v_sum(v_load(offset + 16 * b));
+    for (int64_t v = 0; v < vectors; v++)
+        v_store(partial + 16 * v, v_add(v_load(partial + 16 * v),
+                                        v_set1(offset[16 * run->rest_scale_of[v]])));
 }
 
-/* Up to `most` neurons from *at on that are in the rest; *at becomes where to go on. */
-INLINE int64_t collect(const hire_run *run, int64_t *at, int64_t to, int64_t most, int32_t *out)
-{
-    int64_t num = 0;
-    for (; *at < to && num < most; (*at)++)
-        if (run->value[*at] != 0.0f) out[num++] = (int32_t)*at;
-    return num;
-}
-
-static void rest_in_fours(const hire_layer *layer, hire_run *run, int64_t from, int64_t to,
-                          float *partial)
-{
-    int32_t now[BATCH], next[BATCH];
-    rest_batch batch;
-    int64_t num = collect(run, &from, to, BATCH, now);
-    while (num > 0) {
-        const int64_t own = collect(run, &from, to, BATCH, next);
-        int64_t beyond = from; /* what comes after the segment is likely this thread's as well */
-        int64_t known = own;
-        if (own < num)
-            known += collect(run, &beyond, layer->num_neurons, num - own, next + own);
-        batch.quads = (num + 3) / 4;
-        for (int64_t i = 0; i < 4 * batch.quads; i++) {
-            batch.row[i] = layer->rest + now[i < num ? i : 0] * layer->rest_bytes;
-            batch.ahead[i] = i < known ? layer->rest + next[i] * layer->rest_bytes : batch.row[i];
-            batch.value[i] = i < num ? run->value[now[i]] : 0.0f;
-        }
-        add_batch(layer, run, &batch, partial);
-        memcpy(now, next, sizeof now);
-        num = own;
-    }
-}
+/* Digits below this one are left out: they are beyond what weights of 16 bits resolve. */
+INLINE int lowest_digit(const hire_layer *layer) { return layer->weight_type != HIRE_FLOAT32; }
 
 static void rest(const hire_layer *layer, hire_run *run, int64_t from, int64_t to, float *partial)
 {
     switch (layer->rest_bits) {
     case 2: rest_in_floats(layer, run, from, to, partial, 2); break;
     case 3: rest_in_floats(layer, run, from, to, partial, 3); break;
-    case 4: rest_in_fours(layer, run, from, to, partial); break;
+    case 4:
+        if (lowest_digit(layer))
+            rest_tiles(layer, run, from, to, partial, 1);
+        else
+            rest_tiles(layer, run, from, to, partial, 0);
+        break;
     default: rest_in_floats(layer, run, from, to, partial, 8); break;
     }
 }

@@ -167,32 +167,28 @@ static inline w16 w_dot(w16 sum, w16 codes, const int8_t *p)
     const __m256i b = _mm256_madd_epi16(_mm256_maddubs_epi16(codes.b, signed4), one);
     return (w16){_mm256_add_epi32(sum.a, a), _mm256_add_epi32(sum.b, b)};
 }
+/* The same where every lane has four signed bytes of its own, at p + 4 l. */
+static inline w16 w_dot_each(w16 sum, w16 codes, const int8_t *p)
+{
+    const __m256i one = _mm256_set1_epi16(1);
+    const __m256i x = _mm256_loadu_si256((const __m256i *)p);
+    const __m256i y = _mm256_loadu_si256((const __m256i *)(p + 32));
+    const __m256i a = _mm256_madd_epi16(_mm256_maddubs_epi16(codes.a, x), one);
+    const __m256i b = _mm256_madd_epi16(_mm256_maddubs_epi16(codes.b, y), one);
+    return (w16){_mm256_add_epi32(sum.a, a), _mm256_add_epi32(sum.b, b)};
+}
+/* Lane `place` of the table, which is less than 8. */
+static inline v16 v_lookup(v16 table, w16 place)
+{
+    return (v16){_mm256_permutevar8x32_ps(table.a, place.a),
+                 _mm256_permutevar8x32_ps(table.a, place.b)};
+}
 /* Of each four lanes the lowest bytes side by side, then the next bytes, to the highest. */
 static inline w16 w_by_byte(w16 x)
 {
     const __m256i order = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0,
                                            4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     return (w16){_mm256_shuffle_epi8(x.a, order), _mm256_shuffle_epi8(x.b, order)};
-}
-static inline void w_interleave_half(const uint8_t *const *row, int64_t at, __m256i *out)
-{
-    __m256i r[4];
-    for (int i = 0; i < 4; i++) r[i] = _mm256_loadu_si256((const __m256i *)(row[i] + at));
-    const __m256i low0 = _mm256_unpacklo_epi8(r[0], r[1]), low1 = _mm256_unpacklo_epi8(r[2], r[3]);
-    const __m256i high0 = _mm256_unpackhi_epi8(r[0], r[1]), high1 = _mm256_unpackhi_epi8(r[2], r[3]);
-    out[0] = _mm256_unpacklo_epi16(low0, low1);
-    out[1] = _mm256_unpackhi_epi16(low0, low1);
-    out[2] = _mm256_unpacklo_epi16(high0, high1);
-    out[3] = _mm256_unpackhi_epi16(high0, high1);
-}
-/* Bytes of four rows of 64 side by side in a lane: byte 16 L + 4 v + i of the rows in lane 4 L + i
- * of out[v]. */
-static inline void w_interleave(const uint8_t *const *row, w16 *out)
-{
-    __m256i a[4], b[4];
-    w_interleave_half(row, 0, a);
-    w_interleave_half(row, 32, b);
-    for (int v = 0; v < 4; v++) out[v] = (w16){a[v], b[v]};
 }
 
 /* Counts, lane by lane, where x > y; both signed. */

@@ -105,25 +105,19 @@ static inline w16 w_dot(w16 sum, w16 codes, const int8_t *p)
     memcpy(&four, p, sizeof four);
     return _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(four));
 }
+/* The same where every lane has four signed bytes of its own, at p + 4 l. */
+static inline w16 w_dot_each(w16 sum, w16 codes, const int8_t *p)
+{
+    return _mm512_dpbusd_epi32(sum, codes, _mm512_loadu_si512(p));
+}
+/* Lane `place` of the table, which is less than 8. */
+static inline v16 v_lookup(v16 table, w16 place) { return _mm512_permutexvar_ps(place, table); }
 /* Of each four lanes the lowest bytes side by side, then the next bytes, to the highest. */
 static inline w16 w_by_byte(w16 x)
 {
     const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     return _mm512_shuffle_epi8(x, _mm512_broadcast_i32x4(order));
 }
-/* Bytes of four rows of 64 side by side in a lane: byte 16 L + 4 v + i of the rows in lane 4 L + i
- * of out[v]. */
-static inline void w_interleave(const uint8_t *const *row, w16 *out)
-{
-    const w16 a = w_load4(row[0]), b = w_load4(row[1]), c = w_load4(row[2]), d = w_load4(row[3]);
-    const w16 low0 = _mm512_unpacklo_epi8(a, b), low1 = _mm512_unpacklo_epi8(c, d);
-    const w16 high0 = _mm512_unpackhi_epi8(a, b), high1 = _mm512_unpackhi_epi8(c, d);
-    out[0] = _mm512_unpacklo_epi16(low0, low1);
-    out[1] = _mm512_unpackhi_epi16(low0, low1);
-    out[2] = _mm512_unpacklo_epi16(high0, high1);
-    out[3] = _mm512_unpackhi_epi16(high0, high1);
-}
-
 /* Counts, lane by lane, where x > y; both signed. */
 static inline w16 w_count_above(w16 count, w16 x, w16 y)
 {

@@ -176,6 +176,23 @@ static inline w16 w_dot(w16 sum, w16 codes, const int8_t *p)
     HIRE_LOOP sum.l[l] += (uint32_t)((int32_t)code0.l[l] >> 16);
     return sum;
 }
+/* The same where every lane has four signed bytes of its own, at p + 4 l. */
+static inline w16 w_dot_each(w16 sum, w16 codes, const int8_t *p)
+{
+    HIRE_LOOP {
+        int32_t dot = 0;
+        for (int i = 0; i < 4; i++) dot += (int32_t)(codes.l[l] >> 8 * i & 255) * p[4 * l + i];
+        sum.l[l] += (uint32_t)dot;
+    }
+    return sum;
+}
+/* Lane `place` of the table, which is less than 8. */
+static inline v16 v_lookup(v16 table, w16 place)
+{
+    v16 r;
+    HIRE_LOOP r.l[l] = table.l[place.l[l] & 7];
+    return r;
+}
 /* Of each four lanes the lowest bytes side by side, then the next bytes, to the highest. */
 static inline w16 w_by_byte(w16 a)
 {
@@ -184,18 +201,6 @@ static inline w16 w_by_byte(w16 a)
         r.l[l / 4 * 4 + k] |= (a.l[l] >> 8 * k & 255) << 8 * (l % 4);
     return r;
 }
-/* Bytes of four rows of 64 side by side in a lane: byte 16 L + 4 v + i of the rows in lane 4 L + i
- * of out[v]. */
-static inline void w_interleave(const uint8_t *const *row, w16 *out)
-{
-    for (int v = 0; v < 4; v++)
-        HIRE_LOOP {
-            const int at = l / 4 * 16 + 4 * v + l % 4;
-            out[v].l[l] = row[0][at] | (uint32_t)row[1][at] << 8 | (uint32_t)row[2][at] << 16 |
-                          (uint32_t)row[3][at] << 24;
-        }
-}
-
 /* Counts, lane by lane, where x > y; both signed. */
 static inline w16 w_count_above(w16 count, w16 x, w16 y)
 {

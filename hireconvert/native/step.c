@@ -340,7 +340,8 @@ static void count(const hire_block *blocks, int64_t num_blocks, int64_t num_rows
 
 int64_t hire_step(const hire_block *blocks, int64_t num_blocks, const hire_past *pasts,
                   const float *const *angles, float *x, int64_t num_rows, void *scratch,
-                  int64_t most, int32_t num_threads, int32_t level)
+                  int64_t most, const float *last_norm, double eps, int32_t num_threads,
+                  int32_t level)
 {
     const int64_t width = blocks[0].width;
     int64_t bad = -1;
@@ -367,8 +368,12 @@ int64_t hire_step(const hire_block *blocks, int64_t num_blocks, const hire_past 
         }
     }
     if (bad < 0 && !job.step->finite(x, num_rows * width)) bad = num_blocks - 1;
-    if (bad < 0) count(blocks, num_blocks, num_rows);
-    return bad;
+    if (bad >= 0) return bad;
+    count(blocks, num_blocks, num_rows);
+    if (last_norm != NULL)
+        for (int64_t i = 0; i < num_rows; i++)
+            job.step->norm(x + i * width, last_norm, eps, width, x + i * width);
+    return -1;
 }
 
 void hire_matvec(const hire_matrix *matrix, const float *x, float *y, int64_t num_rows,

@@ -93,12 +93,14 @@ extern const hire_step_kernels hire_step_avx512;
 /* Bytes of scratch memory for up to HIRE_STEP_ROWS rows over `most` positions. */
 HIRE_API int64_t hire_step_scratch(const hire_block *blocks, int64_t num_blocks, int64_t most,
                                    int32_t num_threads);
-/* x [num_rows, D] in place, through all blocks. angles: for each rope cos and sin, [Q, rotary].
+/* x [num_rows, D] in place, through all blocks and, unless NULL, the last norm [D]. angles: for
+ * each rope cos and sin, [Q, rotary].
  * Returns -1, or the index of the first block that met NaN or inf: then x is undefined and
  * no count was added. Bits depend on neither threads nor the number of rows. */
 HIRE_API int64_t hire_step(const hire_block *blocks, int64_t num_blocks, const hire_past *pasts,
                            const float *const *angles, float *x, int64_t num_rows, void *scratch,
-                           int64_t most, int32_t num_threads, int32_t level);
+                           int64_t most, const float *last_norm, double eps, int32_t num_threads,
+                           int32_t level);
 /* y [num_rows, outputs] from x [num_rows, inputs]; up to HIRE_STEP_ROWS rows. */
 HIRE_API void hire_matvec(const hire_matrix *matrix, const float *x, float *y, int64_t num_rows,
                           void *scratch, int32_t num_threads, int32_t level);

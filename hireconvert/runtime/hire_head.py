@@ -335,8 +335,12 @@ class SparseHead(nn.Module):
 
     def count(self, **increments: Any) -> None:
         """Add to the counters of these names, Python numbers or tensors."""
-        zero = torch.zeros((), dtype=torch.int64, device=self.counts.device)
-        self.counts.add_(torch.stack([zero + increments.get(name, 0) for name in COUNTER_NAMES]))
+        more, device = [increments.get(name, 0) for name in COUNTER_NAMES], self.counts.device
+        if any(isinstance(number, torch.Tensor) for number in more):
+            zero = torch.zeros((), dtype=torch.int64, device=device)
+            self.counts.add_(torch.stack([zero + number for number in more]))
+        else:
+            self.counts.add_(torch.tensor(more, device=device))
 
     def count_dense(self, rows: int) -> None:
         """Count rows that the dense head serves although they were due here."""

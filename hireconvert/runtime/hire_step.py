@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .hire_blocks import (
     PROJECTIONS,
@@ -19,6 +19,7 @@ from .hire_blocks import (
     Ropes,
     check_model,
     dense_blocks,
+    last_norm,
     steps,
     try_out,
     with_ffns,
@@ -44,6 +45,7 @@ _KNOWN = {
 
 def _modules(base: Any) -> Iterator[nn.Module]:
     yield base.rotary_emb
+    yield base.norm
     for layer in base.layers:
         yield from layer.modules()
 
@@ -118,6 +120,9 @@ class NativeStep:
         self._seen: Any = None  # the stamp that `reason` was found for
         self._tried: list[type] | None = None  # modules that computed what PyTorch does
         self._caches = Caches()
+        self._last_hidden: torch.Tensor | None = None  # what the last step gave
+        # Whether the language model's logits are its head's of that and no more; None: not known.
+        self._head_alone: bool | None = None
 
     def __deepcopy__(self, memo: Any) -> "NativeStep":
         return NativeStep()  # another model has other weights
@@ -151,6 +156,8 @@ class NativeStep:
 
     def prepare(self, base: Any, thorough: bool) -> None:
         """Describe the model to the library, or again when a weight or module has changed."""
+        if thorough:
+            self._head_alone = None
         if steps is None or base.training:
             return
         modules = list(_modules(base)) if hasattr(base, "rotary_emb") else []
@@ -168,7 +175,8 @@ class NativeStep:
             if types != self._tried:
                 try_out(base, blocks, ropes)
                 self._tried = types
-            step = steps.Step(with_codes(base, with_ffns(base, blocks), steps, PROJECTIONS))
+            blocks = with_codes(base, with_ffns(base, blocks), steps, PROJECTIONS)
+            step = steps.Step(blocks, last_norm(base))
         except Obstacle as error:
             self.reason = str(error)
             return
@@ -183,6 +191,15 @@ class NativeStep:
 
     def run(self, base: Any, call: Mapping[str, Any]) -> Any:
         """The base model's output, its cache one step further; None where PyTorch must run."""
+        hidden = self.hidden(base, call)
+        if hidden is None:
+            return None
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden, past_key_values=call["past_key_values"]
+        )
+
+    def hidden(self, base: Any, call: Mapping[str, Any]) -> torch.Tensor | None:
+        """What the base model gives for the new positions [1, Q, D]; None as in `run`."""
         plan = self._plan
         if plan is None or base.training or not _plain(base.config, call) or plan.hooked():
             return None
@@ -207,8 +224,41 @@ class NativeStep:
         if plan.step.run(x_QD, held.past_B5, angles, held.longest() + num) >= 0:
             return None  # NaN or inf: the cache is as it was
         held.advance(cache, num)
-        hidden = base.norm(x_QD).to(embedded.dtype)[None]
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+        self._last_hidden = x_QD.to(embedded.dtype)[None]
+        return self._last_hidden
+
+    def token(self, base: Any, head: Any, call: Mapping[str, Any]) -> Any:
+        """The language model's output, its own forward left out; None where that must run.
+
+        It is left out where `learn` saw that it adds nothing to this: on a small model its checks
+        and outputs take a tenth of a token.
+        """
+        self._last_hidden, keep = None, call.get("logits_to_keep", 0)
+        if not self._head_alone or type(keep) is not int or call.get("labels") is not None:
+            return None
+        if base._forward_hooks or base._forward_pre_hooks:
+            return None
+        own = {key: call[key] for key in call.keys() - {"labels", "logits_to_keep"}}
+        hidden = self.hidden(base, own)
+        if hidden is None:
+            return None
+        logits = head(hidden[:, -keep:])
+        return CausalLMOutputWithPast(logits=logits, past_key_values=call["past_key_values"])
+
+    def learn(self, head: Any, output: Any) -> None:
+        """Note whether the language model's output of a step is the head's logits and no more."""
+        hidden, self._last_hidden = self._last_hidden, None
+        if hidden is None or self._head_alone is not None:
+            return
+        counts = head.hire.counts.clone() if hasattr(head, "hire") else None
+        logits = head(hidden)
+        if counts is not None:
+            head.hire.counts.copy_(counts)
+        self._head_alone = (
+            type(output) is CausalLMOutputWithPast
+            and set(output.keys()) == {"logits", "past_key_values"}
+            and torch.equal(output.logits, logits)
+        )
 
 
 def _plain(config: Any, call: Mapping[str, Any]) -> bool:

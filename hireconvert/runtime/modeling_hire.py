@@ -97,6 +97,12 @@ class HireBaseMixin(Native):
             )
             state.dense_rows_N = dense_Q.repeat(batch)
 
+    def hire_steps(self) -> bool:
+        """Whether the call in progress may be one of the library's."""
+        state = self.hire_state
+        steps = state.sparse and state.native_step and state.scope == "decode"
+        return steps and not torch.compiler.is_compiling()
+
     def hire_refresh(self, thorough: bool) -> None:
         """Build derived tensors, or rebuild those whose weights changed; nothing inside a graph.
 
@@ -323,15 +329,22 @@ def _causal_forward(native: Any) -> Any:
     @functools.wraps(native.forward)
     def forward(self: Any, *args: Any, hire_decode: bool | None = None, **kwargs: Any) -> Any:
         call, state = named(args, kwargs), self.hire_state
+        base, output = getattr(self, self.base_model_prefix), None
         # Decided here as well: some models (OPT) call their decoder past the base model's forward.
-        getattr(self, self.base_model_prefix)._hire_decide(call, hire_decode)
+        base._hire_decide(call, hire_decode)
         if not state.generating and not self.training:
             self._hire_refresh_head(state.scope == "all" or not state.sparse)
-        state.decided = True
-        try:
-            output = native.forward(self, *args, **kwargs)
-        finally:
-            state.decided = False
+        steps = state.generating and base.hire_steps()
+        if steps:
+            output = base.hire_step.token(base, self.get_output_embeddings(), call)
+        if output is None:
+            state.decided = True
+            try:
+                output = native.forward(self, *args, **kwargs)
+            finally:
+                state.decided = False
+            if steps:
+                base.hire_step.learn(self.get_output_embeddings(), output)
         head = getattr(self.get_output_embeddings(), "hire", None)
         # Soft-capping comes after the head and would turn -inf into a finite number.
         if head is None or head.unselected is None:
@@ -355,8 +368,7 @@ def _base_forward(native: Any) -> Any:
         state = self.hire_state
         if not state.decided:
             self._hire_decide(named(args, kwargs), None)
-        steps = state.sparse and state.native_step and state.scope == "decode"
-        if steps and not torch.compiler.is_compiling():
+        if self.hire_steps():
             output = self.hire_step.run(self, named(args, kwargs))
             if output is not None:
                 return output
