@@ -116,11 +116,15 @@ def _shown(entry: tuple[str, tuple[int, ...]] | None) -> str:
     return "absent" if entry is None else f"{entry[0]} {list(entry[1])}"
 
 
-def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load(
+    folder: str | Path, *, dtype: torch.dtype | None = None, memory: str | None = None
+) -> PreTrainedModel:
     """The converted model in `folder`, built from the installed runtime, in eval mode.
 
-    The stored dtype is kept unless `dtype` is given. Raises InputError when the folder is not a
-    converted one, its shipped runtime is unknown, or its tensors do not fit its config.
+    The stored dtype is kept unless `dtype` is given. `memory` is `keep_dense` or `inference`
+    (docs/design.md, Memory); None: what HIRE_MEMORY of the environment says, else `keep_dense`.
+    Raises InputError when the folder is not a converted one, its shipped runtime is unknown, or its
+    tensors do not fit its config, and ValueError on another `memory`.
     """
     folder = Path(folder)
     raw = read_config(folder)
@@ -143,6 +147,8 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedM
     except ValueError as error:  # the runtime found that the predictors do not fit
         raise InputError(f"{folder} cannot be loaded: {error}") from error
     require_all_keys(folder, info)
+    if memory is not None:
+        model.set_hire_memory(memory)
     return model.eval()
 
 

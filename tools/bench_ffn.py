@@ -92,11 +92,9 @@ def native_arm(
     numbers = layer.numbers
     row = 3 * numbers["stride"] * tensors["up"].element_size()
     total = num * numbers.get("low_bytes", row)
-    if refined:
-        total += layer.tensors["tiles"].nbytes + neurons * numbers["rest_bytes"]
-    elif num < neurons:
+    if refined or num < neurons:
         total += layer.tensors["tiles"].nbytes
-        total += (neurons - num) * numbers.get("rest_bytes", 0)
+        total += layer.tensors["rest"].nbytes if rest is not None else 0
     copies = max(2, memory // total)
     layers = [layer, *(_native.FfnLayer(numbers, layer.tensors) for _ in range(copies - 1))]
     return [each.run for each in layers], total

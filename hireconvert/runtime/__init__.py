@@ -4,7 +4,8 @@
 `hire_install` putting selection into native layers, `hire_predict` predictors and top-k,
 `hire_select` what a row keeps, `hire_native` the way to the native kernels, `hire_blocks`,
 `hire_cache` and `hire_step` the native decode step, `hire_ffn` the sparse FFN, `hire_head` the
-sparse LM head, `hire_head_native` the way to its native kernels.
+sparse LM head, `hire_head_native` the way to its native kernels, `hire_memory` what a load mode
+keeps in memory.
 """
 
 RUNTIME_FILES = (
@@ -13,6 +14,7 @@ RUNTIME_FILES = (
     "hire_config.py",
     "hire_install.py",
     "hire_io.py",
+    "hire_memory.py",
     "hire_predict.py",
     "hire_select.py",
     "hire_native.py",

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .hire_ffn import FfnParts, SparseFfn
 from .hire_head import SparseHead
+from .hire_memory import default_mode
 
 logger = logging.getLogger("hire")
 # Mixins stand in front of a native class that is known only at run time.
@@ -27,6 +28,9 @@ class HireState:
         self.dense_prefix = 0
         self.sparse_head = True
         self.native_step = True
+        # `inference` drops pages of dense weights once a prompt has been read (hire_memory).
+        self.memory = default_mode()
+        self.prompt_read = False
         # generate() sets these for its duration: whether it runs, and how the head serves it.
         self.generating = False
         self.head_mode = "recipe"

@@ -34,6 +34,7 @@ RUNTIME_FILES = (
     "hire_config.py",
     "hire_install.py",
     "hire_io.py",
+    "hire_memory.py",
     "hire_predict.py",
     "hire_select.py",
     "hire_native.py",

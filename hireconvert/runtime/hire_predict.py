@@ -303,8 +303,9 @@ def layer_bytes(
     """Bytes one row reads: predictor, candidates' first matrices, down rows; and dense.
 
     Down rows are those of the kept neurons and, where the others count by estimate, the low-bit
-    rows of the rest. Refined rows are the low-bit ones and what these left over. Where the number
-    of neurons kept varies, the bytes of the mean.
+    rows of the rest; of 4 bits those of all, which the kernels read as they lie. Refined rows are
+    the low-bit ones and what these left over. Where the number of neurons kept varies, the bytes
+    of the mean.
     """
     units = (
         spec["num_neurons"] // spec["group_size"]
@@ -315,11 +316,11 @@ def layer_bytes(
     row = width * weight_bytes
     exact = num_active(spec) if spec["keep"] == "candidates" else spec["num_candidates"]
     unselected = spec.get("unselected")
-    rest = 0 if unselected is None else spec["num_neurons"] - num_active(spec)
+    all_rest = unselected is not None and unselected["bits"] == 4
+    rest = spec["num_neurons"] - (0 if all_rest else num_active(spec))
     first = last = row
     if is_refined(spec):
         first, last = (_low_row_bytes(spec[key], width) for key in ("predictor", "unselected"))
-        rest = spec["num_neurons"]
     return {
         "predictor": predictor_bytes(spec["predictor"], width, outputs),
         "unselected": 0 if unselected is None else rest * _low_bit_row_bytes(unselected, width),

@@ -34,6 +34,7 @@ from .hire_install import (
     install_head,
 )
 from .hire_io import HireIoMixin, share_conversions
+from .hire_memory import MODES, release
 from .hire_step import NativeStep
 
 SCOPES = ("decode", "all", "off")
@@ -167,6 +168,9 @@ class HireCausalMixin(Native):
         decoding = cache is not None and int(cache.get_seq_length()) > 0
         if not decoding:
             self.hire_prepare()  # the forward may be a compiled graph, which cannot
+        elif self.hire_state.prompt_read and self.hire_state.memory == "inference":
+            self.hire_release()
+        self.hire_state.prompt_read = not decoding
         inputs["hire_decode"] = decoding
         return inputs
 
@@ -218,6 +222,22 @@ class HireCausalMixin(Native):
         return spec["on_uncertified"]
 
     # ----------------------------------------------------------------- scopes and statistics
+
+    def set_hire_memory(self, mode: str) -> None:
+        """`keep_dense`, or `inference`: `hire_release` after every prompt. Raises ValueError."""
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}, expected one of {list(MODES)}")
+        self.hire_state.memory = mode
+
+    def hire_release(self) -> int:
+        """Drop what is mapped from files and unwritten; reads bring it back. Returns the bytes."""
+        layers = getattr(self, self.base_model_prefix).hire_layers.values()
+        head = getattr(self.get_output_embeddings(), "hire", None)
+        held = [part.predictor_tensors for part in [*layers, *([] if head is None else [head])]]
+        size = release([*self.parameters(), *(tensor for own in held for tensor in own.values())])
+        if size == 0:
+            self.hire_state.warn_once("no weight lies in an unwritten file: nothing is released")
+        return size
 
     def set_hire_scope(
         self, scope: str, *, dense_prefix: int = 0, head: bool = True, step: bool = True

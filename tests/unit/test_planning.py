@@ -155,14 +155,15 @@ def test_bytes_of_neurons_left_out_by_hand(
     ffn = plain.ffn.model_copy(update={"unselected": UnselectedRecipe(**changes)})
     without, model = plan(skeleton(family), plain), skeleton(family)
     result = plan(model, plain.model_copy(update={"ffn": ffn}))
+    rows = 64 if ffn.unselected.bits == 4 else 32  # of 4 bits the kernels read all as they lie
     for row, bare in zip(result["layers"], without["layers"], strict=True):
         assert (row["kept"], row["neurons"], bare["unselected"]) == (32, 64, None)
         assert row["unselected"] == ffn.unselected.model_dump()
-        assert bare["unselected_bytes"] == 0 and row["unselected_bytes"] == 32 * row_bytes
-        assert row["read_bytes"] == bare["read_bytes"] + 32 * row_bytes
+        assert bare["unselected_bytes"] == 0 and row["unselected_bytes"] == rows * row_bytes
+        assert row["read_bytes"] == bare["read_bytes"] + rows * row_bytes
     read, bare = result["bytes_per_token"], without["bytes_per_token"]
-    assert read["ffn"]["unselected"] == 2 * 32 * row_bytes and bare["ffn"]["unselected"] == 0
-    assert read["converted"] == bare["converted"] + 2 * 32 * row_bytes
+    assert read["ffn"]["unselected"] == 2 * rows * row_bytes and bare["ffn"]["unselected"] == 0
+    assert read["converted"] == bare["converted"] + 2 * rows * row_bytes
     stored = result["predictor_bytes"] - without["predictor_bytes"]
     assert stored == 2 * 64 * row_bytes
     assert result["disk_bytes"] == without["disk_bytes"] + 2 * stored
@@ -173,9 +174,10 @@ def test_bytes_of_neurons_left_out_by_hand(
 
 @pytest.mark.parametrize(("keep", "over", "rest"), [("candidates", 1.5, 16), ("top_k", 1.5, 32)])
 def test_candidates_that_are_all_kept_are_not_left_out(keep: Any, over: float, rest: int) -> None:
-    ffn = FfnRecipe(keep_fraction=0.5, over_select=over, keep=keep, unselected=UnselectedRecipe())
+    copy = UnselectedRecipe(bits=3)
+    ffn = FfnRecipe(keep_fraction=0.5, over_select=over, keep=keep, unselected=copy)
     rows = plan(skeleton("llama"), Recipe(name="test", ffn=ffn))["layers"]
-    assert [row["unselected_bytes"] for row in rows] == [rest * 20] * 2
+    assert [row["unselected_bytes"] for row in rows] == [rest * 16] * 2
 
 
 def test_tables_name_what_each_kind_stores() -> None:
