@@ -339,7 +339,8 @@ def _low(
 def _is_rounded(value_MD: torch.Tensor, weight_MD: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether weights are the values, rounded to their type."""
     largest = value_MD.abs().amax(1, keepdim=True)
-    allowed = _ROUNDED[dtype] * value_MD.abs() + 2.0**-20 * largest
+    # Of the larger: a value below a power of two may have been rounded up to it.
+    allowed = _ROUNDED[dtype] * torch.maximum(value_MD.abs(), weight_MD.abs()) + 2.0**-20 * largest
     return bool(((weight_MD - value_MD).abs() <= allowed).all())
 
 

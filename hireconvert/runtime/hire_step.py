@@ -251,13 +251,13 @@ class NativeStep:
         if hidden is None or self._head_alone is not None:
             return
         counts = head.hire.counts.clone() if hasattr(head, "hire") else None
-        logits = head(hidden)
+        logits, found = head(hidden), output["logits"]
         if counts is not None:
             head.hire.counts.copy_(counts)
         self._head_alone = (
             type(output) is CausalLMOutputWithPast
             and set(output.keys()) == {"logits", "past_key_values"}
-            and torch.equal(output.logits, logits)
+            and torch.equal(found, logits)
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from hireconvert import _packing
 from hireconvert.families import FfnWeights
 from hireconvert.quantize import GridFormat, encode_down, encode_matrix, fit_grid, round_codes
 from hireconvert.rounding import low_scales
@@ -178,3 +179,11 @@ def test_scales_of_other_shapes_are_refused(change: dict[str, Any], said: str) -
     tensors = copy.copy(layer.predictor_tensors) | change
     with pytest.raises(ValueError, match=said):
         pack(layer.spec, layer.parts, tensors, layer.prepared.norm_F)
+
+
+def test_a_value_between_two_codes_may_have_been_either_of_them() -> None:
+    """Above a power of two bfloat16 is coarser: half a step there is more than one below it."""
+    value_MD = torch.tensor([[2.0**-5 - 2.0**-13, 1.0]])
+    up, beyond = torch.tensor([[2.0**-5, 1.0]]), torch.tensor([[2.0**-5 + 2.0**-12, 1.0]])
+    assert _packing._is_rounded(value_MD, up, torch.bfloat16)
+    assert not _packing._is_rounded(value_MD, beyond, torch.bfloat16)
