@@ -1,6 +1,6 @@
 """What users install, in an environment that holds nothing else: a wheel, and the sources.
 
-python tools/check_install.py --model models/smollm2.gguf --data README.md --out build/install
+python tools/check_install.py --model models/smollm2.gguf --data notes.txt --out build/install
 
 Builds the wheel and lets auditwheel give it its manylinux tag (OpenMP's runtime stays outside: it
 must be the one that torch brings, or two teams of threads would share the cores). Then, in one
@@ -113,11 +113,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     user.install(f"{wheel}[gguf]")
     rows = [("wheel, no compiler", "native decode step")]
     print(f"wheel: {wheel.name}, {wheel.stat().st_size / 1e6:.2f} MB", flush=True)
-    shutil.rmtree(converted, ignore_errors=True)
     user.run(
-        "hireconvert", "convert", options.model.resolve(), converted, "--recipe", "fast",
+        "hireconvert", "convert", options.model.resolve(), converted, "--overwrite",
+        "--recipe", "fast",
         "--set", f"data={options.data.resolve()}", "--set", "data.num_tokens=2048",
-        "--set", "data.num_held_tokens=256", "--set", "evaluate.num_tokens=0",
+        "--set", "evaluate.num_tokens=0",
     )  # fmt: skip
     found = [decode(user, converted)]
     for name, compiler in (("sources, no compiler", False), ("sources, gcc", True)):
