@@ -111,6 +111,19 @@ def test_the_package_lives_without_a_library(tmp_path):
     assert "installed without a C compiler and has no native library" in done.stdout
 
 
+def test_a_library_that_does_not_load_is_none(tmp_path):
+    """As where the OpenMP runtime is missing: a reason in the log, not a traceback."""
+    package = tmp_path / "hireconvert"
+    shutil.copytree(
+        ROOT / "hireconvert", package, ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    (package / f"_kernels{SUFFIX}").write_bytes(b"no library")
+    code = "from hireconvert.runtime import hire_native as n; print(n.native, n._MISSING)"
+    done = run_python(["-P", "-c", code], PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("None ") and "cannot be loaded" in done.stdout
+
+
 def test_setup_goes_on_where_nothing_compiles(tmp_path):
     tree = tmp_path / "tree"
     shutil.copytree(SOURCES, tree / "hireconvert" / "native")
