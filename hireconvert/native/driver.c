@@ -59,8 +59,9 @@ int64_t hire_cut_scratch(const hire_layer *layer, char *scratch, hire_run *run)
     if (layer->rest != NULL) rest_blocks = whole(layer->width / layer->rest_block + 1, lanes);
     run->partial_stride = layer->stride + lanes * rest_blocks;
     const int64_t sizes[] = {layer->stride, block, blocks * block, 4 * blocks, blocks, blocks,
-                             6 * words, words, words, words, parts * padded, padded, padded, padded, padded, padded + 1, padded + 1,
-                             padded, layer->stride / lanes, HIRE_SEGMENTS * run->partial_stride};
+                             6 * words, words, words, words, parts * padded, padded, padded,
+                             padded, padded, padded + 1, padded + 1, padded,
+                             layer->stride / lanes, HIRE_SEGMENTS * run->partial_stride};
     void *places[sizeof sizes / sizeof *sizes];
     int64_t total = 0;
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {

@@ -92,6 +92,10 @@ enum { DIGITS = 3, BATCH = 16 /* neurons */ };
 #define HIRE_LARGEST 8355000.0f
 #define HIRE_SMALLEST 1e-30f /* whose inverse times HIRE_LARGEST is still a float */
 
+/* Of output rows and refinements, digits below this one are left out: they are beyond what weights
+ * of 16 bits resolve. */
+INLINE int lowest_digit(const hire_layer *layer) { return layer->weight_type != HIRE_FLOAT32; }
+
 /* One digit to a byte, the lowest first; the fourth byte is 0. For |x| of at most HIRE_LARGEST. */
 INLINE w16 digits_of(w16 x)
 {
@@ -177,7 +181,7 @@ static void spread_inputs(const hire_layer *layer, hire_run *run)
 {
     const int64_t block = layer->block, padded = (block + 31) / 32 * 32;
     const int64_t words = (layer->stride + 127) / 128 * 16;
-    const int lowest = layer->weight_type != HIRE_FLOAT32;
+    const int lowest = lowest_digit(layer);
     for (int64_t w = 0; w < words; w++) {
         const int64_t input = 8 * w, b = input / block;
         int8_t *to = run->x_digits + w / 16 * (64 * 2 * DIGITS) + w % 16 * 4;

@@ -78,9 +78,7 @@ static void low_outputs(const hire_layer *layer, hire_run *run, const int32_t *i
                         const float *h, int64_t num, float *partial)
 {
     const int64_t down = (1 + (layer->gated != 0)) * low_part(layer);
-    const int64_t blocks = (layer->width + layer->rest_block - 1) / layer->rest_block;
     const uint8_t *row[BATCH];
-    memset(partial + layer->stride, 0, (size_t)((blocks + 15) / 16 * 16) * sizeof *partial);
     for (int64_t i = 0; i < num; i++) row[i] = layer->low + index[i] * layer->low_bytes + down;
     int64_t done = 0;
     for (; done + 4 <= num; done += 4)

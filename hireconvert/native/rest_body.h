@@ -111,9 +111,6 @@ INLINE void rest_tiles(const hire_layer *layer, hire_run *run, int64_t from, int
                                         v_set1(offset[16 * run->rest_scale_of[v]])));
 }
 
-/* Digits below this one are left out: they are beyond what weights of 16 bits resolve. */
-INLINE int lowest_digit(const hire_layer *layer) { return layer->weight_type != HIRE_FLOAT32; }
-
 static void rest(const hire_layer *layer, hire_run *run, int64_t from, int64_t to, float *partial)
 {
     switch (layer->rest_bits) {

@@ -27,7 +27,7 @@ INLINE void rest_scales(const hire_layer *layer, const uint8_t *const *row, cons
     const int64_t blocks = (layer->width + layer->rest_block - 1) / layer->rest_block;
     const int64_t padded = (blocks + 15) / 16 * 16, codes = code_bytes(layer->stride / 16, bits);
     for (int64_t b = 0; b < padded; b += 16) {
-        v16 sum = v_load(offset + b);
+        v16 sum = symmetric ? v_set1(0.0f) : v_load(offset + b);
         for (int i = 0; i < num; i++) {
             const uint8_t *own = row[i] + codes + 2 * b;
             const v16 v = v_set1(value[i]), s = v_load_f16(own);
@@ -35,7 +35,7 @@ INLINE void rest_scales(const hire_layer *layer, const uint8_t *const *row, cons
             if (!symmetric)
                 sum = v_fma(v, middle_value(s, own + 2 * blocks, bits), sum);
         }
-        v_store(offset + b, sum);
+        if (!symmetric) v_store(offset + b, sum);
     }
 }
 

@@ -231,9 +231,9 @@ class HireCausalMixin(Native):
 
     def hire_release(self) -> int:
         """Drop what is mapped from files and unwritten; reads bring it back. Returns the bytes."""
-        layers = getattr(self, self.base_model_prefix).hire_layers.values()
-        head = getattr(self.get_output_embeddings(), "hire", None)
-        held = [part.predictor_tensors for part in [*layers, *([] if head is None else [head])]]
+        base, head = self._hire_parts()
+        parts = [*base.hire_layers.values(), *([] if head is None else [head])]
+        held = [part.predictor_tensors for part in parts]
         size = release([*self.parameters(), *(tensor for own in held for tensor in own.values())])
         if size == 0:
             self.hire_state.warn_once("no weight lies in an unwritten file: nothing is released")
@@ -349,14 +349,13 @@ def _causal_forward(native: Any) -> Any:
     @functools.wraps(native.forward)
     def forward(self: Any, *args: Any, hire_decode: bool | None = None, **kwargs: Any) -> Any:
         call, state = named(args, kwargs), self.hire_state
-        base, output = getattr(self, self.base_model_prefix), None
+        base, head = getattr(self, self.base_model_prefix), self.get_output_embeddings()
         # Decided here as well: some models (OPT) call their decoder past the base model's forward.
         base._hire_decide(call, hire_decode)
         if not state.generating and not self.training:
             self._hire_refresh_head(state.scope == "all" or not state.sparse)
         steps = state.generating and base.hire_steps()
-        if steps:
-            output = base.hire_step.token(base, self.get_output_embeddings(), call)
+        output = base.hire_step.token(base, head, call) if steps else None
         if output is None:
             state.decided = True
             try:
@@ -364,14 +363,14 @@ def _causal_forward(native: Any) -> Any:
             finally:
                 state.decided = False
             if steps:
-                base.hire_step.learn(self.get_output_embeddings(), output)
-        head = getattr(self.get_output_embeddings(), "hire", None)
+                base.hire_step.learn(head, output)
+        sparse = getattr(head, "hire", None)
         # Soft-capping comes after the head and would turn -inf into a finite number.
-        if head is None or head.unselected is None:
+        if sparse is None or sparse.unselected is None:
             return output
         place = 0 if call.get("labels") is None else 1
         logits = output[place] if isinstance(output, tuple) else output.logits
-        logits = logits.masked_fill(head.unselected.view_as(logits), -torch.inf)
+        logits = logits.masked_fill(sparse.unselected.view_as(logits), -torch.inf)
         if isinstance(output, tuple):
             return (*output[:place], logits, *output[place + 1 :])
         output.logits = logits
