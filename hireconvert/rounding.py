@@ -63,15 +63,25 @@ def refine_ffn(
     first = [part.weight_out_in() for part in (parts.gate, parts.up) if part is not None]
     down_FD = parts.down_FD()
     first_PD = torch.cat([matrix.float() for matrix in first])
+    first_PD, new_FD = refined_values(first_PD, down_FD.float(), spec, tensors)
+    down_FD.copy_(new_FD)
+    for matrix, new_FD in zip(first, first_PD.chunk(len(first)), strict=True):
+        matrix.copy_(new_FD)
+
+
+def refined_values(
+    first_PD: torch.Tensor,
+    down_FD: torch.Tensor,
+    spec: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gate and up, and down, float32, at the copies and the grids of `low_scales`."""
     rounded = []
-    for name, (rest_MD, form) in _left_by_copies(first_PD, down_FD.float(), spec, tensors):
+    for name, (rest_MD, form) in _left_by_copies(first_PD, down_FD, spec, tensors):
         grid = Grid(form, tensors[name], None)
         rounded.append(decode_codes(round_codes(rest_MD, grid), grid) - rest_MD)
     change_PD, change_FD = rounded
-    first_PD += change_PD / tensors["column_scale"].float()
-    down_FD.copy_(down_FD.float() + change_FD)
-    for matrix, new_FD in zip(first, first_PD.chunk(len(first)), strict=True):
-        matrix.copy_(new_FD)
+    return first_PD + change_PD / tensors["column_scale"].float(), down_FD + change_FD
 
 
 def _left_by_copies(

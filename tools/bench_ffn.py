@@ -22,17 +22,9 @@ import torch
 from torch.nn import functional as F
 
 from hireconvert import _native, _native_step
-from hireconvert.quantize import (
-    Grid,
-    GridFormat,
-    decode_codes,
-    encode_down,
-    encode_matrix,
-    fit_grid,
-    round_codes,
-)
-from hireconvert.rounding import round_rows
-from hireconvert.runtime.hire_predict import decode_blocks, decode_down
+from hireconvert.families import FfnWeights
+from hireconvert.quantize import GridFormat, encode_down, encode_matrix, fit_grid, round_codes
+from hireconvert.rounding import low_scales, refined_values, round_rows
 
 SHAPES = {
     "smollm2": (576, 1536),
@@ -44,7 +36,6 @@ SHAPES = {
 }
 REST = {"bits": 4, "block": 32, "symmetric": False}
 FORM = GridFormat(**REST)
-LOW = GridFormat(4, REST["block"], symmetric=True)
 STREAM_BYTES = 256 * 2**20
 # By name: what to call in turn, and the bytes that one call reads.
 Arms = dict[str, tuple[list[Callable[[torch.Tensor], Any]], float]]
@@ -67,18 +58,12 @@ def tensors_of(width: int, neurons: int, dtype: torch.dtype) -> dict[str, Any]:
 
 def refine(tensors: dict[str, Any]) -> None:
     """Round the layer's matrices to the copies and 4 bits more, as `ffn.rows: refined` does."""
-    width, dtype = tensors["up"].shape[1], tensors["up"].dtype
-    first_MD = torch.cat([tensors["gate"], tensors["up"]]).float()
-    copies = decode_blocks(tensors, REST, width), decode_down(tensors, REST, width)
-    rounded = []
-    for name, weight, copy in zip(
-        ("low_scale", "down_low_scale"), (first_MD, tensors["down"].float()), copies, strict=True
-    ):
-        grid: Grid = fit_grid(weight - copy, LOW)
-        tensors[name] = grid.scale
-        rounded.append((copy + decode_codes(round_codes(weight - copy, grid), grid)).to(dtype))
-    tensors["gate"], tensors["up"] = rounded[0].chunk(2)
-    tensors["down"] = rounded[1]
+    spec, dtype = {"rows": "refined", "predictor": REST, "unselected": REST}, tensors["up"].dtype
+    gate, up, down = (tensors[name].float() for name in ("gate", "up", "down"))
+    tensors |= low_scales(FfnWeights(gate, up, down, None, None, F.silu), spec, tensors)
+    first, down = refined_values(torch.cat([gate, up]), down, spec, tensors)
+    tensors["gate"], tensors["up"] = first.to(dtype).chunk(2)
+    tensors["down"] = down.to(dtype)
 
 
 def native_arm(
