@@ -1,6 +1,6 @@
 /* llama.cpp behind a line protocol: what `hireconvert bench --rival FILE.gguf` talks to.
  *
- *   llama_rival quantize SOURCE.gguf TARGET.gguf TYPE [THREADS]
+ *   llama_rival quantize SOURCE.gguf TARGET.gguf TYPE [THREADS [IMPORTANCE]]
  *   llama_rival serve MODEL.gguf THREADS
  *
  * `serve` prints one JSON line when the model is loaded, then one for each line it reads:
@@ -276,7 +276,28 @@ static int serve(const char *path, int32_t threads) {
     return 0;
 }
 
-static int quantize(const char *source, const char *target, const char *type, int32_t threads) {
+/* Entries "NAME COUNT VALUE...", ended by one without a name; NULL when the file is not such. They are
+ * needed until the program ends. */
+static struct llama_model_imatrix_data *read_importance(const char *path) {
+    enum { most_entries = 1 << 16, most_values = 1 << 24 };
+    struct llama_model_imatrix_data *entries = calloc(most_entries, sizeof *entries);
+    FILE *file = fopen(path, "r");
+    char name[256];
+    size_t count, number = 0;
+    while (file && entries && fscanf(file, "%255s %zu", name, &count) == 2) {
+        float *values = count <= most_values ? malloc(count * sizeof *values) : NULL;
+        if (!values || number + 1 == most_entries)
+            return NULL;
+        for (size_t i = 0; i < count; i++)
+            if (fscanf(file, "%f", values + i) != 1)
+                return NULL;
+        entries[number++] = (struct llama_model_imatrix_data){strdup(name), values, count};
+    }
+    return file && number > 0 && feof(file) ? entries : NULL;
+}
+
+static int quantize(const char *source, const char *target, const char *type, int32_t threads,
+                    const char *importance) {
     static const struct { const char *name; enum llama_ftype type; } known[] = {
         {"F32", LLAMA_FTYPE_ALL_F32},           {"BF16", LLAMA_FTYPE_MOSTLY_BF16},
         {"Q8_0", LLAMA_FTYPE_MOSTLY_Q8_0},      {"Q6_K", LLAMA_FTYPE_MOSTLY_Q6_K},
@@ -289,6 +310,10 @@ static int quantize(const char *source, const char *target, const char *type, in
     load_kernels();
     struct llama_model_quantize_params params = llama_model_quantize_default_params();
     params.nthread = threads;
+    if (importance && !(params.imatrix = read_importance(importance))) {
+        fprintf(stderr, "no importance of channels in %s\n", importance);
+        return 2;
+    }
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)
         if (strcmp(known[i].name, type) == 0) {
             params.ftype = known[i].type;
@@ -301,9 +326,9 @@ static int quantize(const char *source, const char *target, const char *type, in
 int main(int count, char **arguments) {
     if (count >= 5 && strcmp(arguments[1], "quantize") == 0)
         return quantize(arguments[2], arguments[3], arguments[4],
-                        count > 5 ? atoi(arguments[5]) : 0);
+                        count > 5 ? atoi(arguments[5]) : 0, count > 6 ? arguments[6] : NULL);
     if (count == 4 && strcmp(arguments[1], "serve") == 0 && atoi(arguments[3]) > 0)
         return serve(arguments[2], atoi(arguments[3]));
-    fprintf(stderr, "llama_rival serve MODEL THREADS | quantize SOURCE TARGET TYPE [THREADS]\n");
+    fprintf(stderr, "llama_rival serve MODEL THREADS | quantize SOURCE TARGET TYPE [THREADS [IMPORTANCE]]\n");
     return 2;
 }

@@ -1,6 +1,6 @@
 """Make the GGUF files that `bench --rival` runs from the weights of a folder, by llama.cpp itself.
 
-    python benchmarks/make_rivals.py MODEL --out FOLDER [--types Q8_0 Q4_K_M ...]
+    python benchmarks/make_rivals.py MODEL --out FOLDER [--types Q8_0 ...] [--importance TEXT]
 
 llama.cpp's converter writes the weights in float32, its quantizer the rest from that one file, so
 that all rivals come from the same numbers. Types whose blocks do not fit the width of a matrix fall
@@ -15,12 +15,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fetch_llama import run
+from importance import importance, write
 
 from hireconvert.errors import InputError
 from hireconvert.subjects import find_program
 
 TYPES = ("BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_0", "Q4_K_M", "Q4_0", "IQ4_NL")
 SOURCE_TYPE = "F32"
+WEIGHED = ("Q6_K", "Q5_K_M", "Q5_0", "Q4_K_M", "Q4_0", "IQ4_NL")
+IMPORTANCE_TOKENS = 16384
 
 
 def convert(model: Path, target: Path, program: Path) -> None:
@@ -34,25 +37,32 @@ def convert(model: Path, target: Path, program: Path) -> None:
     unfinished.replace(target)
 
 
-def make(model: Path, out: Path, types: Sequence[str]) -> list[Path]:
-    """The files, one a type, named MODEL.TYPE.gguf."""
+def make(model: Path, out: Path, types: Sequence[str], text: Path | None) -> list[Path]:
+    """The files, one a type, named MODEL.TYPE.gguf; with a text those of WEIGHED as TYPE_im too."""
     try:
         program = find_program()
     except InputError as error:
         sys.exit(str(error))
     out.mkdir(parents=True, exist_ok=True)
-    source = out / f"{model.resolve().name}.{SOURCE_TYPE}.gguf"
-    if not source.is_file():
-        convert(model, source, program)
-    made = []
-    for kind in types:
-        target = out / f"{model.resolve().name}.{kind}.gguf"
-        if not target.is_file():
-            unfinished = target.with_suffix(".partial")
-            run([program, "quantize", source, unfinished, kind, str(os.cpu_count() or 1)])
-            unfinished.replace(target)
-        made.append(target)
-    return made
+    name = model.resolve().name
+    source = out / f"{name}.{SOURCE_TYPE}.gguf"
+    wanted = {out / f"{name}.{kind}.gguf": (kind, None) for kind in types}
+    if text is not None:
+        weights = out / f"{name}.importance"
+        weighed = [kind for kind in types if kind in WEIGHED]
+        wanted |= {out / f"{name}.{kind}_im.gguf": (kind, weights) for kind in weighed}
+        if not weights.is_file():
+            write(importance(model, text, IMPORTANCE_TOKENS), weights)
+    for target, (kind, weights) in wanted.items():
+        if target.is_file():
+            continue
+        if not source.is_file():
+            convert(model, source, program)
+        unfinished = target.with_suffix(".partial")
+        command = [program, "quantize", source, unfinished, kind, str(os.cpu_count() or 1)]
+        run([*command, *([] if weights is None else [weights])])
+        unfinished.replace(target)
+    return list(wanted)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -61,8 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("model", type=Path, help="a folder of safetensors")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--types", nargs="+", default=list(TYPES))
+    parser.add_argument("--importance", type=Path, metavar="TEXT", help="calibration text")
     arguments = parser.parse_args(argv)
-    for path in make(arguments.model, arguments.out, arguments.types):
+    for path in make(arguments.model, arguments.out, arguments.types, arguments.importance):
         print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
 
 
