@@ -23,6 +23,7 @@ from hireconvert._packing import LANES, TYPES, pack, together
 
 ABI = 1
 LEVELS = ("portable", "avx2", "avx512")
+ROWS_TOGETHER = 8  # HIRE_ROWS of native/kernels.h
 VARIABLE = "HIRE_NATIVE"  # of the environment: `off`, `ffn`, or the highest level to use
 _NUMBERS = (
     "width", "stride", "num_neurons", "num_candidates", "num_kept", "gated", "activation",
@@ -60,7 +61,7 @@ def _declared(library: Any, path: Path) -> Any:
     if library.hire_abi() != ABI:
         raise ImportError(f"{path.name} has ABI {library.hire_abi()}, expected {ABI}")
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    library.hire_scratch_bytes.argtypes = [pointer]
+    library.hire_scratch_bytes.argtypes = [pointer, size]
     library.hire_scratch_bytes.restype = size
     library.hire_scratch_places.argtypes = [pointer, pointer]
     library.hire_scratch_places.restype = None
@@ -111,7 +112,7 @@ class FfnLayer:
         pointers = {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
         self._struct = _Struct(**self.numbers, **pointers)
         self._address = ctypes.addressof(self._struct)
-        self._scratch_bytes = LIBRARY.hire_scratch_bytes(self._address)
+        self._scratch_bytes = [LIBRARY.hire_scratch_bytes(self._address, n) for n in range(ROWS_TOGETHER + 1)]
         self._width = self.numbers["width"]
         self.dtype = TYPES[self.numbers["weight_type"]]
         self.handle = next(_HANDLES)
@@ -162,7 +163,7 @@ class FfnLayer:
             y_ND.data_ptr(),
             finite_N.data_ptr(),
             None if counts is None else counts.data_ptr(),
-            scratch(self._scratch_bytes).data_ptr(),
+            scratch(self._scratch_bytes[min(num_rows, ROWS_TOGETHER)]).data_ptr(),
             num_rows,
             torch.get_num_threads(),
             self._level,
@@ -170,13 +171,13 @@ class FfnLayer:
         return y_ND, (finite_N if bad else None)
 
     def last(self) -> dict[str, torch.Tensor]:
-        """What the last row of this thread left in the scratch memory; for tests.
+        """What the first row of this thread's last call left in the scratch memory; for tests.
 
         `z` [P, Fp], `score` [F], `index` [C] and `chosen` [K], the kept among the candidates.
         """
         numbers, places = self.numbers, (ctypes.c_int64 * 4)()
         LIBRARY.hire_scratch_places(self._address, ctypes.addressof(places))
-        memory = scratch(self._scratch_bytes)
+        memory = scratch(self._scratch_bytes[1])
         start = -memory.data_ptr() % 64
         neurons = numbers["num_neurons"]
         padded, parts = -(-neurons // LANES) * LANES, 1 + numbers["gated"]

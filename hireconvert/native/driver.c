@@ -91,10 +91,11 @@ int64_t hire_cut_scratch(const hire_layer *layer, char *scratch, hire_run *run)
     return total;
 }
 
-int64_t hire_scratch_bytes(const hire_layer *layer)
+int64_t hire_scratch_bytes(const hire_layer *layer, int64_t num_rows)
 {
     hire_run run;
-    return hire_cut_scratch(layer, NULL, &run) + 64; /* to start at a whole cache line */
+    const int64_t together = num_rows < HIRE_ROWS ? num_rows : HIRE_ROWS;
+    return together * hire_cut_scratch(layer, NULL, &run) + 64; /* to start at a whole cache line */
 }
 
 static char *aligned(void *scratch)
@@ -114,7 +115,7 @@ void hire_scratch_places(const hire_layer *layer, int64_t *place_of_4)
     place_of_4[3] = (char *)run.chosen - start;
 }
 
-/* ------------------------------------------------------------------ one row */
+/* ------------------------------------------------------------------ rows that go together */
 
 /* Where piece s begins, of `total` cut into HIRE_SEGMENTS pieces of whole units. */
 static int64_t cut(int64_t total, int64_t unit, int64_t s)
@@ -137,6 +138,30 @@ static int64_t candidates_before(const hire_layer *layer, const hire_run *run, i
     return low;
 }
 
+static void note_bad(const hire_run *run, int phase)
+{
+    OMP(omp atomic write)
+    run->bad[phase] = 1;
+}
+
+/* Collects the rows that met neither NaN nor inf, up to that phase; returns how many. */
+static int64_t sound_rows(hire_run *runs, int64_t num_rows, int phase, hire_run **sound)
+{
+    int64_t num = 0;
+    for (int64_t i = 0; i < num_rows; i++)
+        if (!runs[i].bad[0] && (phase == 0 || !runs[i].bad[1])) sound[num++] = runs + i;
+    return num;
+}
+
+static void choose_candidates(const hire_layer *layer, const hire_kernels *kernels, hire_run *run)
+{
+    const int64_t candidates = layer->num_candidates;
+    kernels->top_k(run->score, layer->num_neurons, candidates, run->index, run->spare);
+    if (layer->num_kept < candidates || layer->rest == NULL || layer->low != NULL) return;
+    /* Kept neurons are known before they are computed: none of them is in the rest. */
+    for (int64_t i = 0; i < candidates; i++) run->value[run->index[i]] = 0.0f;
+}
+
 static void choose_kept(const hire_layer *layer, const hire_kernels *kernels, hire_run *run)
 {
     kernels->top_k(run->exact, layer->num_candidates, layer->num_kept, run->chosen, run->spare);
@@ -148,97 +173,84 @@ static void choose_kept(const hire_layer *layer, const hire_kernels *kernels, hi
 
 /* The kept of piece s. Where all candidates are kept they are computed here; refined ones, whose
  * copies the rest adds, are those among the piece's own neurons [from, to). */
-static int sum_kept(const hire_layer *layer, const hire_kernels *kernels, hire_run *run, int64_t s,
-                    int64_t from, int64_t to, float *partial)
+static void sum_kept(const hire_layer *layer, const hire_kernels *kernels, hire_run *run, int64_t s,
+                     int64_t from, int64_t to)
 {
+    float *partial = run->partial + s * run->partial_stride;
     int64_t begin = cut(layer->num_kept, 4, s), end = cut(layer->num_kept, 4, s + 1);
+    memset(partial, 0, (size_t)layer->stride * sizeof *partial);
     if (layer->num_kept < layer->num_candidates) {
         kernels->kept(layer, run, begin, end, partial);
-        return 1;
+        return;
     }
     if (layer->low != NULL) {
         begin = candidates_before(layer, run, from);
         end = candidates_before(layer, run, to);
     }
-    const int finite = kernels->exact(layer, run, begin, end, partial);
+    if (!kernels->exact(layer, run, begin, end, partial)) note_bad(run, 1);
     if (layer->low != NULL)
         for (int64_t i = begin; i < end; i++) run->value[run->index[i]] = run->h[i];
-    return finite;
 }
 
-static int sum_segment(const hire_layer *layer, const hire_kernels *kernels, hire_run *run,
-                       int64_t s)
+static void sum_segment(const hire_layer *layer, const hire_kernels *kernels,
+                        hire_run *const *rows, int64_t num_rows, int64_t s)
 {
     const int64_t all = layer->num_neurons, unit = layer->rest_bits == 4 ? HIRE_LANES : 4;
     const int64_t from = cut(all, unit, s), to = cut(all, unit, s + 1);
-    float *partial = run->partial + s * run->partial_stride;
-    memset(partial, 0, (size_t)layer->stride * sizeof *partial);
-    const int finite = sum_kept(layer, kernels, run, s, from, to, partial);
-    if (layer->rest != NULL) kernels->rest(layer, run, from, to, partial);
-    return finite;
+    for (int64_t i = 0; i < num_rows; i++) sum_kept(layer, kernels, rows[i], s, from, to);
+    if (layer->rest != NULL) kernels->rest(layer, rows, num_rows, s, from, to);
 }
 
-void hire_row_of_team(const hire_layer *layer, const hire_kernels *kernels, hire_run *run, int *bad)
+/* Weights are the outer loop and rows the inner one, wherever rows read the same weights. */
+void hire_rows_of_team(const hire_layer *layer, const hire_kernels *kernels, hire_run *runs,
+                       int64_t num_rows)
 {
     const int64_t tiles = whole(layer->num_neurons, HIRE_LANES) / HIRE_LANES;
-    const int64_t all = layer->num_neurons, candidates = layer->num_candidates;
-    const int fused = layer->num_kept == candidates;
-    int finite = 1;
-    if (candidates < all || layer->low != NULL) { /* else nothing needs an estimate */
-        OMP(omp for schedule(static) nowait)
+    const int64_t candidates = layer->num_candidates;
+    hire_run *rows[HIRE_ROWS];
+    int64_t num = num_rows;
+    for (int64_t i = 0; i < num; i++) rows[i] = runs + i;
+    if (candidates < layer->num_neurons || layer->low != NULL) { /* else none needs an estimate */
+        OMP(omp for schedule(static))
         for (int64_t tile = 0; tile < tiles; tile++)
-            finite &= kernels->estimate(layer, run, tile, tile + 1);
-        if (!finite) {
-            OMP(omp atomic write)
-            bad[0] = 1;
-        }
-        OMP(omp barrier)
+            for (int64_t i = 0; i < num; i++)
+                if (!kernels->estimate(layer, rows[i], tile, tile + 1)) note_bad(rows[i], 0);
+        num = sound_rows(runs, num_rows, 0, rows);
     }
-    OMP(omp master)
-    if (!bad[0]) {
-        kernels->top_k(run->score, all, candidates, run->index, run->spare);
-        /* Kept neurons are known before they are computed: none of them is in the rest. */
-        if (fused && layer->rest != NULL && layer->low == NULL)
-            for (int64_t i = 0; i < candidates; i++) run->value[run->index[i]] = 0.0f;
-    }
-    OMP(omp barrier)
-    if (bad[0]) return;
-    if (!fused) {
-        OMP(omp for schedule(static) nowait)
+    OMP(omp for schedule(static))
+    for (int64_t i = 0; i < num; i++) choose_candidates(layer, kernels, rows[i]);
+    if (layer->num_kept < candidates) {
+        OMP(omp for schedule(static))
         for (int64_t s = 0; s < HIRE_SEGMENTS; s++)
-            finite &= kernels->exact(layer, run, cut(candidates, 4, s),
-                                     cut(candidates, 4, s + 1), NULL);
-        if (!finite) {
-            OMP(omp atomic write)
-            bad[1] = 1;
-        }
-        OMP(omp barrier)
-        OMP(omp master)
-        if (!bad[1]) choose_kept(layer, kernels, run);
-        OMP(omp barrier)
-        if (bad[1]) return;
+            for (int64_t i = 0; i < num; i++)
+                if (!kernels->exact(layer, rows[i], cut(candidates, 4, s),
+                                    cut(candidates, 4, s + 1), NULL))
+                    note_bad(rows[i], 1);
+        num = sound_rows(runs, num_rows, 1, rows);
+        OMP(omp for schedule(static))
+        for (int64_t i = 0; i < num; i++) choose_kept(layer, kernels, rows[i]);
     }
-    OMP(omp for schedule(static) nowait)
-    for (int64_t s = 0; s < HIRE_SEGMENTS; s++) finite &= sum_segment(layer, kernels, run, s);
-    if (!finite && fused) {
-        OMP(omp atomic write)
-        bad[1] = 1;
-    }
-    OMP(omp barrier)
+    OMP(omp for schedule(static))
+    for (int64_t s = 0; s < HIRE_SEGMENTS; s++) sum_segment(layer, kernels, rows, num, s);
 }
 
-/* 1 where the row was finite throughout and y was written. */
-static int one_row(const hire_layer *layer, const hire_kernels *kernels, hire_run *run,
-                   const void *x, void *y, int num_threads)
+/* Up to HIRE_ROWS rows, of row_bytes each; what became of them is in their `bad`. */
+static void some_rows(const hire_layer *layer, const hire_kernels *kernels, hire_run *runs,
+                      const char *x, char *y, int64_t row_bytes, int64_t num_rows, int num_threads)
 {
-    int bad[2] = {0, 0};
+    const int type = (int)layer->weight_type;
     (void)num_threads;
-    kernels->start(layer, x, (int)layer->weight_type, run);
     OMP(omp parallel num_threads(num_threads) if (num_threads > 1))
-    hire_row_of_team(layer, kernels, run, bad);
-    if (bad[0] || bad[1]) return 0;
-    kernels->finish(layer, run, y, (int)layer->weight_type);
-    return 1;
+    {
+        OMP(omp for schedule(static))
+        for (int64_t i = 0; i < num_rows; i++)
+            kernels->start(layer, x + i * row_bytes, type, runs + i);
+        hire_rows_of_team(layer, kernels, runs, num_rows);
+        OMP(omp for schedule(static))
+        for (int64_t i = 0; i < num_rows; i++)
+            if (!runs[i].bad[0] && !runs[i].bad[1])
+                kernels->finish(layer, runs + i, y + i * row_bytes, type);
+    }
 }
 
 int64_t hire_ffn(const hire_layer *layer, const void *x, void *y, uint8_t *finite, int64_t *counts,
@@ -246,20 +258,29 @@ int64_t hire_ffn(const hire_layer *layer, const void *x, void *y, uint8_t *finit
 {
     const hire_kernels *kernels = hire_kernels_of(hire_level_at_most(level));
     const int64_t row_bytes = layer->width * (layer->weight_type == HIRE_FLOAT32 ? 4 : 2);
-    hire_run run;
-    int64_t bad = 0;
-    hire_cut_scratch(layer, aligned(scratch), &run);
-    for (int64_t i = 0; i < num_rows; i++) {
-        finite[i] = (uint8_t)one_row(layer, kernels, &run, (const char *)x + i * row_bytes,
-                                     (char *)y + i * row_bytes, num_threads);
-        bad += !finite[i];
+    hire_run runs[HIRE_ROWS];
+    int64_t num_bad = 0;
+    for (int64_t at = 0; at < num_rows; at += HIRE_ROWS) {
+        const int64_t num = num_rows - at < HIRE_ROWS ? num_rows - at : HIRE_ROWS;
+        int bad[HIRE_ROWS][2] = {0};
+        char *place = aligned(scratch);
+        for (int64_t i = 0; i < num; i++) {
+            place += hire_cut_scratch(layer, place, runs + i);
+            runs[i].bad = bad[i];
+        }
+        some_rows(layer, kernels, runs, (const char *)x + at * row_bytes,
+                  (char *)y + at * row_bytes, row_bytes, num, num_threads);
+        for (int64_t i = 0; i < num; i++) {
+            finite[at + i] = !bad[i][0] && !bad[i][1];
+            num_bad += !finite[at + i];
+        }
     }
     if (counts != NULL) {
         counts[0] += 1;
         counts[1] += num_rows;
-        counts[2] += (num_rows - bad) * layer->num_kept;
-        counts[3] += (num_rows - bad) * layer->num_candidates;
-        counts[4] += bad;
+        counts[2] += (num_rows - num_bad) * layer->num_kept;
+        counts[3] += (num_rows - num_bad) * layer->num_candidates;
+        counts[4] += num_bad;
     }
-    return bad;
+    return num_bad;
 }

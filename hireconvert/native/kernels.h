@@ -13,6 +13,9 @@
 /* Rows of weights are cut into this many pieces whatever the number of threads, and the sums of the
  * pieces are added in order: the output's bits do not depend on how many threads there are. */
 #define HIRE_SEGMENTS 32
+/* Rows of x that go over the weights together: each weight is read from memory once for all of
+ * them. More would only be more scratch memory; where they come in, weights lie in the cache. */
+#define HIRE_ROWS 8
 
 enum hire_type { HIRE_FLOAT32 = 0, HIRE_BFLOAT16 = 1, HIRE_FLOAT16 = 2 };
 enum hire_activation {
@@ -85,6 +88,7 @@ typedef struct {
     int32_t *rest_scale_of; /* [stride / 16]: block of each vector of outputs */
     float *partial;  /* [HIRE_SEGMENTS, partial_stride]: sums of outputs, then a row's scales */
     int64_t partial_stride;
+    int *bad;        /* [2], zeros before: estimates, exact values met NaN or inf */
 } hire_run;
 
 typedef struct {
@@ -94,8 +98,10 @@ typedef struct {
     /* Candidates [from, to): h, exact; with `partial` also their output. 1 unless NaN or inf. */
     int (*exact)(const hire_layer *, hire_run *, int64_t from, int64_t to, float *partial);
     void (*kept)(const hire_layer *, hire_run *, int64_t from, int64_t to, float *partial);
-    /* Low-bit rows of the neurons [from, to) by their value; of 4 bits `from` starts a tile. */
-    void (*rest)(const hire_layer *, hire_run *, int64_t from, int64_t to, float *partial);
+    /* Low-bit rows of the neurons [from, to), piece s, by their values in each of several rows; of
+     * 4 bits `from` starts a tile. */
+    void (*rest)(const hire_layer *, hire_run *const *, int64_t num_rows, int64_t s, int64_t from,
+                 int64_t to);
     /* As hire_top_k. */
     void (*top_k)(const float *score, int64_t n, int64_t k, int32_t *out, int32_t *spare);
     void (*finish)(const hire_layer *, hire_run *, void *y, int type);
@@ -108,12 +114,13 @@ extern const hire_kernels hire_kernels_avx2;
 extern const hire_kernels hire_kernels_avx512;
 #endif
 
-/* For step.c: the level's kernels, scratch memory cut up, and the work between start and finish
- * of a row, called by every thread of a team. bad [2] is shared, zeros before; one of the two is
- * set where estimates or exact values meet NaN or inf, and stays as it is once a thread returns. */
+/* For step.c: the level's kernels, scratch memory cut up (`bad` is the caller's), and the work
+ * between start and finish of up to HIRE_ROWS rows, called by every thread of a team. What `bad`
+ * points at is shared, and stays as it is once a thread returns. */
 const hire_kernels *hire_kernels_of(int level);
 int64_t hire_cut_scratch(const hire_layer *layer, char *scratch, hire_run *run);
-void hire_row_of_team(const hire_layer *layer, const hire_kernels *kernels, hire_run *run, int *bad);
+void hire_rows_of_team(const hire_layer *layer, const hire_kernels *kernels, hire_run *runs,
+                       int64_t num_rows);
 
 #if defined(_WIN32)
 #define HIRE_API __declspec(dllexport)
@@ -124,9 +131,9 @@ void hire_row_of_team(const hire_layer *layer, const hire_kernels *kernels, hire
 HIRE_API int hire_abi(void);
 /* The highest level that this machine runs and that is at most `wanted`. */
 HIRE_API int hire_level_at_most(int wanted);
-/* Bytes of scratch memory that `hire_ffn` needs for the layer. */
-HIRE_API int64_t hire_scratch_bytes(const hire_layer *layer);
-/* Where in the scratch memory z, score, index and chosen of the last row lie, for tests. */
+/* Bytes of scratch memory that `hire_ffn` needs for the layer and so many rows. */
+HIRE_API int64_t hire_scratch_bytes(const hire_layer *layer, int64_t num_rows);
+/* Where in the scratch memory z, score, index and chosen of a call's first row lie, for tests. */
 HIRE_API void hire_scratch_places(const hire_layer *layer, int64_t *place_of_4);
 /* y [num_rows, D] from x [num_rows, D]; finite[i] is 0 where a row met NaN or inf and y[i] was
  * not written. `counts` (or NULL) gets calls, rows, kept, candidates, dense rows added. Returns

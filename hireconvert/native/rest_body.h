@@ -78,50 +78,73 @@ HIRE_UNROLL
     }
 }
 
-INLINE void rest_tiles(const hire_layer *layer, hire_run *run, int64_t from, int64_t to,
-                       float *partial, const int lowest)
+/* A tile's neurons by their values in one row; the other rows find the tile in the cache. */
+INLINE void rest_tile(const hire_layer *layer, const hire_run *run, const uint8_t *scales, v16 value,
+                      float *partial, const int lowest)
 {
     const int64_t vectors = layer->stride / 16, block = layer->rest_block;
     const int64_t blocks = (layer->width + block - 1) / block;
+    const uint8_t *codes = scales + (layer->rest_symmetric ? 32 : 64) * blocks;
     float *offset = partial + layer->stride;
-    memset(offset, 0, (size_t)(16 * blocks) * sizeof *offset);
-    for (int64_t tile = from / 16; 16 * tile < to; tile++) {
-        const uint8_t *scales = layer->rest + tile * layer->rest_bytes;
-        const uint8_t *codes = scales + (layer->rest_symmetric ? 32 : 64) * blocks;
-        const v16 value = v_load(run->value + 16 * tile);
-        rest_table table;
-        for (int64_t begin = 0; begin < vectors; begin += SPAN) {
-            const int64_t end = begin + SPAN < vectors ? begin + SPAN : vectors;
-            const int64_t first = run->rest_scale_of[begin], last = run->rest_scale_of[end - 1];
-            for (int64_t b = first; b <= last; b++) {
-                fill_table(value, scales + 32 * b, &table, b - first, lowest);
-                if (b * block >= 16 * begin) /* else the span before has added it */
-                    add_offset(layer, value, scales + 32 * b, offset + 16 * b);
-            }
-            for (int64_t v = begin; v < end; v += 2) {
-                const int64_t place[2] = {run->rest_scale_of[v] - first,
-                                          run->rest_scale_of[v + 1] - first};
-                add_rest_unit(codes + v / 2 * UNIT, &table, place, partial + 16 * v, lowest);
-            }
+    rest_table table;
+    for (int64_t begin = 0; begin < vectors; begin += SPAN) {
+        const int64_t end = begin + SPAN < vectors ? begin + SPAN : vectors;
+        const int64_t first = run->rest_scale_of[begin], last = run->rest_scale_of[end - 1];
+        for (int64_t b = first; b <= last; b++) {
+            fill_table(value, scales + 32 * b, &table, b - first, lowest);
+            if (b * block >= 16 * begin) /* else the span before has added it */
+                add_offset(layer, value, scales + 32 * b, offset + 16 * b);
+        }
+        for (int64_t v = begin; v < end; v += 2) {
+            const int64_t place[2] = {run->rest_scale_of[v] - first,
+                                      run->rest_scale_of[v + 1] - first};
+            add_rest_unit(codes + v / 2 * UNIT, &table, place, partial + 16 * v, lowest);
         }
     }
-    for (int64_t b = 0; b < blocks; b++) offset[16 * b] = v_sum(v_load(offset + 16 * b));
-    for (int64_t v = 0; v < vectors; v++)
-        v_store(partial + 16 * v, v_add(v_load(partial + 16 * v),
-                                        v_set1(offset[16 * run->rest_scale_of[v]])));
 }
 
-static void rest(const hire_layer *layer, hire_run *run, int64_t from, int64_t to, float *partial)
+INLINE void rest_tiles(const hire_layer *layer, hire_run *const *runs, int64_t num_rows, int64_t s,
+                       int64_t from, int64_t to, const int lowest)
+{
+    const int64_t blocks = (layer->width + layer->rest_block - 1) / layer->rest_block;
+    float *partial[HIRE_ROWS];
+    for (int64_t i = 0; i < num_rows; i++) {
+        partial[i] = runs[i]->partial + s * runs[i]->partial_stride;
+        memset(partial[i] + layer->stride, 0, (size_t)(16 * blocks) * sizeof **partial);
+    }
+    for (int64_t tile = from / 16; 16 * tile < to; tile++)
+        for (int64_t i = 0; i < num_rows; i++)
+            rest_tile(layer, runs[i], layer->rest + tile * layer->rest_bytes,
+                      v_load(runs[i]->value + 16 * tile), partial[i], lowest);
+    for (int64_t i = 0; i < num_rows; i++) {
+        float *offset = partial[i] + layer->stride;
+        for (int64_t b = 0; b < blocks; b++) offset[16 * b] = v_sum(v_load(offset + 16 * b));
+        for (int64_t v = 0; v < layer->stride / 16; v++)
+            v_store(partial[i] + 16 * v,
+                    v_add(v_load(partial[i] + 16 * v),
+                          v_set1(offset[16 * runs[i]->rest_scale_of[v]])));
+    }
+}
+
+static void rest_one_by_one(const hire_layer *layer, hire_run *run, int64_t from, int64_t to,
+                            float *partial)
 {
     switch (layer->rest_bits) {
     case 2: rest_in_floats(layer, run, from, to, partial, 2); break;
     case 3: rest_in_floats(layer, run, from, to, partial, 3); break;
-    case 4:
-        if (lowest_digit(layer))
-            rest_tiles(layer, run, from, to, partial, 1);
-        else
-            rest_tiles(layer, run, from, to, partial, 0);
-        break;
     default: rest_in_floats(layer, run, from, to, partial, 8); break;
     }
+}
+
+static void rest(const hire_layer *layer, hire_run *const *runs, int64_t num_rows, int64_t s,
+                 int64_t from, int64_t to)
+{
+    if (layer->rest_bits != 4)
+        for (int64_t i = 0; i < num_rows; i++)
+            rest_one_by_one(layer, runs[i], from, to,
+                            runs[i]->partial + s * runs[i]->partial_stride);
+    else if (lowest_digit(layer))
+        rest_tiles(layer, runs, num_rows, s, from, to, 1);
+    else
+        rest_tiles(layer, runs, num_rows, s, from, to, 0);
 }

@@ -30,11 +30,11 @@ typedef struct {
     float *output;    /* [Q, width] of attention or the FFN */
     float *gate;      /* [Q, neurons] */
     float *up;        /* [Q, neurons] */
-    char *ffn;        /* scratch memory of the largest sparse FFN */
+    char *ffn;        /* [Q, ffn_bytes]: scratch memory of the largest sparse FFN */
     int64_t ffn_bytes;
     char *own;        /* own_bytes for each thread */
     int64_t own_bytes;
-    int bad[2];
+    int bad[HIRE_STEP_ROWS][2]; /* of each row in a sparse FFN */
 } hire_job;
 
 /* A thread's own memory. */
@@ -44,7 +44,7 @@ typedef struct {
     float *query;  /* [HIRE_STEP_HEADS, head_dim] */
     float *out;    /* [HIRE_STEP_HEADS, head_dim] */
     float *score;  /* [HIRE_STEP_HEADS, most + 16] */
-    char *ffn;     /* as much as the shared one, for what a row begins with */
+    char *ffn;     /* as much as a row's shared one, for what a single row begins with */
 } hire_own;
 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -97,7 +97,7 @@ static int64_t cut_job(const hire_block *blocks, int64_t num_blocks, int64_t mos
     job->output = floats(base, &used, HIRE_STEP_ROWS * job->width);
     job->gate = floats(base, &used, HIRE_STEP_ROWS * job->neurons);
     job->up = floats(base, &used, HIRE_STEP_ROWS * job->neurons);
-    job->ffn = take(base, &used, job->ffn_bytes);
+    job->ffn = take(base, &used, HIRE_STEP_ROWS * job->ffn_bytes);
     hire_own own;
     job->own_bytes = cut_own(job, NULL, &own);
     job->own = take(base, &used, num_threads * job->own_bytes);
@@ -265,30 +265,49 @@ static void dense_ffn(const hire_job *job, const hire_block *b, const hire_own *
         piece(job, &b->down, hidden, job->neurons, at, job->output, job->width);
 }
 
-/* 1 where every row was finite. What a row begins with (the predictor's input in its forms) each
- * thread makes for itself; what the team finds out is shared. */
+/* What rows begin with: the predictor's input in its forms. A single row each thread makes for
+ * itself, which costs less than a barrier; several are shared out. */
+static void start_rows(const hire_job *job, const hire_layer *layer, const hire_own *own,
+                       hire_run *runs)
+{
+    const hire_run shared = runs[0];
+    if (job->num_rows == 1) {
+        hire_run *run = runs;
+        hire_cut_scratch(layer, own->ffn, run);
+        run->z = shared.z;
+        run->score = shared.score;
+        run->value = shared.value;
+        run->h = shared.h;
+        run->exact = shared.exact;
+        run->index = shared.index;
+        run->chosen = shared.chosen;
+        run->spare = shared.spare;
+        run->partial = shared.partial;
+        job->kernels->start(layer, own->normed, HIRE_FLOAT32, run);
+        return;
+    }
+    OMP(omp for schedule(static))
+    for (int64_t i = 0; i < job->num_rows; i++)
+        job->kernels->start(layer, own->normed + i * job->width, HIRE_FLOAT32, runs + i);
+}
+
+/* 1 where every row was finite. */
 static int sparse_ffn(hire_job *job, const hire_block *b, const hire_own *own)
 {
-    hire_run run, shared;
-    hire_cut_scratch(b->ffn, own->ffn, &run);
-    hire_cut_scratch(b->ffn, job->ffn, &shared);
-    run.z = shared.z;
-    run.score = shared.score;
-    run.value = shared.value;
-    run.h = shared.h;
-    run.exact = shared.exact;
-    run.index = shared.index;
-    run.chosen = shared.chosen;
-    run.spare = shared.spare;
-    run.partial = shared.partial;
+    const int64_t pieces = (b->ffn->stride + 31) / 32;
+    hire_run runs[HIRE_STEP_ROWS];
     for (int64_t i = 0; i < job->num_rows; i++) {
-        float *output = job->output + i * job->width;
-        job->kernels->start(b->ffn, own->normed + i * job->width, HIRE_FLOAT32, &run);
-        hire_row_of_team(b->ffn, job->kernels, &run, job->bad);
-        if (job->bad[0] || job->bad[1]) return 0;
-        OMP(omp for schedule(static))
-        for (int64_t at = 0; at < b->ffn->stride; at += 32)
-            job->step->sum_segments(b->ffn, &run, at, at + 32, output);
+        hire_cut_scratch(b->ffn, job->ffn + i * job->ffn_bytes, runs + i);
+        runs[i].bad = job->bad[i];
+    }
+    start_rows(job, b->ffn, own, runs);
+    hire_rows_of_team(b->ffn, job->kernels, runs, job->num_rows);
+    for (int64_t i = 0; i < job->num_rows; i++)
+        if (job->bad[i][0] || job->bad[i][1]) return 0;
+    OMP(omp for schedule(static))
+    for (int64_t unit = 0; unit < job->num_rows * pieces; unit++) {
+        const int64_t i = unit / pieces, at = unit % pieces * 32;
+        job->step->sum_segments(b->ffn, runs + i, at, at + 32, job->output + i * job->width);
     }
     return 1;
 }

@@ -79,8 +79,9 @@ HIRE_UNROLL
     }
 }
 
-INLINE void matrix_as(const hire_matrix *m, const float *x, int64_t x_stride, int64_t num_x,
-                      int64_t from, int64_t to, float *y, int64_t y_stride, const int type)
+/* Up to four x at once, whose sums find room in the registers. */
+INLINE void few_columns(const hire_matrix *m, const float *x, int64_t x_stride, int64_t num_x,
+                        int64_t from, int64_t to, float *y, int64_t y_stride, const int type)
 {
     int64_t at = from;
     switch (num_x) {
@@ -101,6 +102,15 @@ INLINE void matrix_as(const hire_matrix *m, const float *x, int64_t x_stride, in
         for (; at < to; at++) some_rows(m, at, x, x_stride, y, y_stride, 1, 4, type);
         break;
     }
+}
+
+/* [from, to) are few rows, which stay in the cache for the next four x. */
+INLINE void matrix_as(const hire_matrix *m, const float *x, int64_t x_stride, int64_t num_x,
+                      int64_t from, int64_t to, float *y, int64_t y_stride, const int type)
+{
+    for (int64_t c = 0; c < num_x; c += 4)
+        few_columns(m, x + c * x_stride, x_stride, num_x - c < 4 ? num_x - c : 4, from, to,
+                    y + c * y_stride, y_stride, type);
 }
 
 static NOINLINE void matrix_f32(const hire_matrix *m, const float *x, int64_t x_stride,
