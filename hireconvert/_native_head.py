@@ -55,7 +55,7 @@ def _declare() -> None:
     LIBRARY.hire_head_level.argtypes, LIBRARY.hire_head_level.restype = [number], number
     LIBRARY.hire_head_pack.argtypes = [pointer, pointer, number]
     LIBRARY.hire_head_pack.restype = size
-    LIBRARY.hire_head_scratch_bytes.argtypes = [pointer, size]
+    LIBRARY.hire_head_scratch_bytes.argtypes = [pointer, size, size]
     LIBRARY.hire_head_scratch_bytes.restype = size
     LIBRARY.hire_head_logits.argtypes = [pointer, pointer, pointer, number, number]
     LIBRARY.hire_head_logits.restype = size
@@ -186,7 +186,7 @@ class HeadLayer:
         bad = LIBRARY.hire_head_logits(
             self._address,
             ctypes.addressof(call),
-            scratch(LIBRARY.hire_head_scratch_bytes(self._address, count)).data_ptr(),
+            scratch(LIBRARY.hire_head_scratch_bytes(self._address, count, num)).data_ptr(),
             torch.get_num_threads(),
             self.level_number,
         )

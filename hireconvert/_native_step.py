@@ -17,7 +17,7 @@ import torch
 from hireconvert._native import LEVELS, LIBRARY, FfnLayer, level, scratch
 from hireconvert._packing import ACTIVATIONS, TYPES, together
 
-MOST_ROWS = 8  # HIRE_STEP_ROWS of native/step.h
+MOST_ROWS = 32  # HIRE_STEP_ROWS of native/step.h
 PAST_FIELDS = ("keys", "values", "head_stride", "first", "length")
 SLACK = 64  # bytes that may be read behind the last key or value
 _INT8 = len(TYPES)

@@ -69,7 +69,7 @@ def mutated(settings: dict[str, Any], tensors: dict[str, Any], dice: random.Rand
 
 def run(case: Case, settings: dict[str, Any], tensors: dict[str, Any]) -> None:
     layer = _native.FfnLayer.pack(settings, tensors)
-    x_ND = rows_of(case, 2).to(layer.dtype)
+    x_ND = rows_of(case, _native.ROWS_TOGETHER + 1).to(layer.dtype)
     layer.run(torch.zeros(2, layer.numbers["width"], dtype=layer.dtype))
     layer.run(x_ND)
 

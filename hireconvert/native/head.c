@@ -16,6 +16,8 @@ enum { MOST_Q = 32639, TILES_AT_ONCE = 32 }; /* 127 * 256 + 127 */
 #define FLOAT32_UNIT 0x1p-24
 #define MARGIN (16 * 0x1p-23) /* as in runtime/hire_head.py */
 
+#include "head_best.h"
+
 int hire_head_level(int wanted)
 {
     const int level = hire_level_at_most(wanted < HIRE_HEAD_VNNI ? wanted : HIRE_AVX512);
@@ -59,7 +61,7 @@ static int64_t cut_scratch(const hire_head *head, int64_t count, char *scratch, 
         place_of_11[i] = scratch == NULL ? NULL : scratch + total;
         total += hire_whole(size_of_11[i], 64);
     }
-    if (scratch == NULL) return total + 64; /* to start at a whole cache line */
+    if (scratch == NULL) return total;
     run->x = (float *)place_of_11[0];
     run->u = (double *)place_of_11[1];
     for (int part = 0; part < 2; part++) {
@@ -75,9 +77,10 @@ static int64_t cut_scratch(const hire_head *head, int64_t count, char *scratch, 
     return total;
 }
 
-int64_t hire_head_scratch_bytes(const hire_head *head, int64_t count)
+int64_t hire_head_scratch_bytes(const hire_head *head, int64_t count, int64_t num_rows)
 {
-    return cut_scratch(head, count, NULL, NULL);
+    const int64_t together = num_rows < HIRE_ROWS ? num_rows : HIRE_ROWS;
+    return together * cut_scratch(head, count, NULL, NULL) + 64; /* to start at a cache line */
 }
 
 /* ------------------------------------------------------------------ the row that comes in */
@@ -145,79 +148,7 @@ static int start(const hire_head *head, const float *x, hire_head_run *run)
     return 1;
 }
 
-/* ------------------------------------------------------------------ the best of many */
-
-/* Whether a is less wanted than b: smaller, or equal and behind it. */
-static int worse(float a, int32_t a_row, float b, int32_t b_row)
-{
-    return a < b || (a == b && a_row > b_row);
-}
-
-/* The root of a heap is its worst; it sinks to where it belongs. */
-static void sink(float *value, int32_t *row, int64_t n)
-{
-    const float v = value[0];
-    const int32_t r = row[0];
-    int64_t at = 0;
-    for (int64_t child = 1; child < n; child = 2 * at + 1) {
-        if (child + 1 < n && worse(value[child + 1], row[child + 1], value[child], row[child]))
-            child++;
-        if (!worse(value[child], row[child], v, r)) break;
-        value[at] = value[child];
-        row[at] = row[child];
-        at = child;
-    }
-    value[at] = v;
-    row[at] = r;
-}
-
-/* Puts an entry into a heap of at most `room`, of which `n` are there; returns how many then. */
-static int64_t offer(float *value, int32_t *row, int64_t n, int64_t room, float v, int32_t r)
-{
-    if (n == room) {
-        if (worse(v, r, value[0], row[0])) return n;
-        value[0] = v;
-        row[0] = r;
-        sink(value, row, n);
-        return n;
-    }
-    int64_t at = n;
-    for (; at > 0 && worse(v, r, value[(at - 1) / 2], row[(at - 1) / 2]); at = (at - 1) / 2) {
-        value[at] = value[(at - 1) / 2];
-        row[at] = row[(at - 1) / 2];
-    }
-    value[at] = v;
-    row[at] = r;
-    return n + 1;
-}
-
-/* The `room` largest estimates as a heap; NaN is the smallest. As many tiles have a largest that
- * is no smaller than the last of them, and only such tiles are looked into. */
-static void find_best(const hire_head *head, hire_head_run *run, int64_t room)
-{
-    const int64_t tiles = hire_whole(head->num_rows, 16) / 16;
-    float least = -INFINITY;
-    int64_t n = 0;
-    if (room <= tiles) {
-        for (int64_t tile = 0; tile < tiles; tile++)
-            if (n < room || run->tile_estimate[tile] > run->best_value[0])
-                n = offer(run->best_value, run->best_row, n, room, run->tile_estimate[tile],
-                          (int32_t)tile);
-        least = run->best_value[0];
-    }
-    n = 0;
-    for (int64_t tile = 0; tile < tiles; tile++) {
-        if (run->tile_estimate[tile] < least) continue;
-        for (int64_t row = tile * 16; row < tile * 16 + 16 && row < head->num_rows; row++) {
-            const float z = run->estimate[row] == run->estimate[row] ? run->estimate[row]
-                                                                     : -INFINITY;
-            if (n < room || z > run->best_value[0])
-                n = offer(run->best_value, run->best_row, n, room, z, (int32_t)row);
-        }
-    }
-}
-
-/* ------------------------------------------------------------------ one row */
+/* ------------------------------------------------------------------ rows that go together */
 
 /* The reference's logit: the product in float64, rounded once. */
 static float reference(const hire_head *head, const hire_head_kernels *kernels,
@@ -330,64 +261,99 @@ static float threshold_of(const hire_head_run *run, int64_t count, double cap)
     return wanted == wanted ? (near > wanted ? nextafterf(near, -INFINITY) : near) : -INFINITY;
 }
 
-static void one_row(const hire_head *head, const hire_head_call *call,
-                    const hire_head_kernels *kernels, hire_head_run *run, float *y,
-                    uint8_t *rescored, int num_threads)
+/* A row of x among those that go together: what it is to write, and what its best must reach. */
+typedef struct {
+    hire_head_run run;
+    float *y;
+    uint8_t *rescored; /* or NULL */
+    float least;
+} head_row;
+
+/* The best `count` of a row, exact, by all threads; then each row's `least`. Where several rows read
+ * the same weights, the weights are the outer loop. */
+static void find_least(const hire_head *head, const hire_head_call *call,
+                       const hire_head_kernels *kernels, head_row *const *rows, int64_t num_rows)
 {
     const int64_t tiles = hire_whole(head->num_rows, 16) / 16, count = call->count;
     const int64_t spares = head->low != NULL ? spares_of(head, count) : count;
+    OMP(omp for schedule(static))
+    for (int64_t tile = 0; tile < tiles; tile++)
+        for (int64_t i = 0; i < num_rows; i++)
+            kernels->estimate(head, &rows[i]->run, tile, tile + 1);
+    OMP(omp for schedule(static))
+    for (int64_t i = 0; i < num_rows; i++) find_best(head, &rows[i]->run, spares);
+    if (spares > count) {
+        OMP(omp for schedule(static))
+        for (int64_t unit = 0; unit < num_rows * spares; unit++) {
+            hire_head_run *run = &rows[unit / spares]->run;
+            double upper;
+            run->best_value[unit % spares] =
+                refined(head, kernels, run, run->best_row[unit % spares], &upper);
+        }
+        OMP(omp for schedule(static))
+        for (int64_t i = 0; i < num_rows; i++) order_spares(&rows[i]->run, spares, count);
+    }
+    OMP(omp for schedule(static))
+    for (int64_t unit = 0; unit < num_rows * count; unit++) {
+        hire_head_run *run = &rows[unit / count]->run;
+        run->best_value[unit % count] =
+            reference(head, kernels, run, run->best_row[unit % count]);
+    }
+    OMP(omp for schedule(static))
+    for (int64_t i = 0; i < num_rows; i++) {
+        rows[i]->least = threshold_of(&rows[i]->run, count, call->cap);
+        if (!call->certify)
+            write_estimates(head, &rows[i]->run, count, rows[i]->y, rows[i]->rescored);
+    }
+}
+
+/* Rows that are finite, all there are of a group. */
+static void some_rows(const hire_head *head, const hire_head_call *call,
+                      const hire_head_kernels *kernels, head_row *const *rows, int64_t num_rows,
+                      int num_threads)
+{
+    const int64_t tiles = hire_whole(head->num_rows, 16) / 16, count = call->count;
+    const int64_t pieces = (tiles + TILES_AT_ONCE - 1) / TILES_AT_ONCE;
+    const int64_t spares = head->low != NULL ? spares_of(head, count) : count;
     int64_t num_exact = 0, num_refined = 0;
-    float least = 0.0f;
     (void)num_threads;
     OMP(omp parallel num_threads(num_threads) if (num_threads > 1))
     {
-        OMP(omp for schedule(static))
-        for (int64_t tile = 0; tile < tiles; tile++) kernels->estimate(head, run, tile, tile + 1);
-        OMP(omp single)
-        find_best(head, run, spares);
-        if (spares > count) {
-            OMP(omp for schedule(static))
-            for (int64_t i = 0; i < spares; i++) {
-                double upper;
-                run->best_value[i] = refined(head, kernels, run, run->best_row[i], &upper);
-            }
-            OMP(omp single)
-            order_spares(run, spares, count);
-        }
-        OMP(omp for schedule(static))
-        for (int64_t i = 0; i < count; i++)
-            run->best_value[i] = reference(head, kernels, run, run->best_row[i]);
-        OMP(omp single)
-        {
-            least = threshold_of(run, count, call->cap);
-            if (!call->certify) write_estimates(head, run, count, y, rescored);
-        }
+        find_least(head, call, kernels, rows, num_rows);
         if (call->certify) {
             OMP(omp for schedule(dynamic) reduction(+ : num_exact, num_refined))
-            for (int64_t tile = 0; tile < tiles; tile += TILES_AT_ONCE)
-                num_exact +=
-                    read_tiles(head, kernels, run, tile, least, y, rescored, &num_refined);
+            for (int64_t unit = 0; unit < num_rows * pieces; unit++) {
+                const head_row *row = rows[unit % num_rows];
+                num_exact += read_tiles(head, kernels, &row->run, unit / num_rows * TILES_AT_ONCE,
+                                        row->least, row->y, row->rescored, &num_refined);
+            }
         }
     }
-    call->counts[0] += call->certify ? num_exact : count;
-    call->counts[1] += num_refined + (spares > count ? spares : 0);
+    call->counts[0] += call->certify ? num_exact : num_rows * count;
+    call->counts[1] += num_refined + (spares > count ? num_rows * spares : 0);
 }
 
 int64_t hire_head_logits(const hire_head *head, const hire_head_call *call, void *scratch,
                          int32_t num_threads, int32_t level)
 {
     const hire_head_kernels *kernels = kernels_of(hire_head_level(level));
-    const int64_t rows = head->num_rows;
-    hire_head_run run;
+    head_row own[HIRE_ROWS], *rows[HIRE_ROWS];
     int64_t bad = 0;
-    char *from = (char *)(((uintptr_t)scratch + 63) / 64 * 64);
-    cut_scratch(head, call->count, from, &run);
-    for (int64_t i = 0; i < call->num_rows; i++) {
-        uint8_t *rescored = call->rescored == NULL ? NULL : call->rescored + i * rows;
-        call->finite[i] = (uint8_t)start(head, call->x + i * head->width, &run);
-        bad += !call->finite[i];
-        if (call->finite[i])
-            one_row(head, call, kernels, &run, call->y + i * rows, rescored, num_threads);
+    for (int64_t at = 0; at < call->num_rows;) {
+        char *place = (char *)(((uintptr_t)scratch + 63) / 64 * 64);
+        int64_t num = 0;
+        for (; at < call->num_rows && num < HIRE_ROWS; at++) {
+            head_row *row = own + num;
+            row->y = call->y + at * head->num_rows;
+            row->rescored = call->rescored == NULL ? NULL : call->rescored + at * head->num_rows;
+            const int64_t bytes = cut_scratch(head, call->count, place, &row->run);
+            call->finite[at] = (uint8_t)start(head, call->x + at * head->width, &row->run);
+            bad += !call->finite[at];
+            if (!call->finite[at]) continue; /* its place is the next one's */
+            rows[num++] = row;
+            place += bytes;
+        }
+        if (num > 0) some_rows(head, call, kernels, rows, num, num_threads);
     }
     call->counts[2] += bad;
     return bad;

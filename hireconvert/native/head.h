@@ -121,7 +121,7 @@ HIRE_API int hire_head_level(int wanted);
 /* Writes tiles, scales, low and low_error; error_ratio [V] gets ||error''_i|| / S_i. Returns how
  * many rows hold NaN or inf. */
 HIRE_API int64_t hire_head_pack(const hire_head *head, float *error_ratio, int32_t num_threads);
-HIRE_API int64_t hire_head_scratch_bytes(const hire_head *head, int64_t count);
+HIRE_API int64_t hire_head_scratch_bytes(const hire_head *head, int64_t count, int64_t num_rows);
 /* Returns how many rows of x were not finite. */
 HIRE_API int64_t hire_head_logits(const hire_head *head, const hire_head_call *call, void *scratch,
                                   int32_t num_threads, int32_t level);

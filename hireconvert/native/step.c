@@ -17,92 +17,7 @@ static int thread_number(void) { return 0; }
 
 enum { ROWS_AT_ONCE = 16 }; /* of a matrix, to a piece of work */
 
-/* Rows of x are this far apart: zeros up to whole pairs of vectors. */
-static int64_t padded(int64_t num) { return (num + 31) / 32 * 32; }
-
-typedef struct {
-    const hire_kernels *kernels;
-    const hire_step_kernels *step;
-    int64_t num_threads, num_rows, most;
-    int64_t width, heads, head_dim, neurons; /* the largest there are, padded */
-    float *projected; /* [Q, heads] queries, keys and values side by side */
-    float *attended;  /* [Q, heads] */
-    float *output;    /* [Q, width] of attention or the FFN */
-    float *gate;      /* [Q, neurons] */
-    float *up;        /* [Q, neurons] */
-    char *ffn;        /* [Q, ffn_bytes]: scratch memory of the largest sparse FFN */
-    int64_t ffn_bytes;
-    char *own;        /* own_bytes for each thread */
-    int64_t own_bytes;
-    int bad[HIRE_STEP_ROWS][2]; /* of each row in a sparse FFN */
-} hire_job;
-
-/* A thread's own memory. */
-typedef struct {
-    float *x;      /* [Q, width] the residual stream */
-    float *normed; /* [Q, width] */
-    float *query;  /* [HIRE_STEP_HEADS, head_dim] */
-    float *out;    /* [HIRE_STEP_HEADS, head_dim] */
-    float *score;  /* [HIRE_STEP_HEADS, most + 16] */
-    char *ffn;     /* as much as a row's shared one, for what a single row begins with */
-} hire_own;
-
-static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
-/* The next piece of `base`, which is NULL while sizes are summed. */
-static void *take(char *base, int64_t *used, int64_t bytes)
-{
-    char *place = base == NULL ? NULL : base + *used;
-    *used += (bytes + 63) / 64 * 64;
-    return place;
-}
-
-static float *floats(char *base, int64_t *used, int64_t count)
-{
-    return take(base, used, count * (int64_t)sizeof(float));
-}
-
-static int64_t cut_own(const hire_job *job, char *base, hire_own *own)
-{
-    int64_t used = 0;
-    own->x = floats(base, &used, HIRE_STEP_ROWS * job->width);
-    own->normed = floats(base, &used, HIRE_STEP_ROWS * job->width);
-    own->query = floats(base, &used, HIRE_STEP_HEADS * job->head_dim);
-    own->out = floats(base, &used, HIRE_STEP_HEADS * job->head_dim);
-    own->score = floats(base, &used, HIRE_STEP_HEADS * (job->most + 16));
-    own->ffn = take(base, &used, job->ffn_bytes);
-    return used + 64; /* no cache line of two threads */
-}
-
-/* Sizes of the largest block, and `base` cut into pieces unless it is NULL; returns all bytes. */
-static int64_t cut_job(const hire_block *blocks, int64_t num_blocks, int64_t most,
-                       int32_t num_threads, char *base, hire_job *job)
-{
-    int64_t used = 0;
-    memset(job, 0, sizeof *job);
-    job->most = most;
-    for (int64_t i = 0; i < num_blocks; i++) {
-        const hire_block *b = blocks + i;
-        job->width = larger(job->width, padded(b->width));
-        job->heads = larger(job->heads, padded((b->heads + 2 * b->kv_heads) * b->head_dim));
-        job->head_dim = larger(job->head_dim, padded(b->head_dim));
-        job->neurons = larger(job->neurons, padded(b->up.outputs));
-        if (b->ffn != NULL) {
-            hire_run run;
-            job->ffn_bytes = larger(job->ffn_bytes, hire_cut_scratch(b->ffn, NULL, &run));
-        }
-    }
-    job->projected = floats(base, &used, HIRE_STEP_ROWS * job->heads);
-    job->attended = floats(base, &used, HIRE_STEP_ROWS * job->heads);
-    job->output = floats(base, &used, HIRE_STEP_ROWS * job->width);
-    job->gate = floats(base, &used, HIRE_STEP_ROWS * job->neurons);
-    job->up = floats(base, &used, HIRE_STEP_ROWS * job->neurons);
-    job->ffn = take(base, &used, HIRE_STEP_ROWS * job->ffn_bytes);
-    hire_own own;
-    job->own_bytes = cut_own(job, NULL, &own);
-    job->own = take(base, &used, num_threads * job->own_bytes);
-    return used;
-}
+#include "step_job.h"
 
 int64_t hire_step_scratch(const hire_block *blocks, int64_t num_blocks, int64_t most,
                           int32_t num_threads)
@@ -265,49 +180,61 @@ static void dense_ffn(const hire_job *job, const hire_block *b, const hire_own *
         piece(job, &b->down, hidden, job->neurons, at, job->output, job->width);
 }
 
-/* What rows begin with: the predictor's input in its forms. A single row each thread makes for
- * itself, which costs less than a barrier; several are shared out. */
+/* What rows [at, at + num) begin with: the predictor's input in its forms. A single row each thread
+ * makes for itself, which costs less than a barrier; several are shared out. */
 static void start_rows(const hire_job *job, const hire_layer *layer, const hire_own *own,
-                       hire_run *runs)
+                       hire_run *runs, int64_t at, int64_t num)
 {
-    const hire_run shared = runs[0];
-    if (job->num_rows == 1) {
-        hire_run *run = runs;
-        hire_cut_scratch(layer, own->ffn, run);
-        run->z = shared.z;
-        run->score = shared.score;
-        run->value = shared.value;
-        run->h = shared.h;
-        run->exact = shared.exact;
-        run->index = shared.index;
-        run->chosen = shared.chosen;
-        run->spare = shared.spare;
-        run->partial = shared.partial;
-        job->kernels->start(layer, own->normed, HIRE_FLOAT32, run);
+    const float *x = own->normed + at * job->width;
+    if (num == 1) {
+        const hire_run shared = runs[0];
+        hire_cut_scratch(layer, own->ffn, runs);
+        runs->z = shared.z;
+        runs->score = shared.score;
+        runs->value = shared.value;
+        runs->h = shared.h;
+        runs->exact = shared.exact;
+        runs->index = shared.index;
+        runs->chosen = shared.chosen;
+        runs->spare = shared.spare;
+        runs->partial = shared.partial;
+        job->kernels->start(layer, x, HIRE_FLOAT32, runs);
         return;
     }
     OMP(omp for schedule(static))
-    for (int64_t i = 0; i < job->num_rows; i++)
-        job->kernels->start(layer, own->normed + i * job->width, HIRE_FLOAT32, runs + i);
+    for (int64_t i = 0; i < num; i++)
+        job->kernels->start(layer, x + i * job->width, HIRE_FLOAT32, runs + i);
+}
+
+/* 1 where every one of rows [at, at + num), at most HIRE_ROWS, was finite. */
+static int sparse_rows(hire_job *job, const hire_layer *layer, const hire_own *own, int64_t at,
+                       int64_t num)
+{
+    const int64_t pieces = layer->stride / 32;
+    hire_run runs[HIRE_ROWS];
+    for (int64_t i = 0; i < num; i++) {
+        hire_cut_scratch(layer, job->ffn + i * job->ffn_bytes, runs + i);
+        runs[i].bad = job->bad[i];
+    }
+    start_rows(job, layer, own, runs, at, num);
+    hire_rows_of_team(layer, job->kernels, runs, num);
+    for (int64_t i = 0; i < num; i++)
+        if (job->bad[i][0] || job->bad[i][1]) return 0;
+    OMP(omp for schedule(static))
+    for (int64_t unit = 0; unit < num * pieces; unit++) {
+        const int64_t i = unit / pieces, from = unit % pieces * 32;
+        job->step->sum_segments(layer, runs + i, from, from + 32,
+                                job->output + (at + i) * job->width);
+    }
+    return 1;
 }
 
 /* 1 where every row was finite. */
-static int sparse_ffn(hire_job *job, const hire_block *b, const hire_own *own)
+static int sparse_ffn(hire_job *job, const hire_layer *layer, const hire_own *own)
 {
-    const int64_t pieces = (b->ffn->stride + 31) / 32;
-    hire_run runs[HIRE_STEP_ROWS];
-    for (int64_t i = 0; i < job->num_rows; i++) {
-        hire_cut_scratch(b->ffn, job->ffn + i * job->ffn_bytes, runs + i);
-        runs[i].bad = job->bad[i];
-    }
-    start_rows(job, b->ffn, own, runs);
-    hire_rows_of_team(b->ffn, job->kernels, runs, job->num_rows);
-    for (int64_t i = 0; i < job->num_rows; i++)
-        if (job->bad[i][0] || job->bad[i][1]) return 0;
-    OMP(omp for schedule(static))
-    for (int64_t unit = 0; unit < job->num_rows * pieces; unit++) {
-        const int64_t i = unit / pieces, at = unit % pieces * 32;
-        job->step->sum_segments(b->ffn, runs + i, at, at + 32, job->output + i * job->width);
+    for (int64_t at = 0; at < job->num_rows; at += HIRE_ROWS) {
+        const int64_t left = job->num_rows - at, num = left < HIRE_ROWS ? left : HIRE_ROWS;
+        if (!sparse_rows(job, layer, own, at, num)) return 0;
     }
     return 1;
 }
@@ -335,7 +262,7 @@ static int64_t all_layers(hire_job *job, const hire_block *blocks, int64_t num_b
         norm_rows(job, own->x, b->width, b->ffn_norm, b->eps, own->normed);
         if (b->ffn == NULL)
             dense_ffn(job, b, own);
-        else if (!sparse_ffn(job, b, own))
+        else if (!sparse_ffn(job, b->ffn, own))
             return l;
         add_output(job, b, b->ffn_out_norm, own);
     }

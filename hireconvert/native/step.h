@@ -8,7 +8,7 @@
 
 #include "kernels.h"
 
-#define HIRE_STEP_ROWS HIRE_ROWS
+#define HIRE_STEP_ROWS 32
 #define HIRE_STEP_HEADS 4 /* queries that go over keys and values together */
 #define HIRE_INT8 3 /* of a hire_matrix: codes with scales, beside enum hire_type */
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-MOST_NEW = 8
+MOST_NEW = 32  # positions of a step, as MOST_ROWS of hire_native.py
 _SPARE = 256  # positions; a longer cache gets half its length
 _SLACK = 64  # bytes that may be read behind the last number
 

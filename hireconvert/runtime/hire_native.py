@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from .hire_predict import is_refined, num_active, varies
 
 ABI = 1
-MOST_ROWS = 8  # more rows at once read fewer bytes together, densely, than one after the other
+MOST_ROWS = 32
 _REST_BLOCK = 16
 
 

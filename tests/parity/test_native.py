@@ -322,8 +322,9 @@ def test_rows_that_they_do_not_serve_run_as_before():
     layer, x_ND = sparse_layers(model)[0], layer_inputs(tiny_model("llama"))[0]
     packed_layer = layer.prepared.native
     with torch.no_grad():
-        assert hire_native.serves(packed_layer, x_ND[:4])
-        assert not hire_native.serves(packed_layer, x_ND[:5])
+        most_ND = x_ND[:1].expand(hire_native.MOST_ROWS, -1)
+        assert hire_native.serves(packed_layer, most_ND)
+        assert not hire_native.serves(packed_layer, torch.cat([most_ND, x_ND[:1]]))
         assert not hire_native.serves(packed_layer, x_ND[:1].double())
         with torch.autocast("cpu"):
             assert not hire_native.serves(packed_layer, x_ND[:1])
