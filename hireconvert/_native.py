@@ -112,7 +112,9 @@ class FfnLayer:
         pointers = {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
         self._struct = _Struct(**self.numbers, **pointers)
         self._address = ctypes.addressof(self._struct)
-        self._scratch_bytes = [LIBRARY.hire_scratch_bytes(self._address, n) for n in range(ROWS_TOGETHER + 1)]
+        self._scratch_bytes = [
+            LIBRARY.hire_scratch_bytes(self._address, rows) for rows in range(ROWS_TOGETHER + 1)
+        ]
         self._width = self.numbers["width"]
         self.dtype = TYPES[self.numbers["weight_type"]]
         self.handle = next(_HANDLES)

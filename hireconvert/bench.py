@@ -6,6 +6,7 @@ result is the JSON document of `hireconvert bench`.
 Shape suffixes: W windows, T tokens.
 """
 
+import math
 import platform
 import statistics
 import time
@@ -19,6 +20,8 @@ import torch
 import transformers
 
 from hireconvert.arms import Arm, Load, Reference, medians_at, run_rounds
+from hireconvert.baselines import cache_folder
+from hireconvert.crossover import KINDS, ROWS, checkpoint_digest, kept, measure, most_sparse_rows
 from hireconvert.data import evaluation_windows
 from hireconvert.errors import InputError, UsageError
 from hireconvert.evaluate import builtin_text
@@ -37,7 +40,15 @@ from hireconvert.session import (
     stored_dtype,
 )
 from hireconvert.stages import Reporter
-from hireconvert.subjects import LlamaSubject, Subject, TorchModel, TorchSubject, Way, find_program
+from hireconvert.subjects import (
+    STEPS,
+    LlamaSubject,
+    Subject,
+    TorchModel,
+    TorchSubject,
+    Way,
+    find_program,
+)
 from hireconvert.timing import range_of
 from hireconvert.version import __version__
 
@@ -129,6 +140,7 @@ def bench(folder: Path, request: Request, reporter: Reporter) -> dict[str, Any]:
             "byte_bound": byte_bound(session),
             "breakdown": breakdown(arms, parts),
             "growth": rows,
+            "overtaking": overtaking(session, main_T, reporter),
             "skipped": session.skipped,
             "versions": versions(),
             "seconds": round(time.perf_counter() - start, 1),
@@ -153,6 +165,34 @@ def growth(session: Session, ids_T: Sequence[int], reporter: Reporter) -> list[d
             rows.append({"context": length, "batch": size, "ms": found})
             advance(f"context {length}, batch {size}")
     return rows
+
+
+def overtaking(session: Session, ids_T: Sequence[int], reporter: Reporter) -> dict[str, Any]:
+    """From how many rows on dense is faster: measured once a machine and checkpoint, then kept."""
+    arms = {arm.name: arm for arm in session.arms}
+    dense, converted = arms[DENSE].subject, arms[BOTH].subject
+    assert isinstance(dense, TorchSubject) and isinstance(converted, TorchSubject)
+    room = getattr(session.text_config, "max_position_embeddings", None) or math.inf
+    # Steps go on behind one another.
+    rows = [number for number in ROWS if len(ids_T) + STEPS * number <= room] or [1]
+    with reporter.stage("rows", len(rows) * len(KINDS)) as advance:
+        found = kept(
+            cache_folder(),
+            {
+                **machine(),
+                **versions(),
+                "threads": session.threads,
+                "dtype": session.dtype,
+                "path": converted.facts["path"],
+                "checkpoint": checkpoint_digest(session.folder),
+                "baseline": session.request.baseline and checkpoint_digest(session.dense),
+                "context": len(ids_T),
+                "rows": rows,
+            },
+            lambda: measure(dense, converted, arms[BOTH].way, ids_T, rows=rows, tick=advance),
+        )
+    most = most_sparse_rows(found)
+    return {**found, "max_sparse_rows": session.hire["max_sparse_rows"], "fastest_up_to": most}
 
 
 def measure_quality(

@@ -12,9 +12,11 @@ import importlib
 import importlib.util
 import json
 import os
+import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from hireconvert.roofline import counts_at
 from hireconvert.runtime import hire_native
 from hireconvert.runtime.hire_head import SparseHead
 from hireconvert.runtime.hire_install import install_head
+from hireconvert.subjects import STEPS
 from hireconvert.timing import trace_decode
 
 _PART_ROUNDS = 5
@@ -169,6 +172,25 @@ class Served:
 
         return {"ffn_ms": _fastest_ms(ffns), "head_ms": head_ms}
 
+    @torch.no_grad()
+    def step(self, request: Request) -> dict[str, Any]:
+        """Median milliseconds of steps of some rows, whatever number the model would select for."""
+        rows, ids_1T = request["rows"], torch.tensor([request["ids"]])
+        alike = (1, rows) if request["kind"] == "positions" else (rows, 1)
+        ids = ids_1T[:, -1:].expand(alike).contiguous()
+        if self.ways is not None:
+            self.ways.use(request["way"])
+        with _selecting(self.model, rows) if self.ways is not None else nullcontext():
+            cache = self.model(input_ids=ids_1T, use_cache=True, logits_to_keep=1).past_key_values
+            if request["kind"] == "sequences":
+                cache.batch_repeat_interleave(rows)
+            spent = []
+            for _ in range(STEPS):
+                start = time.perf_counter()
+                self.model(input_ids=ids, past_key_values=cache, use_cache=True)
+                spent.append(1000 * (time.perf_counter() - start))
+        return {"ms": statistics.median(spent[1:])}
+
     def memory(self, _: Request) -> dict[str, Any]:
         """Bytes of this process."""
         return {"before": self.before, **memory_bytes()}
@@ -183,6 +205,18 @@ def _fastest_ms(run: Callable[[], Any]) -> float:
         run()
         spent.append(1000 * (time.perf_counter() - start))
     return min(spent)
+
+
+@contextmanager
+def _selecting(model: Any, rows: int) -> Iterator[None]:
+    """Inside, steps of so many rows select."""
+    state = model.hire_state
+    before = state.max_decode_queries, state.max_sparse_rows
+    state.max_decode_queries, state.max_sparse_rows = (max(each, rows) for each in before)
+    try:
+        yield
+    finally:
+        state.max_decode_queries, state.max_sparse_rows = before
 
 
 def _compiled() -> dict[str, Any]:

@@ -11,6 +11,7 @@ from hireconvert.figures import ABSENT, number, size
 from hireconvert.plots import SpeedPoint, quality_against_speed
 
 Result = Mapping[str, Any]
+_KEPT = {"hit": "as measured before (delete to measure again)", "stored": "kept for this machine"}
 
 
 def bench(result: Result) -> RenderableType:
@@ -26,6 +27,7 @@ def bench(result: Result) -> RenderableType:
     parts += [_subjects(result["subjects"]), Text(""), *map(_runs_by, result["subjects"])]
     if len(result["growth"]) > 1:
         parts += [Text(""), _growth(result["growth"]), Text(overtaking(result["growth"]))]
+    parts += [Text(""), _rows(result["overtaking"]), Text(rows_advice(result["overtaking"]))]
     for name, reason in result["skipped"].items():
         parts.append(Text(f"left out: {name} ({reason})"))
     return Group(*parts)
@@ -130,3 +132,31 @@ def overtaking(rows: list[Result]) -> str:
         if row["ms"]["dense"] <= row["ms"]["converted"]:
             return f"dense overtakes at context {row['context']}, batch {row['batch']}"
     return "dense overtakes at none of these"
+
+
+def _rows(found: Result) -> Table:
+    heads = [f"{name}, {kind}" for kind in found["ms"] for name in found["ms"][kind]]
+    table = _table("ms of a step of so many rows", *heads)
+    columns = [times for kind in found["ms"].values() for times in kind.values()]
+    for rows, *cells in zip(found["rows"], *columns, strict=True):
+        table.add_row(str(rows), *(f"{cell:.2f}" for cell in cells))
+    return table
+
+
+def rows_advice(found: Result) -> str:
+    """From how many rows on dense is faster, and what to set, in some lines."""
+    most = found["rows"][-1]
+    lines = [
+        f"dense overtakes at {end} rows ({kind})"
+        if end is not None
+        else f"dense overtakes at no number up to {most} rows ({kind})"
+        for kind, end in found["from_rows"].items()
+    ]
+    best, own = found["fastest_up_to"], found["max_sparse_rows"]
+    if best < most and best < own:
+        lines.append(
+            f"more than max_sparse_rows {own} run dense; faster here: {best} (recipe "
+            "decode.max_sparse_rows, in config.json hire.max_sparse_rows)"
+        )
+    lines.append(f"rows: {_KEPT.get(found['cache'], found['cache'])}: {found['path']}")
+    return "\n".join(lines)

@@ -24,6 +24,7 @@ from hireconvert.timing import Trace
 from hireconvert.workers import Worker
 
 PROGRAM, VARIABLE = "llama_rival", "HIRE_LLAMA"
+STEPS = 4  # that `step_ms` takes behind one another; the first makes room in the cache
 _PACKAGE = Path(__file__).parent
 
 
@@ -105,6 +106,14 @@ class TorchSubject:
     def parts(self, way: Way, ids_T: Sequence[int]) -> dict[str, float]:
         """Milliseconds that all FFNs and the head take for one row, each measured alone."""
         return self._ask("parts", way=way.to_dict(), ids=list(ids_T))
+
+    def step_ms(self, way: Way, ids_T: Sequence[int], *, rows: int, kind: str) -> float:
+        """Milliseconds of a decode step of so many rows behind a prompt, the median of some.
+
+        `kind`: `positions` of one sequence, or one position of each of so many `sequences`.
+        """
+        found = self._ask("step", way=way.to_dict(), ids=list(ids_T), rows=rows, kind=kind)
+        return float(found["ms"])
 
     def memory(self) -> dict[str, Any]:
         """Bytes of the process: `before` the model was loaded, `resident` now, `peak`."""

@@ -1,7 +1,7 @@
 /* All decoder layers of a decode step in one call: what the Python side and the C files agree on.
  *
  * Letters: D width, H heads, J key/value heads, E head size, F neurons, Q new positions of one
- * sequence (1 to HIRE_STEP_ROWS). Every size and pointer is checked by hireconvert/_native_step.py.
+ * sequence (1 to HIRE_STEP_ROWS, as many as runtime/hire_native.py ever asks for). Every size and pointer is checked by hireconvert/_native_step.py.
  */
 #ifndef HIRE_STEP_H
 #define HIRE_STEP_H

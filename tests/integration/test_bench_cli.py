@@ -78,6 +78,23 @@ def test_growth_memory_and_settings(measured: dict[str, Any]) -> None:
     assert measured["settings"]["dtype"] == "bfloat16" and measured["skipped"] == {}
 
 
+def test_rows_at_which_dense_overtakes_are_measured_once(
+    place: Path, measured: dict[str, Any], hireconvert: Cli
+) -> None:
+    found = measured["overtaking"]
+    # The tiny model has 64 positions: four steps of 8 rows fit behind 8 of a prompt, of 16 do not.
+    assert found["rows"] == [1, 2, 4, 8] and found["context"] == 8
+    for times in found["ms"].values():
+        assert [len(times[name]) for name in ("dense", "converted")] == [4, 4]
+        assert all(each > 0 for name in times for each in times[name])
+    assert set(found["from_rows"]) == {"positions", "sequences"}
+    assert found["cache"] == "stored" and Path(found["path"]).is_relative_to(place / "hireconvert")
+    again = run(hireconvert, place, place / "out", *QUICK, "--kl-tokens", "0", "--json")
+    assert again.code == 0, again.err
+    kept = json.loads(again.out)["overtaking"]
+    assert kept["cache"] == "hit" and kept["ms"] == found["ms"] and kept["path"] == found["path"]
+
+
 def test_the_plot_is_drawn(place: Path, measured: dict[str, Any]) -> None:
     assert (place / "speed.svg").read_text().count("<svg") == 1
 

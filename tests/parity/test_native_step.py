@@ -15,6 +15,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from hireconvert.rounding import round_rows
+from hireconvert.runtime import hire_native
 from tests.ffn_reference import relative
 from tests.native import LEVELS, _native
 from tests.tiny import base_of, hire_model, tiny_model, tokens
@@ -100,6 +101,7 @@ def test_a_family_decodes_as_pytorch_does(family, level):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
 def test_several_positions_at_once_are_those_one_by_one(family, level):
     model, ids = base_of(prepared(family)), tokens(1, 30)
+    model.hire_state.max_sparse_rows = hire_native.MOST_ROWS
     spy = Spy(model)
     one, cache = decode(model, ids, 8)
     for queries in (2, 3, 5, 9, 22):

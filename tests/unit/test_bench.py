@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import frontier
-from hireconvert import render_bench
+from hireconvert import crossover, render_bench
 from hireconvert.accounting import token_bytes
 from hireconvert.arms import (
     MOST_REPEATS,
@@ -330,6 +330,73 @@ def test_where_dense_overtakes() -> None:
     rows: Any = [{"context": 64, "batch": n, "ms": {"dense": 4, "converted": n}} for n in (1, 4)]
     assert render_bench.overtaking(rows) == "dense overtakes at context 64, batch 4"
     assert "none" in render_bench.overtaking(rows[:1])
+
+
+class Steps:
+    """A subject whose step takes a part for the call and a part for each row."""
+
+    def __init__(self, log: list[tuple[str, int]], once: float, each: float) -> None:
+        self.log, self.once, self.each = log, once, each
+
+    def step_ms(self, way: Way, ids_T: Sequence[int], *, rows: int, kind: str) -> float:
+        self.log.append((kind, rows))
+        return self.once + rows * self.each * (2 if kind == "sequences" and way.ffn else 1)
+
+
+def test_rows_from_which_on_dense_is_faster() -> None:
+    log: list[tuple[str, int]] = []
+    dense, converted = Steps(log, 32.5, 1.0), Steps(log, 3.0, 3.0)
+    found = crossover.measure(dense, converted, Way(ffn=True), (1, 2, 3))  # type: ignore[arg-type]
+    assert found["rows"] == [1, 2, 4, 8, 16, 32] and found["context"] == 3
+    assert found["ms"]["positions"]["dense"] == [33.5, 34.5, 36.5, 40.5, 48.5, 64.5]
+    assert found["ms"]["sequences"]["converted"] == [9, 15, 27, 51, 99, 195]
+    assert found["from_rows"] == {"positions": 16, "sequences": 8}
+    assert crossover.most_sparse_rows(found) == 4
+    assert log[:2] == [("positions", 1)] * 2  # the two take turns
+
+
+@pytest.mark.parametrize(
+    ("dense", "first", "most"),
+    [((9, 9, 9), None, 4), ((1, 9, 1), 4, 2), ((1, 1, 1), 1, 1), ((9, 5, 1), 2, 1)],
+)
+def test_dense_must_stay_faster_to_have_overtaken(
+    dense: Sequence[float], first: int | None, most: int
+) -> None:
+    times = {"dense": dense, "converted": (5, 5, 5)}
+    assert crossover.overtaken_from((1, 2, 4), times) == first
+    ends = {"positions": first, "sequences": None}
+    assert crossover.most_sparse_rows({"rows": [1, 2, 4], "from_rows": ends}) == most
+
+
+def test_a_finding_is_kept_by_machine_and_checkpoint(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def compute() -> dict[str, Any]:
+        calls.append(1)
+        return {"rows": [1], "from_rows": {}}
+
+    cache, key = tmp_path / "cache", {"processor": "a", "threads": 1}
+    first = crossover.kept(cache, key, compute)
+    assert first["cache"] == "stored" and crossover.kept(cache, key, compute)["cache"] == "hit"
+    assert len(calls) == 1
+    crossover.kept(cache, {**key, "threads": 2}, compute)
+    assert len(calls) == 2
+    path = Path(first["path"])
+    for damaged in ("", "[]", "{}", path.read_text().replace('"rows"', '"lines"'), "\0"):
+        path.write_text(damaged)
+        assert crossover.kept(cache, key, compute)["cache"] == "stored"
+    (tmp_path / "file").write_text("")
+    found = crossover.kept(tmp_path / "file", key, compute)
+    assert found["cache"] == "could not be written" and found["rows"] == [1]
+
+
+def test_what_is_said_of_rows() -> None:
+    found: dict[str, Any] = {"rows": [1, 32], "from_rows": {"positions": None, "sequences": 32}}
+    found |= {"fastest_up_to": 1, "max_sparse_rows": 32, "cache": "hit", "path": "P"}
+    text = render_bench.rows_advice(found)
+    assert "overtakes at no number up to 32 rows (positions)" in text
+    assert "overtakes at 32 rows (sequences)" in text and "decode.max_sparse_rows" in text
+    assert "decode.max_sparse_rows" not in render_bench.rows_advice({**found, "fastest_up_to": 32})
 
 
 @pytest.mark.parametrize("kl", [None, 0.0])
