@@ -165,7 +165,7 @@ def test_layers_must_fit_each_other():
 @pytest.mark.parametrize(
     "x",
     [
-        torch.zeros(5, 6),
+        torch.zeros(_native_step.MOST_ROWS + 1, 6),
         torch.zeros(0, 6),
         torch.zeros(1, 5),
         torch.zeros(1, 6, dtype=torch.float64),
