@@ -23,7 +23,7 @@ RUNTIME_FOLDER = Path(modeling_hire.__file__).parent
 KNOWN_HASHES = RUNTIME_FOLDER / "known_hashes.json"
 MOST_SAID = 600
 # What Transformers raises when a folder's files ask for a model that cannot be built or filled.
-LOAD_ERRORS = (OSError, ImportError, SafetensorError, *BUILD_ERRORS)
+LOAD_ERRORS = (OSError, ImportError, IndexError, SafetensorError, *BUILD_ERRORS)
 
 
 def runtime_versions() -> dict[tuple[str, str], set[str]]:
@@ -47,7 +47,10 @@ def check_shipped_runtime(folder: Path) -> str:
     known = runtime_versions()
     common: set[str] | None = None
     for path in paths:
-        digest = file_sha256(path)
+        try:
+            digest = file_sha256(path)
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}.") from error
         versions = known.get((path.name, digest))
         if versions is None:
             raise InputError(
@@ -72,6 +75,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(path)
     if not isinstance(config.get("hire"), dict):
         raise InputError(f"{path} has no `hire` object: this is not a converted model.")
+    for key in ("dtype", "torch_dtype"):
+        if not isinstance(config.get(key), str | dict | None):
+            raise InputError(f"{path}: {key} is {config[key]!r:.99}, expected the name of a type.")
     return config
 
 
@@ -101,6 +107,11 @@ def _check_outputs(config: Any) -> None:
     for name, value in vars(text).items():
         if "drop" in name and isinstance(value, int | float) and not 0 <= value <= 1:
             raise ValueError(f"{name} is {value!r}, expected a share from 0 to 1")
+    ropes = getattr(text, "rope_parameters", None) or {}
+    for rope in (ropes, *ropes.values()):
+        turned = rope.get("partial_rotary_factor") if isinstance(rope, dict) else None
+        if turned is not None and not 0 < turned <= 1:
+            raise ValueError(f"partial_rotary_factor is {turned!r}, expected a share up to 1")
 
 
 def brief(error: Exception) -> str:
@@ -176,9 +187,19 @@ def load(
     except LOAD_ERRORS as error:
         raise InputError(f"{folder} cannot be loaded: {brief(error)}") from error
     require_all_keys(folder, info)
+    _check_special_tokens(folder, model.generation_config)
     if memory is not None:
         model.set_hire_memory(memory)
     return model.eval()
+
+
+def _check_special_tokens(folder: Path, settings: Any) -> None:
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        found = getattr(settings, name, None)
+        ids = found if isinstance(found, list) else [found]
+        if not all(one is None or type(one) is int for one in ids):
+            shown = f"{name} is {found!r:.99}"
+            raise InputError(f"{folder / 'generation_config.json'}: {shown}, expected numbers.")
 
 
 def require_all_keys(folder: Path, loading_info: dict[str, Any]) -> None:

@@ -128,7 +128,8 @@ def test_changed_config(folder: Path) -> None:
 
 STANDARD: tuple[tuple[str, Any, str], ...] = (
     ("pad_token_id", 10**6, "Padding_idx"),
-    ("dtype", 8, "cannot be loaded"),
+    ("dtype", 8, "dtype is 8"),
+    ("dtype", float("inf"), "dtype is inf"),
     ("use_cache", "4", "use_cache"),
     ("hidden_size", 16.0, "hidden_size"),
     ("intermediate_size", -64, "negative dimension"),
@@ -141,6 +142,8 @@ STANDARD: tuple[tuple[str, Any, str], ...] = (
     ("base_model_tp_plan", 3, "cannot be loaded|config.json"),
     ("rope_parameters", {"rope_type": 1.0, "rope_theta": 1e4}, "config.json|cannot be loaded"),
     ("rope_parameters", {"rope_type": "default", "rope_theta": 10**400}, "cannot be loaded"),
+    ("rope_parameters", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 2.0},
+     "partial_rotary_factor is 2.0"),
     ("return_dict", False, "return_dict is false"),
     ("attention_dropout", 97, "attention_dropout is 97"),
     ("model_type", "x" * 5000, "model type"),
@@ -158,6 +161,15 @@ def test_changed_standard_fields(folder: Path) -> None:
             load(folder)
         assert len(str(caught.value)) < 1000
         assert caught.value.exit_code == 4
+
+
+def test_special_tokens_that_are_no_numbers(folder: Path) -> None:
+    path = folder / "generation_config.json"
+    original = json.loads(path.read_text())
+    for name, value in (("eos_token_id", "8"), ("eos_token_id", [1, "8"]), ("bos_token_id", 0.5)):
+        path.write_text(json.dumps({**original, name: value}))
+        with pytest.raises(InputError, match=name):
+            load(folder)
 
 
 def test_windows_without_a_size(tmp_path: Path) -> None:
@@ -202,9 +214,10 @@ def test_headers_that_only_transformers_would_refuse(folder: Path) -> None:
     for change in (floats, shared, dropped, truths):
         (folder / WEIGHTS).write_bytes(reheaded(original, change))
         assert outcome(folder) == "refused", change.__name__
-    (folder / WEIGHTS).unlink()
-    (folder / WEIGHTS).mkdir()
-    assert outcome(folder) == "refused"
+    for name in (WEIGHTS, "hire_config.py"):
+        (folder / name).unlink()
+        (folder / name).mkdir()
+        assert outcome(folder) == "refused"
 
 
 def test_weights_at_odd_addresses_are_moved(folder: Path) -> None:
