@@ -141,15 +141,7 @@ def check_index(index: dict[str, Any], headers: dict[str, TensorHeader]) -> None
 
 def read_file_header(path: Path) -> dict[str, TensorHeader]:
     """Headers of one safetensors file, held against the size of the file."""
-    file_bytes = path.stat().st_size
-    with path.open("rb") as handle:
-        header_bytes = int.from_bytes(handle.read(8), "little")
-        if file_bytes < 8 or header_bytes > min(file_bytes - 8, MAX_HEADER_BYTES):
-            raise InputError(
-                f"{path.name} is not a complete safetensors file: it has {file_bytes} bytes and "
-                f"declares a header of {header_bytes}. Fetch it again."
-            )
-        raw = handle.read(header_bytes)
+    file_bytes, header_bytes, raw = _raw_header(path)
     try:
         declared = json.loads(raw)
         entries = {key: value for key, value in declared.items() if key != "__metadata__"}
@@ -170,6 +162,22 @@ def read_file_header(path: Path) -> dict[str, TensorHeader]:
     return headers
 
 
+def _raw_header(path: Path) -> tuple[int, int, bytes]:
+    """(bytes of the file, bytes of its header, the header)."""
+    try:
+        file_bytes = path.stat().st_size
+        with path.open("rb") as handle:
+            header_bytes = int.from_bytes(handle.read(8), "little")
+            if file_bytes < 8 or header_bytes > min(file_bytes - 8, MAX_HEADER_BYTES):
+                raise InputError(
+                    f"{path.name} is not a complete safetensors file: it has {file_bytes} bytes "
+                    f"and declares a header of {header_bytes}. Fetch it again."
+                )
+            return file_bytes, header_bytes, handle.read(header_bytes)
+    except OSError as error:
+        raise InputError(f"{path.name} cannot be read: {error.strerror}.") from error
+
+
 def _parse_entry(entry: dict[str, Any], file: str) -> TensorHeader:
     return make_header(str(entry["dtype"]), entry["shape"], entry["data_offsets"], file)
 
@@ -181,9 +189,11 @@ def make_header(dtype: str, shape: list[int], offsets: list[int], file: str) -> 
             f"{file} stores tensors as {dtype}: a quantized checkpoint, which is not supported. "
             f"Expected floating point weights ({', '.join(FLOAT_DTYPES)})."
         )
-    if not all(isinstance(size, int) and 0 <= size < 2**31 for size in shape):
+    if not all(type(size) is int and 0 <= size < 2**31 for size in shape):
         raise ValueError(f"impossible shape {shape}")
     start, end = offsets
+    if type(start) is not int or type(end) is not int:
+        raise ValueError(f"impossible offsets {offsets}")
     num_bytes = math.prod(shape) * DTYPES[dtype].itemsize
     if not 0 <= start <= end or end - start != num_bytes:
         raise ValueError(f"shape {shape} of {dtype} does not fill bytes {start} to {end}")

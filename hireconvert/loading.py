@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hireconvert.accounting import head_width, hire_tensors
 from hireconvert.errors import InputError
-from hireconvert.headers import read_file_header, read_headers
+from hireconvert.headers import BUILD_ERRORS, read_file_header, read_headers, read_json
 from hireconvert.runtime import RUNTIME_FILES, modeling_hire
 from hireconvert.runtime.hire_config import check_hire_config
 from hireconvert.version import __version__
@@ -20,6 +21,9 @@ CHECKSUMS = "SHA256SUMS"
 REPORT = "hire_report.json"
 RUNTIME_FOLDER = Path(modeling_hire.__file__).parent
 KNOWN_HASHES = RUNTIME_FOLDER / "known_hashes.json"
+MOST_SAID = 600
+# What Transformers raises when a folder's files ask for a model that cannot be built or filled.
+LOAD_ERRORS = (OSError, ImportError, IndexError, SafetensorError, *BUILD_ERRORS)
 
 
 def runtime_versions() -> dict[tuple[str, str], set[str]]:
@@ -43,7 +47,10 @@ def check_shipped_runtime(folder: Path) -> str:
     known = runtime_versions()
     common: set[str] | None = None
     for path in paths:
-        digest = file_sha256(path)
+        try:
+            digest = file_sha256(path)
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}.") from error
         versions = known.get((path.name, digest))
         if versions is None:
             raise InputError(
@@ -63,14 +70,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises InputError when the folder is not a converted one or the dict is out of range.
     """
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{folder} holds no config.json; name a converted model.") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("hire"), dict):
+    if not path.exists():
+        raise InputError(f"{folder} holds no config.json; name a converted model.")
+    config = read_json(path)
+    if not isinstance(config.get("hire"), dict):
         raise InputError(f"{path} has no `hire` object: this is not a converted model.")
+    for key in ("dtype", "torch_dtype"):
+        if not isinstance(config.get(key), str | dict | None):
+            raise InputError(f"{path}: {key} is {config[key]!r:.99}, expected the name of a type.")
     return config
 
 
@@ -82,9 +89,38 @@ def native_config(folder: Path) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         check_hire_config(config)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder / 'config.json'}: {error}") from error
+        _check_outputs(config)
+    except LOAD_ERRORS as error:
+        raise InputError(f"{folder / 'config.json'}: {brief(error)}") from error
     return config
+
+
+def _check_outputs(config: Any) -> None:
+    """Raise ValueError on settings that load and then fail in every forward, or undo decoding."""
+    text = config.get_text_config()
+    if not config.return_dict:
+        raise ValueError("return_dict is false, expected true")
+    windows = "sliding_attention" in (getattr(text, "layer_types", None) or ())
+    window = getattr(text, "sliding_window", None)
+    if windows and (type(window) is not int or window < 1):
+        raise ValueError(f"sliding_window is {window!r}, expected the size of the layers' windows")
+    for name, value in vars(text).items():
+        if "drop" in name and isinstance(value, int | float) and not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value!r}, expected a share from 0 to 1")
+    ropes = getattr(text, "rope_parameters", None) or {}
+    for rope in (ropes, *ropes.values()):
+        turned = rope.get("partial_rotary_factor") if isinstance(rope, dict) else None
+        if turned is not None and not 0 < turned <= 1:
+            raise ValueError(f"partial_rotary_factor is {turned!r}, expected a share up to 1")
+
+
+def brief(error: Exception) -> str:
+    """What an error says, in one line of at most MOST_SAID characters.
+
+    A stranger's config is quoted in it, and Transformers' own errors take several lines.
+    """
+    said = " ".join(str(error).split())
+    return said if len(said) <= MOST_SAID else f"{said[:MOST_SAID]} ..."
 
 
 def check_tensors(folder: Path, config: Any) -> int:
@@ -97,7 +133,7 @@ def check_tensors(folder: Path, config: Any) -> int:
     try:
         expected = hire_tensors(config.hire, text.hidden_size, head_width(text))
     except ValueError as error:
-        raise InputError(f"{folder / 'config.json'}: {error}") from error
+        raise InputError(f"{folder / 'config.json'}: {brief(error)}") from error
     path = folder / PREDICTORS
     if expected and not path.is_file():
         raise InputError(f"{path} is missing, but config.hire calls for {len(expected)} tensors.")
@@ -142,14 +178,28 @@ def load(
         )
     try:
         model, info = model_class.from_pretrained(
-            folder, config=config, dtype=dtype or "auto", output_loading_info=True
+            folder,
+            config=config,
+            dtype=dtype or "auto",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `require_all_keys` names them
         )
-    except ValueError as error:  # the runtime found that the predictors do not fit
-        raise InputError(f"{folder} cannot be loaded: {error}") from error
+    except LOAD_ERRORS as error:
+        raise InputError(f"{folder} cannot be loaded: {brief(error)}") from error
     require_all_keys(folder, info)
+    _check_special_tokens(folder, model.generation_config)
     if memory is not None:
         model.set_hire_memory(memory)
     return model.eval()
+
+
+def _check_special_tokens(folder: Path, settings: Any) -> None:
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        found = getattr(settings, name, None)
+        ids = found if isinstance(found, list) else [found]
+        if not all(one is None or type(one) is int for one in ids):
+            shown = f"{name} is {found!r:.99}"
+            raise InputError(f"{folder / 'generation_config.json'}: {shown}, expected numbers.")
 
 
 def require_all_keys(folder: Path, loading_info: dict[str, Any]) -> None:

@@ -39,6 +39,10 @@ COUNTER_NAMES = (
 )
 _FLOAT32_UNIT = 2.0**-24
 _HALF_MAX = 65504.0
+# Numbers below this may become zero, in x, in a product or in a sum. As gamma covers as many
+# roundings of 2^-24 as there are such losses, bound * _LOST covers those that the copy multiplies.
+_SMALLEST = 2.0**-126
+_LOST = 2.0**-100
 # Rows whose capped upper bound comes this close to the threshold (relative) are rescored too. It
 # covers rounding to float32 and a tanh that is accurate, but not monotone, to a few units.
 _MARGIN = 16 * 2.0**-23
@@ -259,14 +263,15 @@ class SparseHead(nn.Module):
         """Upper bounds float32 [V] of the reference logits, before soft-capping."""
         prepared, x = self.prepared, x_D.double()
         if prepared.outside_V is None:
-            slack_V = prepared.bound_V * (x.norm() * (1 + 1e-6)).float()
+            slack_V = prepared.bound_V * (x.norm() * (1 + 1e-6) + _LOST).float()
         else:
             inner = prepared.basis_RD.double() @ x
             outer = (x - prepared.basis_RD.double().t() @ inner).norm()
             # The basis is orthonormal only to float32: a share of ||x|| covers the difference.
-            slack_V = prepared.bound_V * (inner.norm() + 1e-5 * x.norm()).float()
+            slack_V = prepared.bound_V * (inner.norm() + 1e-5 * x.norm() + _LOST).float()
             slack_V = slack_V + prepared.outside_V * (outer + 1e-5 * x.norm()).float()
-        return z_V + slack_V * (1 + 1e-6) + 4 * _FLOAT32_UNIT * z_V.abs()
+        lost = (x.shape[0] + 8) * _SMALLEST
+        return z_V + (slack_V * (1 + 1e-6) + 4 * _FLOAT32_UNIT * z_V.abs() + lost)
 
     def _rescore(self, x_D: torch.Tensor, index_C: torch.Tensor) -> torch.Tensor:
         prepared = self.prepared

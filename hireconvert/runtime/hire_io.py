@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -60,6 +61,14 @@ def share_conversions(twin: type, native: type, model_type: str) -> None:
         register_checkpoint_conversion_mapping(twin.__name__, found, overwrite=True)
 
 
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers where their type may lie: a file's header can have any length.
+
+    Kernels read weights where they are, and not every processor takes numbers at odd addresses.
+    """
+    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
+
+
 _UPLOAD_KEYS = (
     "repo_id",
     "private",
@@ -90,6 +99,8 @@ class HireIoMixin(Native):
         """
         result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
+        for parameter in model.parameters():
+            parameter.data = aligned(parameter.data)
         model._hire_load(pretrained_model_name_or_path, kwargs)
         return result
 
@@ -131,13 +142,13 @@ class HireIoMixin(Native):
         for index, layer in base.hire_layers.items():
             prefix = f"layers.{index}."
             own = {
-                k.removeprefix(prefix): tensors.pop(k)
+                k.removeprefix(prefix): aligned(tensors.pop(k))
                 for k in list(tensors)
                 if k.startswith(prefix)
             }
             check_predictor_tensors(own, layer_tensor_shapes(layer), prefix)
             layer.predictor_tensors, layer.prepared = own, None
-        head_tensors = {k: tensors.pop(k) for k in list(tensors) if k.startswith("head.")}
+        head_tensors = {k: aligned(tensors.pop(k)) for k in list(tensors) if k.startswith("head.")}
         if head is not None:
             width = self.get_output_embeddings().weight.shape[1]
             check_predictor_tensors(head_tensors, head_tensor_shapes(head.spec, width), "")

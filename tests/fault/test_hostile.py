@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from hireconvert.errors import InputError
 from hireconvert.loading import load
 from tests.cli import Cli
+from tests.tiny import base_of, hire_model, tiny_model
 from tests.tiny_files import save_tiny
 
 PREDICTORS = Path("hire") / "predictors.safetensors"
@@ -123,6 +124,118 @@ def test_changed_config(folder: Path) -> None:
         except Exception as error:
             raise AssertionError(what[:300]) from error
     assert seen["refused"] > 75 and seen["works"] > 5, seen
+
+
+STANDARD: tuple[tuple[str, Any, str], ...] = (
+    ("pad_token_id", 10**6, "Padding_idx"),
+    ("dtype", 8, "dtype is 8"),
+    ("dtype", float("inf"), "dtype is inf"),
+    ("use_cache", "4", "use_cache"),
+    ("hidden_size", 16.0, "hidden_size"),
+    ("intermediate_size", -64, "negative dimension"),
+    ("num_attention_heads", 12, "not a multiple"),
+    ("num_attention_heads", 8, "mismatched keys"),
+    ("num_key_value_heads", 1, "mismatched keys"),
+    ("vocab_size", 7, "mismatched keys"),
+    ("num_hidden_layers", -2, "num_hidden_layers|ffn.layers"),
+    ("attn_implementation", "flash_attention_2", "cannot be loaded"),
+    ("base_model_tp_plan", 3, "cannot be loaded|config.json"),
+    ("rope_parameters", {"rope_type": 1.0, "rope_theta": 1e4}, "config.json|cannot be loaded"),
+    ("rope_parameters", {"rope_type": "default", "rope_theta": 10**400}, "cannot be loaded"),
+    ("rope_parameters", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 2.0},
+     "partial_rotary_factor is 2.0"),
+    ("return_dict", False, "return_dict is false"),
+    ("attention_dropout", 97, "attention_dropout is 97"),
+    ("model_type", "x" * 5000, "model type"),
+    ("hire", {"format_version": "x" * 5000}, "format_version"),
+)  # fmt: skip
+
+
+def test_changed_standard_fields(folder: Path) -> None:
+    """What Transformers raises, and when, is many things; here it is one message."""
+    path = folder / "config.json"
+    original = json.loads(path.read_text())
+    for key, value, said in STANDARD:
+        path.write_text(json.dumps({**original, key: value}))
+        with pytest.raises(InputError, match=said) as caught:
+            load(folder)
+        assert len(str(caught.value)) < 1000
+        assert caught.value.exit_code == 4
+
+
+def test_special_tokens_that_are_no_numbers(folder: Path) -> None:
+    path = folder / "generation_config.json"
+    original = json.loads(path.read_text())
+    for name, value in (("eos_token_id", "8"), ("eos_token_id", [1, "8"]), ("bos_token_id", 0.5)):
+        path.write_text(json.dumps({**original, name: value}))
+        with pytest.raises(InputError, match=name):
+            load(folder)
+
+
+def test_windows_without_a_size(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    model = hire_model(tiny_model("qwen3"), ffn={})
+    model.config.layer_types = ["sliding_attention"] * 2
+    model.save_pretrained(folder)
+    with pytest.raises(InputError, match="sliding_window is None"):
+        load(folder)
+
+
+# --------------------------------------------------------------------------- the dense weights
+
+WEIGHTS = "model.safetensors"
+
+
+def reheaded(content: bytes, change: Callable[[dict[str, Any]], Any], fill: int = 0) -> bytes:
+    """The file with another header, `fill` spaces behind it."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode() + b" " * fill
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
+
+
+def test_headers_that_only_transformers_would_refuse(folder: Path) -> None:
+    original = (folder / WEIGHTS).read_bytes()
+    first, second = [name for name in json.loads(original[8:].split(b"}}")[0] + b"}}")][1:3]
+
+    def floats(header: dict[str, Any]) -> None:
+        header[first]["data_offsets"] = [float(at) for at in header[first]["data_offsets"]]
+
+    def shared(header: dict[str, Any]) -> None:
+        header["more"] = header[second]
+
+    def dropped(header: dict[str, Any]) -> None:
+        header.pop(second)
+
+    def truths(header: dict[str, Any]) -> None:
+        header[first]["shape"] = [True, *header[first]["shape"]]
+
+    for change in (floats, shared, dropped, truths):
+        (folder / WEIGHTS).write_bytes(reheaded(original, change))
+        assert outcome(folder) == "refused", change.__name__
+    for name in (WEIGHTS, "hire_config.py"):
+        (folder / name).unlink()
+        (folder / name).mkdir()
+        assert outcome(folder) == "refused"
+
+
+def test_weights_at_odd_addresses_are_moved(folder: Path) -> None:
+    """A header of any length is allowed, but kernels read weights where they lie."""
+    ids = torch.tensor([[3, 4, 5]])
+    expected = load(folder).generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    for name in (WEIGHTS, str(PREDICTORS)):
+        content = (folder / name).read_bytes()
+        lengths = [reheaded(content, lambda header: None, fill) for fill in (0, 1)]
+        (odd,) = [made for made in lengths if made[0] % 2]  # the lowest byte of the length
+        (folder / name).write_bytes(odd)
+    model: Any = load(folder)
+    assert all(p.data_ptr() % p.element_size() == 0 for p in model.parameters())
+    for layer in base_of(model).hire_layers.values():
+        assert all(t.data_ptr() % t.element_size() == 0 for t in layer.predictor_tensors.values())
+    assert torch.equal(
+        model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0), expected
+    )
 
 
 # --------------------------------------------------------------------------- the predictor file

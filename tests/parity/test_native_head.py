@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from hireconvert.runtime import hire_head_native
 from hireconvert.runtime.hire_head import SparseHead, exact_rows, soft_cap
 from hireconvert.runtime.hire_predict import head_copy_bytes
+from tests import fuzz_certificate
 from tests.native import LEVELS
 from tests.native_head import (
     CASES,
@@ -169,6 +170,24 @@ def test_bounds_hold_in_the_worst_direction(bits):
         call = head.run(x_ND, 3, certify=True, cap=None, mask=True)
         expected_NV = expected_NV.float()
         assert torch.equal(ranked(call.logits_NV, 3, None), ranked(expected_NV, 3, None))
+
+
+def test_heads_and_states_of_every_kind_the_fuzzer_draws():
+    """Some of what `tools/fuzz.py --certificate` does, and that it would notice."""
+    check, dice = fuzz_certificate.Check(), torch.Generator().manual_seed(3)
+    for _ in range(6):
+        head = fuzz_certificate.draw_head(dice)
+        for kind in fuzz_certificate.STATES:
+            x_ND = fuzz_certificate.states_of(head, kind, 24, dice)
+            fuzz_certificate.ask(check, head, kind, x_ND, fuzz_certificate.exact(head, x_ND))
+    assert not check.wrong, check.shown
+    assert len(check.states) == 2 * len(fuzz_certificate.STATES) and 0 < check.worst_share < 1
+    head = fuzz_certificate.make_head(CASES["plain"], *weight_of(CASES["plain"]), 5)
+    head.native.tensors["scales"][:, 2] *= 0.02
+    head.sparse.prepared.bound_V *= 0.02
+    x_ND = fuzz_certificate.states_of(head, "near ties", 200, dice)
+    fuzz_certificate.ask(check, head, "spoilt", x_ND, fuzz_certificate.exact(head, x_ND))
+    assert set(check.wrong) == {"native, spoilt", "PyTorch, spoilt"}
 
 
 def test_rows_that_are_not_finite_are_left_to_the_caller():

@@ -1,6 +1,7 @@
 """The C files: no warnings, no undefined behaviour, and an installation that does without them."""
 
 import importlib.machinery
+import json
 import os
 import re
 import shutil
@@ -77,16 +78,21 @@ def sanitized(tmp_path_factory) -> Path:
     return folder
 
 
+def of_the_compiler(name: str) -> str:
+    """Where a library of the compiler's lies."""
+    found = subprocess.run(
+        [COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    )
+    return str(Path(found.stdout.strip()).resolve())
+
+
 @pytest.mark.parametrize("fuzz", ["native_fuzz", "native_head"])
 @pytest.mark.parametrize("level", LEVELS)
 def test_nothing_is_read_or_written_out_of_bounds(level, fuzz, sanitized):
     """Some hundred mutations of what layers and heads are packed from, under the sanitizers."""
-    found = subprocess.run(
-        [COMPILER, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    )
     done = run_python(
         ["-P", "-m", f"tests.{fuzz}", "150" if level == LEVELS[-1] else "40"],
-        LD_PRELOAD=str(Path(found.stdout.strip()).resolve()),
+        LD_PRELOAD=of_the_compiler("libasan.so"),
         ASAN_OPTIONS="detect_leaks=0",
         HIRE_NATIVE=level,
         PYTHONPATH=str(sanitized),
@@ -95,6 +101,36 @@ def test_nothing_is_read_or_written_out_of_bounds(level, fuzz, sanitized):
     assert done.returncode == 0, done.stderr[-4000:]
     refused, ran = map(int, done.stdout.split())
     assert refused > 10 and ran > 2
+
+
+def test_mutated_checkpoints_are_refused_or_decode(sanitized, tmp_path):
+    """The first of the mutants of tools/fuzz.py."""
+    libraries = [of_the_compiler(name) for name in ("libasan.so", "libstdc++.so")]
+    done = run_python(
+        ["-P", "-m", "tests.fuzz_checkpoints", "--count", "150", "--out", str(tmp_path)],
+        LD_PRELOAD=" ".join(libraries),
+        ASAN_OPTIONS="detect_leaks=0:max_allocation_size_mb=1000:allocator_may_return_null=1",
+        PYTHONPATH=str(sanitized),
+        OMP_NUM_THREADS="1",
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    summary = json.loads(done.stdout)
+    assert summary["ran"] == summary["refused"] + summary["decodes"] == 150
+    assert summary["refused"] > 50 and summary["decodes"] > 30
+
+
+def test_a_finding_can_be_run_again(tmp_path):
+    """A mutant that is fine, told as a finding: the tool makes it anew and says what came of it."""
+    change = {"op": "json", "file": "config.json", "path": ["hire", "head"], "action": "set"}
+    finding = {"case": 0, "level": "portable", "generate": True}
+    path = tmp_path / "finding.json"
+    for changes, kind in (([], "decodes"), ([{**change, "value": 3}], "refused")):
+        path.write_text(json.dumps({**finding, "changes": changes}))
+        done = run_python(
+            ["-P", "-m", "tests.fuzz_checkpoints", "--replay", str(path)], PYTHONPATH=str(ROOT)
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert json.loads(done.stdout)["kind"] == kind
 
 
 def test_the_package_lives_without_a_library(tmp_path):

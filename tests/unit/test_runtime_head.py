@@ -143,6 +143,21 @@ def test_bounds_hold_for_every_row_of_the_copy(head_kind):
 
 
 @pytest.mark.parametrize("head_kind", HEADS)
+def test_bounds_hold_where_numbers_become_too_small(head_kind):
+    """In x, in products or in sums: relative roundings do not cover what is lost there."""
+    weight = draw("plain", torch.Generator().manual_seed(2))
+    for exponents in ((-148.0, -120.0), (-60.0, -30.0)):
+        head, linear = sparse_head(weight, **HEADS[head_kind])
+        size_N1 = torch.exp2(torch.linspace(*exponents, 300))[:, None]
+        x_ND = torch.randn(300, WIDE, generator=torch.Generator().manual_seed(6)) * size_N1
+        estimate_NV = head._estimate(x_ND)
+        for x_D, z_V in zip(x_ND, estimate_NV, strict=True):
+            exact_V = linear.weight.detach().double() @ x_D.double()
+            assert (head._upper(x_D, z_V).double() >= exact_V).all()
+        weight = weight * 2.0**-90
+
+
+@pytest.mark.parametrize("head_kind", HEADS)
 def test_products_rounded_to_bfloat16_are_not_used(head_kind, monkeypatch):
     head, _ = sparse_head(draw("plain", torch.Generator().manual_seed(3)), **HEADS[head_kind])
     x = torch.randn(4, WIDE, generator=torch.Generator().manual_seed(4))
