@@ -5,6 +5,8 @@ Shape suffixes: V vocabulary, D width.
 
 import copy
 import functools
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from tests.native import LEVELS, _native
 from tests.tiny import base_of, hire_model, tiny_model, tokens
 
 pytestmark = pytest.mark.skipif(_native is None, reason="this machine has no compiler")
+ROOT = Path(__file__).resolve().parents[2]
 FFN = {"keep_fraction": 0.4, "keep": "candidates", "unselected": {}}
 HEAD = {"certified": True, "certify_top": 4}
 HEADS = {"none": None, "certified": HEAD, "estimated": {**HEAD, "certified": False}}
@@ -351,6 +354,15 @@ def test_the_largest_is_where_argmax_finds_it():
     for wrong in (torch.zeros(0), torch.zeros(2, 2), torch.zeros(3).double()):
         with pytest.raises(ValueError, match="the numbers are"):
             largest(wrong)
+
+
+def test_the_library_and_the_python_side_mean_the_same_fields():
+    from hireconvert._native_token import _FIELDS
+
+    header = (ROOT / "hireconvert" / "native" / "token.h").read_text()
+    fields = re.search(r"typedef struct \{(.*?)\} hire_token;", header, re.DOTALL)[1]
+    fields = re.sub(r"/\*.*?\*/", "", fields, flags=re.DOTALL)
+    assert re.findall(r"(\w+);", fields) == [name for name, _ in _FIELDS]
 
 
 def test_a_token_outside_the_embedding_or_without_a_position_is_refused(monkeypatch):
