@@ -17,7 +17,9 @@ from hireconvert._native import ABI, LEVELS, LIBRARY, VARIABLE, level, scratch
 from hireconvert._packing import LANES, TYPES, together
 from hireconvert.runtime.hire_predict import head_copy_bytes, num_loud
 
-__all__ = ["ABI", "MOST_WIDTH", "TYPES", "VARIABLE", "HeadCall", "HeadLayer", "level"]
+__all__ = [
+    "ABI", "MOST_WIDTH", "TYPES", "VARIABLE", "HeadCall", "HeadLayer", "RowCall", "level",
+]  # fmt: skip
 MOST_WIDTH = 16384
 _VNNI = len(LEVELS)  # one more than the highest of LEVELS
 _MOST_ROWS = 2**31 - 64
@@ -149,6 +151,11 @@ class HeadLayer:
         self.handle = next(_HANDLES)
         _HEADS[self.handle] = self
 
+    @property
+    def address(self) -> int:
+        """Where the library finds it, as long as the layer lives."""
+        return self._address
+
     def __deepcopy__(self, memo: Any) -> None:
         """None: a copy of the model has its own weight, and packs it."""
 
@@ -192,6 +199,58 @@ class HeadLayer:
         )
         rescored, refined, _ = counts.tolist()
         return HeadCall(logits_NV, rescored_NV, finite_N if bad else None, rescored, refined)
+
+
+class RowCall:
+    """A head that is called for one row again and again, with the same settings.
+
+    `count`, `certify` and `cap` as `HeadLayer.run` takes them; `counts` int64 [7] is what the
+    library adds to (COUNTER_NAMES of `runtime/hire_head.py`). Raises ValueError.
+    """
+
+    def __init__(
+        self,
+        layer: HeadLayer,
+        counts: torch.Tensor,
+        *,
+        count: int,
+        certify: bool,
+        cap: float | None,
+    ) -> None:
+        rows = layer.shape_VD[0]
+        if (
+            counts.dtype != torch.int64
+            or counts.device.type != "cpu"
+            or counts.dim() != 1
+            or count < 1
+        ):
+            raise ValueError(
+                f"native: counts are {counts.dtype} {list(counts.shape)}; {count} rows"
+            )
+        self.layer, self.counts, self._count = layer, counts, min(count, rows)
+        self._logits_1V = torch.empty(1, rows)
+        self._finite, self._read = torch.empty(1, dtype=torch.bool), torch.zeros(3).long()
+        self._call = _Call(
+            y=self._logits_1V.data_ptr(), finite=self._finite.data_ptr(),
+            counts=self._read.data_ptr(), num_rows=1, certify=certify, count=self._count,
+            cap=cap or 0.0,
+        )  # fmt: skip
+
+    def describe(self, struct: Any, x_D: torch.Tensor) -> None:
+        """Tell a hire_token (`_native_token.py`) of the head of `x_D`, as long as both live."""
+        self._call.x = x_D.data_ptr()
+        address = self.layer.address
+        size = LIBRARY.hire_head_scratch_bytes(address, self._count)
+        self._memory = scratch(size)
+        struct.head, struct.call = address, ctypes.addressof(self._call)
+        struct.head_scratch, struct.head_counts = self._memory.data_ptr(), self.counts.data_ptr()
+        struct.head_level = self.layer.level_number
+
+    def taken(self) -> torch.Tensor:
+        """The logits float32 [1, V] of the last call; the next one writes to other memory."""
+        logits_1V, self._logits_1V = self._logits_1V, torch.empty_like(self._logits_1V)
+        self._call.y = self._logits_1V.data_ptr()
+        return logits_1V
 
 
 def _check(weight_VD: torch.Tensor, bias_V: torch.Tensor | None, bits: int) -> None:

@@ -309,19 +309,29 @@ class Step:
             for angle in angles[2 * rope : 2 * rope + 2]:
                 if angle.shape != (num_rows, rotary) or angle.dtype != torch.float32:
                     raise ValueError(f"native: angles are {angle.dtype} {list(angle.shape)}")
+        room, memory, threads = self.room(most)
+        pointers = (ctypes.c_void_p * len(angles))(*[angle.data_ptr() for angle in angles])
+        bad: int = LIBRARY.hire_step(
+            self._address, len(self.blocks), past_B5.data_ptr(), ctypes.addressof(pointers),
+            x_QD.data_ptr(), num_rows, memory.data_ptr(), room, *self._last, threads, self._level,
+        )  # fmt: skip
+        return bad
+
+    def room(self, most: int) -> tuple[int, torch.Tensor, int]:
+        """(positions, at least `most`; scratch memory for so many; for how many threads)."""
         threads = torch.get_num_threads()
         room = max(256, 1 << (most - 1).bit_length())
         size = self._sizes.get((room, threads))
         if size is None:
             size = LIBRARY.hire_step_scratch(self._address, len(self.blocks), room, threads)
             self._sizes[room, threads] = size
-        pointers = (ctypes.c_void_p * len(angles))(*[angle.data_ptr() for angle in angles])
-        bad: int = LIBRARY.hire_step(
-            self._address, len(self.blocks), past_B5.data_ptr(), ctypes.addressof(pointers),
-            x_QD.data_ptr(), num_rows, scratch(size).data_ptr(), room, *self._last, threads,
-            self._level,
-        )  # fmt: skip
-        return bad
+        return room, scratch(size), threads
+
+    def describe(self, struct: Any) -> None:
+        """Tell a hire_token (`_native_token.py`) of the layers, as long as this lives."""
+        struct.blocks, struct.num_blocks = self._address, len(self.blocks)
+        struct.last_norm, struct.eps = self._last
+        struct.level = self._level
 
 
 def matvec(matrix: Matrix, x_QI: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ int64_t hire_step_scratch(const hire_block *blocks, int64_t num_blocks, int64_t 
     return cut_job(blocks, num_blocks, most, num_threads, NULL, &job) + 64;
 }
 
-static const hire_step_kernels *step_kernels_of(int level)
+const hire_step_kernels *hire_step_kernels_of(int level)
 {
 #ifdef HIRE_X86
     if (level == HIRE_AVX512) return &hire_step_avx512;
@@ -295,7 +295,7 @@ int64_t hire_step(const hire_block *blocks, int64_t num_blocks, const hire_past 
     level = hire_level_at_most(level);
     cut_job(blocks, num_blocks, most, num_threads, aligned(scratch), &job);
     job.kernels = hire_kernels_of(level);
-    job.step = step_kernels_of(level);
+    job.step = hire_step_kernels_of(level);
     job.num_rows = num_rows;
     job.num_threads = num_threads;
     OMP(omp parallel num_threads(num_threads) if (num_threads > 1))
@@ -328,7 +328,7 @@ void hire_matvec(const hire_matrix *matrix, const float *x, float *y, int64_t nu
     const int64_t stride = padded(matrix->inputs);
     float *rows = (float *)aligned(scratch);
     hire_job job = {.num_rows = num_rows};
-    job.step = step_kernels_of(hire_level_at_most(level));
+    job.step = hire_step_kernels_of(hire_level_at_most(level));
     for (int64_t i = 0; i < num_rows; i++) {
         memcpy(rows + i * stride, x + i * matrix->inputs,
                (size_t)matrix->inputs * sizeof(float));

@@ -90,6 +90,9 @@ extern const hire_step_kernels hire_step_avx2;
 extern const hire_step_kernels hire_step_avx512;
 #endif
 
+/* For token.c. */
+const hire_step_kernels *hire_step_kernels_of(int level);
+
 /* Bytes of scratch memory for up to HIRE_STEP_ROWS rows over `most` positions. */
 HIRE_API int64_t hire_step_scratch(const hire_block *blocks, int64_t num_blocks, int64_t most,
                                    int32_t num_threads);

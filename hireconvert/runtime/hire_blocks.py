@@ -175,7 +175,7 @@ class Ropes:
             kinds = set(kinds.values())
         else:
             kinds = {kinds}
-        self._fixed = kinds <= _FIXED_ROPES
+        self.fixed = kinds <= _FIXED_ROPES
         self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.rotary = [cosine.shape[1] for cosine, _ in self._at(torch.arange(1))]
 
@@ -192,13 +192,13 @@ class Ropes:
 
     def tables(self, start: int, num: int) -> list[torch.Tensor]:
         """Cos and sin [num, rotary] of each rope in turn, of positions from `start` on."""
-        if not self._fixed:
+        if not self.fixed:
             pairs = self._at(torch.arange(start, start + num))
         else:
             if not self._pairs or start + num > self._pairs[0][0].shape[0]:
                 self._pairs = self._at(torch.arange(max(_TABLE, 2 * (start + num))))
             pairs = self._pairs
-        skipped = 0 if not self._fixed else start
+        skipped = 0 if not self.fixed else start
         return [table[skipped : skipped + num] for pair in pairs for table in pair]
 
 

@@ -8,6 +8,7 @@ else may hold is never written to: a layer whose tensors are not the very views 
 Shape suffixes: J key/value heads, E head size, P positions, B decoder layers.
 """
 
+import operator
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -106,6 +107,19 @@ class Held:
             and all(map(_same, layers, self._keys, self._values))
             and all(group.has_room() for group in self._groups)
         )
+
+    def room(self) -> int:
+        """How many steps of one position fit behind what is there."""
+        ends = [group.first + group.length for group in self._groups]
+        rooms = [group.buffer.shape[3] - MOST_NEW + 1 for group in self._groups]
+        return min(map(operator.sub, rooms, ends))
+
+    def kept(self, cache: Any) -> list[int]:
+        """How many positions each layer keeps; 0: all."""
+        return [
+            layer.sliding_window - 1 if layer.is_sliding and not layer.record_past else 0
+            for layer in cache.layers
+        ]
 
     def longest(self) -> int:
         """Positions of the longest layer."""

@@ -360,14 +360,23 @@ class SparseHead(nn.Module):
         """
         if not torch.compiler.is_compiling() and self.prepared is None:
             self.prepare(head)
-        num = min(top or self.spec["certify_top"], self.spec["certify_top"])
-        num = num if certify else self.spec["num_candidates"]
+        num = self._number(certify, top)
         self.unselected = None
         if hire_head_native.serves(self.prepared.native, x_ND):
             return hire_head_native.run(self, head, x_ND, certify, num)
         if self.prepared.bound_V is None:
             self._prepare_copy()
         return self._rows(x_ND, head, certify, num)
+
+    def _number(self, certify: bool, top: int | None) -> int:
+        most = self.spec["certify_top"]
+        return min(top or most, most) if certify else self.spec["num_candidates"]
+
+    def row(self, certify: bool, top: int | None) -> Any:
+        """`forward` for one row as a call of the library, or None where PyTorch has a part."""
+        if self.prepared is None or self.spec["unselected"] == "-inf":
+            return None
+        return hire_head_native.row(self, certify, self._number(certify, top))
 
     def _rows(self, x_ND: torch.Tensor, head: Any, certify: bool, num: int) -> torch.Tensor:
         row = self.certified_row if certify else self.estimated_row

@@ -106,6 +106,14 @@ def run(sparse: Any, head: Any, x_ND: torch.Tensor, certify: bool, count: int) -
     return logits_NV
 
 
+def row(sparse: Any, certify: bool, count: int) -> Any:
+    """What `run` does with one row, for `hireconvert._native_token`; None without a packed head."""
+    packed = sparse.prepared.native
+    if packed is None:
+        return None
+    return native.RowCall(packed, sparse.counts, count=count, certify=certify, cap=sparse.cap)
+
+
 def path(spec: Mapping[str, Any], head: Any) -> str:
     """One phrase for the log: what runs the head, and why if it is not the kernels."""
     reason = obstacle(spec, head)

@@ -93,6 +93,15 @@ class HirePassMixin(Native):
 class HireHeadMixin(Native):
     """Placed in front of the output embedding's class."""
 
+    def hire_row(self) -> Any:
+        """One row of a decode step as the library computes it, by itself; None where it cannot."""
+        state = self.hire_state
+        due = state.scope == "decode" and state.sparse_head and state.max_sparse_rows > 0
+        if not due or state.head_mode == "dense":
+            return None
+        certify = self.hire.spec["certified"] and state.head_mode != "estimate"
+        return self.hire.row(certify, state.head_top)
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         state = self.hire_state
         self.hire.unselected = None

@@ -28,6 +28,8 @@ from .hire_cache import MOST_NEW, Caches, served
 from .hire_codes import coded_names, with_codes
 from .hire_ffn import content_stamp, weight_stamp
 from .hire_native import native as library
+from .hire_token import Tokens, altered, embedding_of, serves
+from .hire_token import native as native_tokens
 
 _QUIET = "transformers.utils.output_capturing"  # its hooks do nothing unless asked for outputs
 _GLOBAL_HOOKS = (
@@ -244,6 +246,39 @@ class NativeStep:
             return None
         logits = head(hidden[:, -keep:])
         return CausalLMOutputWithPast(logits=logits, past_key_values=call["past_key_values"])
+
+    def open(self, base: Any, head: Any, cache: Any) -> Any:
+        """The tokens that follow in one call each, where `learn` saw that no more is needed.
+
+        None where something has to see or do what lies between, as in `hidden` and `token`.
+        """
+        plan, call = self._plan, {"past_key_values": cache, "input_ids": cache}
+        if not self._head_alone or plan is None or base.training or not served(cache):
+            return None
+        if not _plain(base.config, call) or plan.hooked() or not plan.ropes.fixed:
+            return None
+        parts = (base, base.embed_tokens, head)
+        if any(map(altered, parts)) or not serves(head):
+            return None
+        embedding = embedding_of(base.embed_tokens)
+        held = self._caches.claim(cache, plan.step, plan.windows)
+        if embedding is None or held is None:
+            return None
+        num = held.room()
+        token = native_tokens.Token(
+            plan.step,
+            held.past_B5,
+            held.kept(cache),
+            angles=plan.ropes.tables(cache.get_seq_length(), num),
+            embedding=embedding,
+            head=head.hire_row() if hasattr(head, "hire") else None,
+            most=held.longest() + num,
+        )
+
+        def listened() -> bool:
+            return plan.hooked() or any(map(altered, parts))
+
+        return Tokens(token, head, cache=cache, held=held, listened=listened)
 
     def learn(self, head: Any, output: Any) -> None:
         """Note whether the language model's output of a step is the head's logits and no more."""

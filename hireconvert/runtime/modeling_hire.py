@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import GenerationMixin
 
 from .hire_config import check_hire_config
 from .hire_ffn import COUNTER_NAMES as FFN_COUNTER_NAMES
@@ -35,6 +36,7 @@ from .hire_install import (
 )
 from .hire_io import HireIoMixin, share_conversions
 from .hire_memory import MODES, release
+from .hire_sample import sample
 from .hire_step import NativeStep
 
 SCOPES = ("decode", "all", "off")
@@ -161,8 +163,12 @@ class HireCausalMixin(Native):
         """The state shared with every layer; it belongs to the base model."""
         return getattr(self, self.base_model_prefix).hire_state
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, *args: Any, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """Native inputs; notes whether the cache holds tokens, which a graph cannot ask."""
+        if inputs_embeds is not None:  # generate() looks for a parameter of this name
+            kwargs["inputs_embeds"] = inputs_embeds
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         cache = inputs.get("past_key_values")
         decoding = cache is not None and int(cache.get_seq_length()) > 0
@@ -196,6 +202,12 @@ class HireCausalMixin(Native):
             return super().generate(*args, **kwargs)
         finally:
             state.generating, state.head_mode, state.head_top = before
+
+    @functools.wraps(GenerationMixin._sample)
+    def _sample(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            return super()._sample(input_ids, *args, **kwargs)
+        return sample(self, super()._sample, input_ids, **kwargs)
 
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> Any:
         """Native resolution of the settings, which then choose the head's mode."""

@@ -60,6 +60,20 @@ class Spy:
             return output
 
         step.hidden = counted
+        opened = step.open
+
+        def watched(*args: Any) -> Any:
+            tokens = opened(*args)
+            if tokens is not None:
+                tokens.next = functools.partial(self._token, tokens.next)
+            return tokens
+
+        step.open = watched
+
+    def _token(self, token: Any, *args: Any, **kwargs: Any) -> Any:
+        output = token(*args, **kwargs)
+        self.steps += output is not None
+        return output
 
 
 @torch.no_grad()

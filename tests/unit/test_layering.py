@@ -14,6 +14,7 @@ LIBRARY = {
     "runtime.hire_native": '"hireconvert._native"',
     "runtime.hire_blocks": '"hireconvert._native_step"',
     "runtime.hire_head_native": '"hireconvert._native_head"',
+    "runtime.hire_token": '"hireconvert._native_token"',
 }
 
 

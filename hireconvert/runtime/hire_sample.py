@@ -1,0 +1,263 @@
+"""generate()'s loop over tokens for one sequence, with nothing around a token that is not needed.
+
+transformers' own loop (`GenerationMixin._sample`) spends a tenth of a small model's token on what
+one sequence in plain greedy search or sampling does not need. The loop here is that method's, the
+prompt and the first token go through the same methods of the model, and what it replaces is known
+by its text: another version's loop, or a call that asks for more, runs as it is. Shape suffixes:
+P positions, V vocabulary.
+"""
+
+import functools
+import hashlib
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from .hire_token import altered
+
+# SHA-256 of the source of `GenerationMixin._sample`: transformers 5.20 to 5.23.
+_KNOWN = {"9f5d2e3906df657912a0025b73b4f03ccc9b33f2c2c7ea5ded251c4fc998a277"}
+_OURS = {
+    "_sample", "_prefill", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation",
+}  # fmt: skip
+_CALLED = {*_OURS, "forward"}
+_OWN = "transformers.generation."  # criteria and processors that touch what they are given alone
+
+
+@functools.cache
+def known() -> bool:
+    """Whether transformers' loop is the one that is repeated here."""
+    try:
+        text = inspect.getsource(GenerationMixin._sample)
+    except (OSError, TypeError):  # no source to be had
+        return False
+    return hashlib.sha256(text.encode()).hexdigest() in _KNOWN
+
+
+@dataclass
+class Job:
+    """The arguments of `_sample`, `more` those of the model."""
+
+    input_ids: torch.Tensor
+    processors: Any
+    criteria: Any
+    config: Any
+    streamer: Any
+    more: dict[str, Any] = field(default_factory=dict)
+
+    def watched(self) -> bool:
+        """Whether code that may reach for the model runs between tokens."""
+        parts = [*self.processors, *self.criteria]
+        return self.streamer is not None or not all(
+            type(part).__module__.startswith(_OWN) for part in parts
+        )
+
+
+def serves(model: Any, job: Job) -> bool:
+    """Whether `Loop` gives what transformers' loop gives."""
+    kind, state, config = type(model), model.hire_state, job.config
+    # A class derived from the twin, or an instance, may have methods of its own.
+    if not known() or "hire_native" not in vars(kind) or not _CALLED.isdisjoint(vars(model)):
+        return False
+    if any(getattr(kind.hire_native, name) is not getattr(GenerationMixin, name) for name in _OURS):
+        return False
+    asked = (
+        config.is_assistant, config.output_attentions, config.output_hidden_states,
+        config.compile_config is not None, model.config.is_encoder_decoder, model.training,
+    )  # fmt: skip
+    if any(asked) or state.scope != "decode" or not state.native_step or not state.generating:
+        return False
+    ids, lists = job.input_ids, (type(job.processors), type(job.criteria))
+    if ids.shape[0] != 1 or ids.device.type != "cpu" or model.device.type != "cpu":
+        return False
+    ends = any(hasattr(criterion, "eos_token_id") for criterion in job.criteria)
+    if lists != (LogitsProcessorList, StoppingCriteriaList) or not job.more.get("use_cache"):
+        return False
+    return not ends or config._pad_token_tensor is not None
+
+
+class Loop:
+    """One sequence from its prompt to its end."""
+
+    def __init__(self, model: Any, job: Job) -> None:
+        config = job.config
+        self._model, self._job, self._more = model, job, job.more
+        self._base: Any = getattr(model, model.base_model_prefix)
+        self._head = model.get_output_embeddings()
+        self._ids_1P, self._new = job.input_ids, list[int]()  # the sequence, and its latest tokens
+        self._short: Any = None  # hire_token.Tokens while they serve
+        self._behind = 0  # tokens that the arguments of the model do not know of
+        named = config.return_dict_in_generate
+        self._scores: Any = () if named and config.output_scores else None
+        self._logits: Any = () if named and config.output_logits else None
+        self._watched = job.watched()
+        # Whether anybody looks at logits, and at the sequence before its end.
+        self._reads_logits = bool(
+            len(job.processors) or config.do_sample or self._scores == () or self._logits == ()
+        )
+        self._limit = _plain_limit(job.criteria)
+
+    def run(self) -> Any:
+        """What `_sample` returns."""
+        model, job = self._model, self._job
+        outputs = model._prefill(job.input_ids, job.config, self._more, is_first_iteration=True)
+        logits_1V = self._take(outputs)
+        del outputs  # the logits of a whole prompt
+        with model._optimize_model_for_decode():
+            try:
+                token = self._choose(logits_1V, None)
+                while not self._ends(token):
+                    token = self._next(token)
+            finally:
+                self._close()
+        if job.streamer is not None:
+            job.streamer.end()
+        return self._result()
+
+    # ----------------------------------------------------------------- a token
+
+    def _next(self, token: int) -> int:
+        """The token behind `token`, the last of the sequence."""
+        short = self._opened()
+        found = short.next(token, logits=self._reads_logits) if short else None
+        if found is None:
+            return self._choose(self._step(), None)
+        self._behind += 1
+        return self._choose(found[1], found[0])
+
+    def _opened(self) -> Any:
+        """Tokens in one call each, where nothing stands in the way."""
+        short = self._short
+        if short is not None and short.left > 0 and not (self._watched and self._changed(short)):
+            return short
+        self._close()
+        if not self._base.hire_steps() or altered(self._model):
+            return None
+        cache = self._more.get("past_key_values")
+        if self._watched and getattr(cache, "_is_user_defined", False):
+            return None  # that code may look into the cache
+        self._short = self._base.hire_step.open(self._base, self._head, cache)
+        return self._short
+
+    def _changed(self, short: Any) -> bool:
+        """Whether code between tokens did something that a step must know of."""
+        return short.listened() or altered(self._model) or not self._base.hire_steps()
+
+    def _close(self) -> None:
+        if self._short is not None:
+            self._short.close()
+            self._short = None
+
+    def _step(self) -> torch.Tensor:
+        """Logits [1, V] by transformers' own way."""
+        self._close()
+        model, more = self._model, self._more
+        if self._behind:
+            more = model._update_model_kwargs_for_generation({}, more, num_new_tokens=self._behind)
+            self._behind = 0
+        inputs = model.prepare_inputs_for_generation(self._ids(), next_sequence_length=1, **more)
+        self._more = more
+        return self._take(model(**inputs, return_dict=True))
+
+    def _take(self, outputs: Any) -> torch.Tensor:
+        self._more = self._model._update_model_kwargs_for_generation(
+            outputs, self._more, is_encoder_decoder=False
+        )
+        found_1V: torch.Tensor = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
+        return found_1V
+
+    def _choose(self, logits_1V: torch.Tensor | None, best: int | None) -> int:
+        """The next token; `best` is the largest of the logits where that is known."""
+        job = self._job
+        if not self._reads_logits and best is not None:
+            return best
+        assert logits_1V is not None
+        scores_1V = logits_1V
+        if len(job.processors):
+            scores_1V, best = job.processors(self._ids(), logits_1V), None
+        if self._scores is not None:
+            self._scores += (scores_1V,)
+        if self._logits is not None:
+            self._logits += (logits_1V,)
+        if job.config.do_sample:
+            return int(torch.multinomial(torch.softmax(scores_1V, dim=-1), num_samples=1))
+        return int(torch.argmax(scores_1V, dim=-1)) if best is None else best
+
+    # ----------------------------------------------------------------- the sequence
+
+    def _ids(self) -> torch.Tensor:
+        """The sequence so far [1, P], a new tensor whenever it has grown."""
+        if self._new:
+            new_1P = torch.tensor([self._new])
+            self._ids_1P, self._new = torch.cat([self._ids_1P, new_1P], dim=-1), []
+        return self._ids_1P
+
+    def _ends(self, token: int) -> bool:
+        """Add a token to the sequence, and hand it to the streamer; whether it is the last."""
+        self._new.append(token)
+        length, limit = self._ids_1P.shape[1] + len(self._new), self._limit
+        if limit is None or length > limit.quiet:
+            ends = bool(self._job.criteria(self._ids(), self._scores).all())
+        else:
+            ends = length >= limit.length or token in limit.tokens
+        if self._job.streamer is not None:
+            self._job.streamer.put(torch.tensor([token]))
+        return ends
+
+    def _result(self) -> Any:
+        ids: Any = self._ids()
+        if not self._job.config.return_dict_in_generate:
+            return ids
+        return GenerateDecoderOnlyOutput(
+            sequences=ids,
+            scores=self._scores,
+            logits=self._logits,
+            past_key_values=self._more.get("past_key_values"),
+        )
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """Where a sequence ends: at a length or behind one of some tokens. Behind `quiet` the
+    criteria themselves have something to say."""
+
+    length: float
+    quiet: float
+    tokens: frozenset[int]
+
+
+def _plain_limit(criteria: Any) -> _Limit | None:
+    """What criteria say where they are transformers' two plain ones; None: they must be asked."""
+    length, quiet, tokens = float("inf"), float("inf"), set[int]()
+    for criterion in criteria:
+        if type(criterion) is MaxLengthCriteria:
+            length = min(length, criterion.max_length)
+            if criterion.max_position_embeddings is not None:
+                quiet = min(quiet, criterion.max_position_embeddings)
+        elif type(criterion) is EosTokenCriteria:
+            tokens.update(criterion.eos_token_id.flatten().tolist())
+        else:
+            return None
+    return _Limit(length, quiet, frozenset(tokens))
+
+
+def sample(model: Any, native_loop: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+    """What `native_loop`, the model's own `_sample`, returns of these arguments."""
+    more = dict(kwargs)
+    synced_gpus = bool(more.pop("synced_gpus", False))
+    job = Job(
+        input_ids,
+        processors=more.pop("logits_processor"),
+        criteria=more.pop("stopping_criteria"),
+        config=more.pop("generation_config"),
+        streamer=more.pop("streamer", None),
+        more=more,
+    )
+    if synced_gpus or not serves(model, job):
+        return native_loop(input_ids, **kwargs)
+    return Loop(model, job).run()
