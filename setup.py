@@ -20,7 +20,7 @@ class BuildKernels(build_ext):
     """Builds the plain shared library; with OpenMP where the compiler has it."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Build one extension. Raises CompileError or LinkError, which `optional` makes a warning."""
+        """Build one extension. Raises build errors, which `optional` makes warnings."""
         plain, linked = ext.extra_compile_args, ext.extra_link_args
         if wants_openmp():
             ext.extra_compile_args = [*plain, "-fopenmp"]

@@ -34,7 +34,10 @@ void team_run(int num_threads, void (*work)(void *), void *context)
 #include <time.h>
 
 enum {
-    SPIN_NS = 50000,       /* before a waiting thread sleeps: longer than pieces of work differ */
+    /* How long a waiting thread looks before it sleeps. At a barrier longer than it takes to wake
+     * one: while a sleeper wakes, the others must not fall asleep behind the next barrier. */
+    BARRIER_NS = 200000,
+    CALL_NS = 50000,
     STACK_BYTES = 1 << 20, /* some systems' own choice is too small for the head's arrays */
     SIZES = 4096
 };
@@ -91,10 +94,10 @@ static inline void relax(void)
 }
 
 /* The word as soon as it is not `old`. */
-static uint64_t wait_for(gate *g, uint64_t old)
+static uint64_t wait_for(gate *g, uint64_t old, int64_t spin_ns)
 {
     uint64_t word;
-    const int64_t until = now() + SPIN_NS;
+    const int64_t until = now() + spin_ns;
     do {
         for (int i = 0; i < 32; i++) {
             word = atomic_load_explicit(&g->word, memory_order_acquire);
@@ -127,7 +130,7 @@ void team_barrier(void)
     if (t == NULL || t->size == 1) return;
     const uint64_t phase = atomic_load_explicit(&t->phases.word, memory_order_relaxed);
     if (atomic_fetch_add(&t->arrived, 1) + 1 < t->size) {
-        wait_for(&t->phases, phase);
+        wait_for(&t->phases, phase, BARRIER_NS);
         return;
     }
     atomic_store_explicit(&t->arrived, 0, memory_order_relaxed);
@@ -150,7 +153,7 @@ static void *live(void *argument)
     own_team = me.team;
     own_number = me.number;
     for (;;) {
-        call = wait_for(&me.team->calls, call);
+        call = wait_for(&me.team->calls, call, CALL_NS);
         if (me.number >= (int)(call % SIZES)) continue; /* what else the team says may be newer */
         me.team->work(me.team->context);
         team_barrier();
