@@ -34,8 +34,8 @@ DEBIAN = (
 TORCH = "torch==2.8.0"  # the last whose wheel for ARM does not ask for CUDA
 PYTHON = (
     "filelock", "typing-extensions", "sympy", "networkx", "jinja2", "fsspec",
-    "transformers>=5.20,<6", "numpy", "psutil", "pytest", "pytest-timeout", "pydantic", "pyyaml", "typer", "rich",
-    "safetensors", "huggingface_hub>=1.0",
+    "transformers>=5.20,<6", "numpy", "psutil", "pytest", "pytest-timeout", "pydantic", "pyyaml",
+    "typer", "rich", "safetensors", "huggingface_hub>=1.0",
 )  # fmt: skip
 
 

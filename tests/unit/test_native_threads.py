@@ -1,8 +1,11 @@
 """Threads of the library's own (`native/team.c` without OpenMP): every size, callers at once,
 children after a fork, and no time of the CPU while they wait."""
 
+import ctypes
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,3 +63,30 @@ def test_every_level_has_the_same_functions(pair):
     first, second = ({name for name in found if name.startswith(("v_", "w_"))} for found in names)
     helpers = {"w_bits", "w_widened", "v_pow2_half", "v_bf16_half", "v_code_half"}
     assert first - helpers == second - helpers
+
+
+@pytest.mark.parametrize(("refuses", "wanted", "threads"), [
+    (False, "", 0), (False, "off", 1), (True, "", 1),
+])  # fmt: skip
+def test_setup_takes_own_threads_where_openmp_is_not(refuses, wanted, threads, tmp_path):
+    """OpenMP's, those of HIRE_OPENMP=off, and those of a compiler that knows no -fopenmp."""
+    native = tmp_path / "hireconvert" / "native"
+    native.mkdir(parents=True)
+    for name in ("team.c", "team.h", "kernels.h"):
+        shutil.copy(SOURCES / name, native)
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    compiler = tmp_path / "cc"
+    known = 'case "$*" in *-fopenmp*) exit 1;; esac\n' if refuses else ""
+    compiler.write_text(f'#!/bin/sh\n{known}exec {COMPILER} "$@"\n')
+    compiler.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=tmp_path,
+        env={**os.environ, "CC": str(compiler), "HIRE_OPENMP": wanted},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    [library] = (tmp_path / "hireconvert").glob("_kernels*")
+    assert ctypes.CDLL(str(library)).hire_threads() == threads
