@@ -129,7 +129,8 @@ void team_barrier(void)
     team *t = own_team;
     if (t == NULL || t->size == 1) return;
     const uint64_t phase = atomic_load_explicit(&t->phases.word, memory_order_relaxed);
-    if (atomic_fetch_add(&t->arrived, 1) + 1 < t->size) {
+    const int size = t->size; /* once this thread has arrived, the next call may set another */
+    if (atomic_fetch_add(&t->arrived, 1) + 1 < size) {
         wait_for(&t->phases, phase, BARRIER_NS);
         return;
     }
