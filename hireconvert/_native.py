@@ -11,6 +11,7 @@ import ctypes
 import importlib.machinery
 import itertools
 import os
+import platform
 import threading
 import weakref
 from collections.abc import Mapping
@@ -22,7 +23,8 @@ import torch
 from hireconvert._packing import LANES, TYPES, pack, together
 
 ABI = 1
-LEVELS = ("portable", "avx2", "avx512")
+_ARM = platform.machine() in ("aarch64", "arm64")
+LEVELS = ("portable", "neon", "dotprod") if _ARM else ("portable", "avx2", "avx512")
 ROWS_TOGETHER = 8  # HIRE_ROWS of native/kernels.h
 VARIABLE = "HIRE_NATIVE"  # of the environment: `off`, `ffn`, or the highest level to use
 _NUMBERS = (
@@ -73,6 +75,7 @@ def _declared(library: Any, path: Path) -> Any:
 
 
 LIBRARY = _load()
+THREADS = ("OpenMP", "own threads", "one thread")[LIBRARY.hire_threads()]
 _LOCAL = threading.local()  # the scratch memory of each thread
 _LAYERS: "weakref.WeakValueDictionary[int, FfnLayer]" = weakref.WeakValueDictionary()
 _HANDLES = itertools.count()
@@ -92,6 +95,11 @@ def level() -> str | None:
         choices = ", ".join(("off", "ffn", *LEVELS))
         raise ValueError(f"{VARIABLE} is {wanted!r}, expected one of {choices}")
     return LEVELS[LIBRARY.hire_level_at_most(LEVELS.index(wanted))]
+
+
+def machinery() -> str:
+    """The level that new layers use and whose threads run them, for the log."""
+    return f"{level()}, {THREADS}"
 
 
 def steps_allowed() -> bool:

@@ -22,7 +22,7 @@ if _native is not None:
     from hireconvert import _native_head
 
 # What heads know beyond the levels of the library: with and without VNNI.
-HEAD_LEVELS = range(_native_head.head_level("avx512") + 1) if LEVELS else range(0)
+HEAD_LEVELS = range(_native_head.head_level(_native.LEVELS[-1]) + 1) if LEVELS else range(0)
 
 
 @dataclass(frozen=True)

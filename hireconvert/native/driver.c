@@ -1,16 +1,36 @@
 /* The order of steps, the threads that share them, and the selection between them. */
 #include "kernels.h"
+#include "team.h"
 
 #include <stddef.h>
 #include <string.h>
 
-#ifdef _OPENMP
-#define OMP(text) _Pragma(#text)
-#else
-#define OMP(text)
+#if defined(HIRE_ARM) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#elif defined(HIRE_ARM) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 int hire_abi(void) { return HIRE_ABI; }
+
+#ifdef HIRE_ARM
+/* Of x86 the compiler knows how to ask; here every system has a way of its own. */
+static int has_dotprod(void)
+{
+#if defined(__linux__)
+    return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#elif defined(__APPLE__)
+    int found = 0;
+    size_t size = sizeof found;
+    return sysctlbyname("hw.optional.arm.FEAT_DotProd", &found, &size, NULL, 0) == 0 && found;
+#elif defined(__ARM_FEATURE_DOTPROD)
+    return 1; /* the library was compiled for such CPUs alone */
+#else
+    return 0;
+#endif
+}
+#endif
 
 int hire_level_at_most(int wanted)
 {
@@ -23,6 +43,9 @@ int hire_level_at_most(int wanted)
                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
     if (wanted >= HIRE_AVX512 && wide) return HIRE_AVX512;
     if (wanted >= HIRE_AVX2 && narrow) return HIRE_AVX2;
+#elif defined(HIRE_ARM)
+    if (wanted >= HIRE_DOTPROD && has_dotprod()) return HIRE_DOTPROD;
+    if (wanted >= HIRE_NEON) return HIRE_NEON;
 #else
     (void)wanted;
 #endif
@@ -34,6 +57,9 @@ const hire_kernels *hire_kernels_of(int level)
 #ifdef HIRE_X86
     if (level == HIRE_AVX512) return &hire_kernels_avx512;
     if (level == HIRE_AVX2) return &hire_kernels_avx2;
+#elif defined(HIRE_ARM)
+    if (level == HIRE_DOTPROD) return &hire_kernels_dotprod;
+    if (level == HIRE_NEON) return &hire_kernels_neon;
 #endif
     (void)level;
     return &hire_kernels_portable;
@@ -41,7 +67,7 @@ const hire_kernels *hire_kernels_of(int level)
 
 void hire_top_k(const float *score, int64_t n, int64_t k, int32_t *out, int32_t *spare)
 {
-    hire_kernels_of(hire_level_at_most(HIRE_AVX512))->top_k(score, n, k, out, spare);
+    hire_kernels_of(hire_level_at_most(HIRE_HIGHEST))->top_k(score, n, k, out, spare);
 }
 
 /* ------------------------------------------------------------------ scratch memory */
@@ -140,8 +166,7 @@ static int64_t candidates_before(const hire_layer *layer, const hire_run *run, i
 
 static void note_bad(const hire_run *run, int phase)
 {
-    OMP(omp atomic write)
-    run->bad[phase] = 1;
+    team_raise(run->bad + phase);
 }
 
 /* Collects the rows that met neither NaN nor inf, up to that phase; returns how many. */
@@ -211,45 +236,46 @@ void hire_rows_of_team(const hire_layer *layer, const hire_kernels *kernels, hir
     int64_t num = num_rows;
     for (int64_t i = 0; i < num; i++) rows[i] = runs + i;
     if (candidates < layer->num_neurons || layer->low != NULL) { /* else none needs an estimate */
-        OMP(omp for schedule(static))
-        for (int64_t tile = 0; tile < tiles; tile++)
+        TEAM_FOR(tile, tiles, 1)
             for (int64_t i = 0; i < num; i++)
                 if (!kernels->estimate(layer, rows[i], tile, tile + 1)) note_bad(rows[i], 0);
         num = sound_rows(runs, num_rows, 0, rows);
     }
-    OMP(omp for schedule(static))
-    for (int64_t i = 0; i < num; i++) choose_candidates(layer, kernels, rows[i]);
+    TEAM_FOR(i, num, 1) choose_candidates(layer, kernels, rows[i]);
     if (layer->num_kept < candidates) {
-        OMP(omp for schedule(static))
-        for (int64_t s = 0; s < HIRE_SEGMENTS; s++)
+        TEAM_FOR(s, HIRE_SEGMENTS, 1)
             for (int64_t i = 0; i < num; i++)
                 if (!kernels->exact(layer, rows[i], cut(candidates, 4, s),
                                     cut(candidates, 4, s + 1), NULL))
                     note_bad(rows[i], 1);
         num = sound_rows(runs, num_rows, 1, rows);
-        OMP(omp for schedule(static))
-        for (int64_t i = 0; i < num; i++) choose_kept(layer, kernels, rows[i]);
+        TEAM_FOR(i, num, 1) choose_kept(layer, kernels, rows[i]);
     }
-    OMP(omp for schedule(static))
-    for (int64_t s = 0; s < HIRE_SEGMENTS; s++) sum_segment(layer, kernels, rows, num, s);
+    TEAM_FOR(s, HIRE_SEGMENTS, 1) sum_segment(layer, kernels, rows, num, s);
 }
 
 /* Up to HIRE_ROWS rows, of row_bytes each; what became of them is in their `bad`. */
-static void some_rows(const hire_layer *layer, const hire_kernels *kernels, hire_run *runs,
-                      const char *x, char *y, int64_t row_bytes, int64_t num_rows, int num_threads)
+typedef struct {
+    const hire_layer *layer;
+    const hire_kernels *kernels;
+    hire_run *runs;
+    const char *x;
+    char *y;
+    int64_t row_bytes, num_rows;
+} some_rows;
+
+static void run_rows(void *context)
 {
+    const some_rows *call = context;
+    const hire_layer *layer = call->layer;
     const int type = (int)layer->weight_type;
-    (void)num_threads;
-    OMP(omp parallel num_threads(num_threads) if (num_threads > 1))
-    {
-        OMP(omp for schedule(static))
-        for (int64_t i = 0; i < num_rows; i++)
-            kernels->start(layer, x + i * row_bytes, type, runs + i);
-        hire_rows_of_team(layer, kernels, runs, num_rows);
-        OMP(omp for schedule(static))
-        for (int64_t i = 0; i < num_rows; i++)
-            if (!runs[i].bad[0] && !runs[i].bad[1])
-                kernels->finish(layer, runs + i, y + i * row_bytes, type);
+    TEAM_FOR(i, call->num_rows, 1)
+        call->kernels->start(layer, call->x + i * call->row_bytes, type, call->runs + i);
+    hire_rows_of_team(layer, call->kernels, call->runs, call->num_rows);
+    TEAM_FOR(i, call->num_rows, 1) {
+        hire_run *run = call->runs + i;
+        if (!run->bad[0] && !run->bad[1])
+            call->kernels->finish(layer, run, call->y + i * call->row_bytes, type);
     }
 }
 
@@ -268,8 +294,9 @@ int64_t hire_ffn(const hire_layer *layer, const void *x, void *y, uint8_t *finit
             place += hire_cut_scratch(layer, place, runs + i);
             runs[i].bad = bad[i];
         }
-        some_rows(layer, kernels, runs, (const char *)x + at * row_bytes,
-                  (char *)y + at * row_bytes, row_bytes, num, num_threads);
+        some_rows call = {layer, kernels, runs, (const char *)x + at * row_bytes,
+                          (char *)y + at * row_bytes, row_bytes, num};
+        team_run(num_threads, run_rows, &call);
         for (int64_t i = 0; i < num; i++) {
             finite[at + i] = !bad[i][0] && !bad[i][1];
             num_bad += !finite[at + i];

@@ -1,16 +1,11 @@
 /* The head's steps: round x, estimate every row, learn what the best must reach, read the rest of
  * those that may reach it. What is chosen depends on neither threads nor level. */
 #include "head.h"
+#include "team.h"
 
 #include <math.h>
 #include <stddef.h>
 #include <string.h>
-
-#ifdef _OPENMP
-#define OMP(text) _Pragma(#text)
-#else
-#define OMP(text)
-#endif
 
 enum { MOST_Q = 32639, TILES_AT_ONCE = 32 }; /* 127 * 256 + 127 */
 #define FLOAT32_UNIT 0x1p-24
@@ -20,7 +15,7 @@ enum { MOST_Q = 32639, TILES_AT_ONCE = 32 }; /* 127 * 256 + 127 */
 
 int hire_head_level(int wanted)
 {
-    const int level = hire_level_at_most(wanted < HIRE_HEAD_VNNI ? wanted : HIRE_AVX512);
+    const int level = hire_level_at_most(wanted < HIRE_HEAD_VNNI ? wanted : HIRE_HIGHEST);
 #ifdef HIRE_X86
     if (wanted >= HIRE_HEAD_VNNI && level == HIRE_AVX512 && __builtin_cpu_supports("avx512vnni"))
         return HIRE_HEAD_VNNI;
@@ -34,6 +29,9 @@ static const hire_head_kernels *kernels_of(int level)
     if (level == HIRE_HEAD_VNNI) return &hire_head_vnni;
     if (level == HIRE_AVX512) return &hire_head_avx512;
     if (level == HIRE_AVX2) return &hire_head_avx2;
+#elif defined(HIRE_ARM)
+    if (level == HIRE_DOTPROD) return &hire_head_dotprod;
+    if (level == HIRE_NEON) return &hire_head_neon;
 #endif
     (void)level;
     return &hire_head_portable;
@@ -276,61 +274,67 @@ static void find_least(const hire_head *head, const hire_head_call *call,
 {
     const int64_t tiles = hire_whole(head->num_rows, 16) / 16, count = call->count;
     const int64_t spares = head->low != NULL ? spares_of(head, count) : count;
-    OMP(omp for schedule(static))
-    for (int64_t tile = 0; tile < tiles; tile++)
+    TEAM_FOR(tile, tiles, 1)
         for (int64_t i = 0; i < num_rows; i++)
             kernels->estimate(head, &rows[i]->run, tile, tile + 1);
-    OMP(omp for schedule(static))
-    for (int64_t i = 0; i < num_rows; i++) find_best(head, &rows[i]->run, spares);
+    TEAM_FOR(i, num_rows, 1) find_best(head, &rows[i]->run, spares);
     if (spares > count) {
-        OMP(omp for schedule(static))
-        for (int64_t unit = 0; unit < num_rows * spares; unit++) {
+        TEAM_FOR(unit, num_rows * spares, 1) {
             hire_head_run *run = &rows[unit / spares]->run;
             double upper;
             run->best_value[unit % spares] =
                 refined(head, kernels, run, run->best_row[unit % spares], &upper);
         }
-        OMP(omp for schedule(static))
-        for (int64_t i = 0; i < num_rows; i++) order_spares(&rows[i]->run, spares, count);
+        TEAM_FOR(i, num_rows, 1) order_spares(&rows[i]->run, spares, count);
     }
-    OMP(omp for schedule(static))
-    for (int64_t unit = 0; unit < num_rows * count; unit++) {
+    TEAM_FOR(unit, num_rows * count, 1) {
         hire_head_run *run = &rows[unit / count]->run;
         run->best_value[unit % count] =
             reference(head, kernels, run, run->best_row[unit % count]);
     }
-    OMP(omp for schedule(static))
-    for (int64_t i = 0; i < num_rows; i++) {
+    TEAM_FOR(i, num_rows, 1) {
         rows[i]->least = threshold_of(&rows[i]->run, count, call->cap);
         if (!call->certify)
             write_estimates(head, &rows[i]->run, count, rows[i]->y, rows[i]->rescored);
     }
 }
 
-/* Rows that are finite, all there are of a group. */
-static void some_rows(const hire_head *head, const hire_head_call *call,
-                      const hire_head_kernels *kernels, head_row *const *rows, int64_t num_rows,
-                      int num_threads)
+/* Rows that are finite, all there are of a group, and what threads share beside them. */
+typedef struct {
+    const hire_head *head;
+    const hire_head_call *call;
+    const hire_head_kernels *kernels;
+    head_row *const *rows;
+    int64_t num_rows;
+    int64_t taken; /* pieces of work that somebody does or has done */
+    int64_t num_exact, num_refined;
+} some_rows;
+
+static void run_rows(void *context)
 {
-    const int64_t tiles = hire_whole(head->num_rows, 16) / 16, count = call->count;
-    const int64_t pieces = (tiles + TILES_AT_ONCE - 1) / TILES_AT_ONCE;
-    const int64_t spares = head->low != NULL ? spares_of(head, count) : count;
-    int64_t num_exact = 0, num_refined = 0;
-    (void)num_threads;
-    OMP(omp parallel num_threads(num_threads) if (num_threads > 1))
-    {
-        find_least(head, call, kernels, rows, num_rows);
-        if (call->certify) {
-            OMP(omp for schedule(dynamic) reduction(+ : num_exact, num_refined))
-            for (int64_t unit = 0; unit < num_rows * pieces; unit++) {
-                const head_row *row = rows[unit % num_rows];
-                num_exact += read_tiles(head, kernels, &row->run, unit / num_rows * TILES_AT_ONCE,
-                                        row->least, row->y, row->rescored, &num_refined);
-            }
-        }
+    some_rows *all = context;
+    const int64_t tiles = hire_whole(all->head->num_rows, 16) / 16, num_rows = all->num_rows;
+    const int64_t units = (tiles + TILES_AT_ONCE - 1) / TILES_AT_ONCE * num_rows;
+    int64_t num_exact = 0, num_refined = 0, unit;
+    find_least(all->head, all->call, all->kernels, all->rows, num_rows);
+    if (!all->call->certify) return;
+    while ((unit = team_add(&all->taken, 1)) < units) {
+        const head_row *row = all->rows[unit % num_rows];
+        num_exact += read_tiles(all->head, all->kernels, &row->run,
+                                unit / num_rows * TILES_AT_ONCE, row->least, row->y,
+                                row->rescored, &num_refined);
     }
-    call->counts[0] += call->certify ? num_exact : num_rows * count;
-    call->counts[1] += num_refined + (spares > count ? num_rows * spares : 0);
+    team_add(&all->num_exact, num_exact);
+    team_add(&all->num_refined, num_refined);
+}
+
+static void count(const some_rows *all)
+{
+    const hire_head_call *call = all->call;
+    const int64_t rows = all->num_rows, spares = spares_of(all->head, call->count);
+    const int again = all->head->low != NULL && spares > call->count;
+    call->counts[0] += call->certify ? all->num_exact : rows * call->count;
+    call->counts[1] += all->num_refined + (again ? rows * spares : 0);
 }
 
 int64_t hire_head_logits(const hire_head *head, const hire_head_call *call, void *scratch,
@@ -353,7 +357,10 @@ int64_t hire_head_logits(const hire_head *head, const hire_head_call *call, void
             rows[num++] = row;
             place += bytes;
         }
-        if (num > 0) some_rows(head, call, kernels, rows, num, num_threads);
+        if (num == 0) continue;
+        some_rows all = {head, call, kernels, rows, num, 0, 0, 0};
+        team_run(num_threads, run_rows, &all);
+        count(&all);
     }
     call->counts[2] += bad;
     return bad;

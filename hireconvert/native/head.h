@@ -29,7 +29,7 @@
 
 #include "kernels.h"
 
-enum { HIRE_HEAD_MOST_WIDTH = 16384, HIRE_HEAD_VNNI = HIRE_AVX512 + 1 };
+enum { HIRE_HEAD_MOST_WIDTH = 16384, HIRE_HEAD_VNNI = HIRE_HIGHEST + 1 };
 
 /* One head; everything but `weight`, `bias`, `order` and `divisor` is written by hire_head_pack. */
 typedef struct {
@@ -94,6 +94,9 @@ extern const hire_head_kernels hire_head_portable;
 extern const hire_head_kernels hire_head_avx2;
 extern const hire_head_kernels hire_head_avx512;
 extern const hire_head_kernels hire_head_vnni;
+#elif defined(HIRE_ARM)
+extern const hire_head_kernels hire_head_neon;
+extern const hire_head_kernels hire_head_dotprod;
 #endif
 
 static inline int64_t hire_whole(int64_t count, int64_t unit)

@@ -1,15 +1,10 @@
 /* A weight cut into the codes that the head reads. One plain C text for every level: the codes are
  * the same everywhere. */
 #include "head.h"
+#include "team.h"
 
 #include <math.h>
 #include <string.h>
-
-#ifdef _OPENMP
-#define OMP(text) _Pragma(#text)
-#else
-#define OMP(text)
-#endif
 
 #define CLIP 2.9 /* quiet weights beyond this many root mean squares saturate: less error in all */
 #define LEAST_SCALE 0x1p-100f
@@ -141,11 +136,22 @@ static int pack_row(const hire_head *head, int64_t row, float *error_ratio)
     return 1;
 }
 
+typedef struct {
+    const hire_head *head;
+    float *error_ratio;
+    int64_t bad;
+} pack_call;
+
+static void pack_rows(void *context)
+{
+    pack_call *call = context;
+    TEAM_FOR(row, call->head->num_rows, 1)
+        if (!pack_row(call->head, row, call->error_ratio)) team_add(&call->bad, 1);
+}
+
 int64_t hire_head_pack(const hire_head *head, float *error_ratio, int32_t num_threads)
 {
-    int64_t bad = 0;
-    (void)num_threads;
-    OMP(omp parallel for num_threads(num_threads) schedule(static) reduction(+ : bad))
-    for (int64_t row = 0; row < head->num_rows; row++) bad += !pack_row(head, row, error_ratio);
-    return bad;
+    pack_call call = {head, error_ratio, 0};
+    team_run(num_threads, pack_rows, &call);
+    return call.bad;
 }

@@ -26,7 +26,15 @@ enum hire_activation {
     HIRE_RELU2 = 4,
     HIRE_GELU_QUICK = 5
 };
-enum hire_level { HIRE_PORTABLE = 0, HIRE_AVX2 = 1, HIRE_AVX512 = 2 };
+/* Every kind of machine counts its own levels (LEVELS of hireconvert/_native.py). */
+enum hire_level {
+    HIRE_PORTABLE = 0,
+    HIRE_AVX2 = 1,
+    HIRE_AVX512 = 2,
+    HIRE_NEON = 1,
+    HIRE_DOTPROD = 2,
+    HIRE_HIGHEST = 2
+};
 
 /* One layer, read-only while it runs. Parts are gate and up, or up alone. Fp is F rounded up to
  * whole tiles. Every pointer is checked for size by the Python side (hireconvert/_native.py). */
@@ -112,6 +120,10 @@ extern const hire_kernels hire_kernels_portable;
 #define HIRE_X86 1
 extern const hire_kernels hire_kernels_avx2;
 extern const hire_kernels hire_kernels_avx512;
+#elif defined(__aarch64__)
+#define HIRE_ARM 1
+extern const hire_kernels hire_kernels_neon;
+extern const hire_kernels hire_kernels_dotprod;
 #endif
 
 /* For step.c: the level's kernels, scratch memory cut up (`bad` is the caller's), and the work
@@ -129,6 +141,9 @@ void hire_rows_of_team(const hire_layer *layer, const hire_kernels *kernels, hir
 #endif
 
 HIRE_API int hire_abi(void);
+/* Whose threads the library runs on. */
+enum hire_threads { HIRE_OPENMP = 0, HIRE_OWN_THREADS = 1, HIRE_ONE_THREAD = 2 };
+HIRE_API int hire_threads(void);
 /* The highest level that this machine runs and that is at most `wanted`. */
 HIRE_API int hire_level_at_most(int wanted);
 /* Bytes of scratch memory that `hire_ffn` needs for the layer and so many rows. */

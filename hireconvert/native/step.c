@@ -2,18 +2,10 @@
  * the residual stream and its norms for itself (they cost less than a barrier); what is shared is
  * written by one thread each and read behind a barrier. */
 #include "step.h"
+#include "team.h"
 
 #include <stddef.h>
 #include <string.h>
-
-#ifdef _OPENMP
-#include <omp.h>
-#define OMP(text) _Pragma(#text)
-static int thread_number(void) { return omp_get_thread_num(); }
-#else
-#define OMP(text)
-static int thread_number(void) { return 0; }
-#endif
 
 enum { ROWS_AT_ONCE = 16 }; /* of a matrix, to a piece of work */
 
@@ -31,6 +23,9 @@ const hire_step_kernels *hire_step_kernels_of(int level)
 #ifdef HIRE_X86
     if (level == HIRE_AVX512) return &hire_step_avx512;
     if (level == HIRE_AVX2) return &hire_step_avx2;
+#elif defined(HIRE_ARM)
+    if (level == HIRE_DOTPROD) return &hire_step_dotprod;
+    if (level == HIRE_NEON) return &hire_step_neon;
 #endif
     (void)level;
     return &hire_step_portable;
@@ -148,35 +143,30 @@ static void attention(const hire_job *job, const hire_block *b, const hire_past 
                       const float *const *angles, hire_own *own)
 {
     norm_rows(job, own->x, b->width, b->attention_norm, b->eps, own->normed);
-    OMP(omp for schedule(static))
-    for (int64_t unit = 0; unit < b->heads + 2 * b->kv_heads; unit++)
+    TEAM_FOR(unit, b->heads + 2 * b->kv_heads, 1)
         project(job, b, past, angles, own->normed, unit);
     const int64_t group = b->heads / b->kv_heads, most = heads_together(job, b);
     const int64_t units = b->kv_heads * ((group + most - 1) / most);
-    OMP(omp for schedule(static))
-    for (int64_t unit = 0; unit < units; unit++) {
+    TEAM_FOR(unit, units, 1) {
         attend(job, b, past, own, unit);
         if (unit + 1 == units)
             for (int64_t i = 0; i < job->num_rows; i++)
                 zero_behind(job->attended + i * job->heads, b->heads * b->head_dim);
     }
-    OMP(omp for schedule(static))
-    for (int64_t at = 0; at < b->o.outputs; at += ROWS_AT_ONCE)
+    TEAM_FOR(at, b->o.outputs, ROWS_AT_ONCE)
         piece(job, &b->o, job->attended, job->heads, at, job->output, job->width);
 }
 
 static void dense_ffn(const hire_job *job, const hire_block *b, const hire_own *own)
 {
     const float *hidden = b->gate.rows != NULL ? job->gate : job->up;
-    OMP(omp for schedule(static))
-    for (int64_t at = 0; at < b->up.outputs; at += ROWS_AT_ONCE) {
+    TEAM_FOR(at, b->up.outputs, ROWS_AT_ONCE) {
         hidden_piece(job, b, own->normed, at);
         if (at + ROWS_AT_ONCE >= b->up.outputs)
             for (int64_t i = 0; i < job->num_rows; i++)
                 zero_behind((float *)hidden + i * job->neurons, b->up.outputs);
     }
-    OMP(omp for schedule(static))
-    for (int64_t at = 0; at < b->down.outputs; at += ROWS_AT_ONCE)
+    TEAM_FOR(at, b->down.outputs, ROWS_AT_ONCE)
         piece(job, &b->down, hidden, job->neurons, at, job->output, job->width);
 }
 
@@ -201,8 +191,7 @@ static void start_rows(const hire_job *job, const hire_layer *layer, const hire_
         job->kernels->start(layer, x, HIRE_FLOAT32, runs);
         return;
     }
-    OMP(omp for schedule(static))
-    for (int64_t i = 0; i < num; i++)
+    TEAM_FOR(i, num, 1)
         job->kernels->start(layer, x + i * job->width, HIRE_FLOAT32, runs + i);
 }
 
@@ -220,8 +209,7 @@ static int sparse_rows(hire_job *job, const hire_layer *layer, const hire_own *o
     hire_rows_of_team(layer, job->kernels, runs, num);
     for (int64_t i = 0; i < num; i++)
         if (job->bad[i][0] || job->bad[i][1]) return 0;
-    OMP(omp for schedule(static))
-    for (int64_t unit = 0; unit < num * pieces; unit++) {
+    TEAM_FOR(unit, num * pieces, 1) {
         const int64_t i = unit / pieces, from = unit % pieces * 32;
         job->step->sum_segments(layer, runs + i, from, from + 32,
                                 job->output + (at + i) * job->width);
@@ -284,13 +272,41 @@ static void count(const hire_block *blocks, int64_t num_blocks, int64_t num_rows
     }
 }
 
+/* A call, which every thread of the team runs. */
+typedef struct {
+    hire_job *job;
+    const hire_block *blocks;
+    int64_t num_blocks;
+    const hire_past *pasts;
+    const float *const *angles;
+    float *x;
+    int64_t bad; /* -1, or the block that met NaN or inf */
+} hire_call;
+
+static void run_call(void *context)
+{
+    hire_call *call = context;
+    hire_job *job = call->job;
+    const int64_t width = call->blocks[0].width;
+    hire_own own;
+    cut_own(job, job->own + team_number() * job->own_bytes, &own);
+    for (int64_t i = 0; i < job->num_rows; i++)
+        memcpy(own.x + i * job->width, call->x + i * width, (size_t)width * sizeof(float));
+    team_barrier();
+    const int64_t bad =
+        all_layers(job, call->blocks, call->num_blocks, call->pasts, call->angles, &own);
+    if (team_number() != 0) return;
+    call->bad = bad;
+    for (int64_t i = 0; i < job->num_rows; i++)
+        memcpy(call->x + i * width, own.x + i * job->width, (size_t)width * sizeof(float));
+}
+
 int64_t hire_step(const hire_block *blocks, int64_t num_blocks, const hire_past *pasts,
                   const float *const *angles, float *x, int64_t num_rows, void *scratch,
                   int64_t most, const float *last_norm, double eps, int32_t num_threads,
                   int32_t level)
 {
     const int64_t width = blocks[0].width;
-    int64_t bad = -1;
     hire_job job;
     level = hire_level_at_most(level);
     cut_job(blocks, num_blocks, most, num_threads, aligned(scratch), &job);
@@ -298,23 +314,10 @@ int64_t hire_step(const hire_block *blocks, int64_t num_blocks, const hire_past 
     job.step = hire_step_kernels_of(level);
     job.num_rows = num_rows;
     job.num_threads = num_threads;
-    OMP(omp parallel num_threads(num_threads) if (num_threads > 1))
-    {
-        hire_own own;
-        cut_own(&job, job.own + thread_number() * job.own_bytes, &own);
-        for (int64_t i = 0; i < num_rows; i++)
-            memcpy(own.x + i * job.width, x + i * width, (size_t)width * sizeof(float));
-        OMP(omp barrier)
-        const int64_t found = all_layers(&job, blocks, num_blocks, pasts, angles, &own);
-        OMP(omp master)
-        {
-            bad = found;
-            for (int64_t i = 0; i < num_rows; i++)
-                memcpy(x + i * width, own.x + i * job.width, (size_t)width * sizeof(float));
-        }
-    }
-    if (bad < 0 && !job.step->finite(x, num_rows * width)) bad = num_blocks - 1;
-    if (bad >= 0) return bad;
+    hire_call call = {&job, blocks, num_blocks, pasts, angles, x, -1};
+    team_run(num_threads, run_call, &call);
+    if (call.bad >= 0) return call.bad;
+    if (!job.step->finite(x, num_rows * width)) return num_blocks - 1;
     count(blocks, num_blocks, num_rows);
     if (last_norm != NULL)
         for (int64_t i = 0; i < num_rows; i++)
@@ -322,20 +325,33 @@ int64_t hire_step(const hire_block *blocks, int64_t num_blocks, const hire_past 
     return -1;
 }
 
+typedef struct {
+    hire_job job;
+    const hire_matrix *matrix;
+    const float *rows;
+    float *y;
+} matvec_call;
+
+static void run_matvec(void *context)
+{
+    const matvec_call *call = context;
+    const hire_matrix *matrix = call->matrix;
+    TEAM_FOR(at, matrix->outputs, ROWS_AT_ONCE)
+        piece(&call->job, matrix, call->rows, padded(matrix->inputs), at, call->y,
+              matrix->outputs);
+}
+
 void hire_matvec(const hire_matrix *matrix, const float *x, float *y, int64_t num_rows,
                  void *scratch, int32_t num_threads, int32_t level)
 {
     const int64_t stride = padded(matrix->inputs);
     float *rows = (float *)aligned(scratch);
-    hire_job job = {.num_rows = num_rows};
-    job.step = hire_step_kernels_of(hire_level_at_most(level));
+    matvec_call call = {{.num_rows = num_rows}, matrix, rows, y};
+    call.job.step = hire_step_kernels_of(hire_level_at_most(level));
     for (int64_t i = 0; i < num_rows; i++) {
         memcpy(rows + i * stride, x + i * matrix->inputs,
                (size_t)matrix->inputs * sizeof(float));
         zero_behind(rows + i * stride, matrix->inputs);
     }
-    (void)num_threads;
-    OMP(omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1))
-    for (int64_t at = 0; at < matrix->outputs; at += ROWS_AT_ONCE)
-        piece(&job, matrix, rows, stride, at, y, matrix->outputs);
+    team_run(num_threads, run_matvec, &call);
 }

@@ -88,6 +88,9 @@ extern const hire_step_kernels hire_step_portable;
 #ifdef HIRE_X86
 extern const hire_step_kernels hire_step_avx2;
 extern const hire_step_kernels hire_step_avx512;
+#elif defined(HIRE_ARM)
+extern const hire_step_kernels hire_step_neon;
+extern const hire_step_kernels hire_step_dotprod;
 #endif
 
 /* For token.c. */

@@ -118,5 +118,5 @@ def path(spec: Mapping[str, Any], head: Any) -> str:
     """One phrase for the log: what runs the head, and why if it is not the kernels."""
     reason = obstacle(spec, head)
     if reason is None:
-        return f"native head kernels ({native.level()})"
+        return f"native head kernels ({native.machinery()})"
     return f"PyTorch path for the head ({reason})"

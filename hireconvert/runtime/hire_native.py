@@ -164,11 +164,11 @@ def path(layers: Iterable[Any]) -> str:
     if not reasons:
         return "PyTorch path"
     if not others:
-        return f"native FFN kernels ({native.level()})"
+        return f"native FFN kernels ({native.machinery()})"
     if None not in reasons:
         return f"PyTorch path ({'; '.join(others)})"
     count = reasons.count(None)
     return (
-        f"native FFN kernels ({native.level()}) in {count} layers, "
+        f"native FFN kernels ({native.machinery()}) in {count} layers, "
         f"PyTorch path in {len(reasons) - count} ({'; '.join(others)})"
     )

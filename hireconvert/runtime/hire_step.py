@@ -153,7 +153,7 @@ class NativeStep:
         """One phrase for the log."""
         reason = self.obstacle(base)
         if reason is None:
-            return f"native decode step ({library.level()})"
+            return f"native decode step ({library.machinery()})"
         return f"decode step by PyTorch ({reason})"
 
     def prepare(self, base: Any, thorough: bool) -> None:

@@ -268,7 +268,7 @@ def test_more_reasons():
     assert hire_native.path(sparse_layers(model)) == "PyTorch path (every neuron is kept)"
     model = hire_model(tiny_model("llama"), ffn={"keep_fraction": 0.5})
     layers = sparse_layers(model)
-    assert hire_native.path(layers) == f"native FFN kernels ({_native.level()})"
+    assert hire_native.path(layers) == f"native FFN kernels ({_native.machinery()})"
     layers[0].spec["num_common"] = 8
     assert "in 2 layers, PyTorch path in 1 (groups" in hire_native.path(layers)
     model.double()

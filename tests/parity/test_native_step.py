@@ -266,7 +266,7 @@ def test_generate_gives_the_same_tokens_and_says_how(caplog, tmp_path):
     prepared("llama").save_pretrained(tmp_path)
     with caplog.at_level(logging.WARNING, logger="hire"):
         model = type(prepared("llama")).from_pretrained(tmp_path).eval()
-    assert f"native decode step ({_native.level()})" in caplog.text
+    assert f"native decode step ({_native.machinery()})" in caplog.text
     spy, ids = Spy(model), tokens(1, 6)
     found = model.generate(ids, max_new_tokens=30, **GREEDY)
     assert spy.steps == 29

@@ -1,0 +1,14 @@
+/* The kernels for 64-bit ARM, whose every CPU has NEON. */
+#include "step.h"
+
+#ifdef HIRE_ARM
+#define HIRE_DOTPROD 0
+#include "simd_neon.h"
+#include "kernels_body.h"
+#include "step_body.h"
+
+const hire_kernels hire_kernels_neon = {
+    start, estimate, exact, kept, rest, top_k, finish};
+const hire_step_kernels hire_step_neon = {
+    matrix, norm, rotate, store_at, attend, sum_segments, activate_all, add_to, all_finite};
+#endif

@@ -1,0 +1,270 @@
+/* Sixteen floats at a time as four NEON registers, which every 64-bit ARM has. HIRE_DOTPROD: with
+ * its instructions for sums of products of bytes (FEAT_DotProd). */
+#ifndef HIRE_SIMD_H
+#define HIRE_SIMD_H
+
+#include <arm_neon.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define HIRE_SPECIALISED 1
+#if defined(__clang__)
+#define HIRE_UNROLL _Pragma("clang loop unroll(enable)")
+#else
+#define HIRE_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+typedef struct {
+    float32x4_t a, b, c, d;
+} v16;
+typedef struct {
+    int32x4_t a, b, c, d;
+} w16;
+
+#define HIRE_EACH(type, op, x) ((type){op((x).a), op((x).b), op((x).c), op((x).d)})
+#define HIRE_BOTH(type, op, x, y) \
+    ((type){op((x).a, (y).a), op((x).b, (y).b), op((x).c, (y).c), op((x).d, (y).d)})
+
+/* Sixteen bytes from any place. */
+static inline uint8x16_t q_load(const void *p) { return vld1q_u8(p); }
+static inline float32x4_t q_float(const void *p) { return vreinterpretq_f32_u8(q_load(p)); }
+static inline int32x4_t q_word(const void *p) { return vreinterpretq_s32_u8(q_load(p)); }
+
+static inline v16 v_set1(float a)
+{
+    const float32x4_t x = vdupq_n_f32(a);
+    return (v16){x, x, x, x};
+}
+static inline v16 v_load(const float *p)
+{
+    return (v16){q_float(p), q_float(p + 4), q_float(p + 8), q_float(p + 12)};
+}
+static inline void v_store(float *p, v16 x)
+{
+    vst1q_f32(p, x.a);
+    vst1q_f32(p + 4, x.b);
+    vst1q_f32(p + 8, x.c);
+    vst1q_f32(p + 12, x.d);
+}
+static inline v16 v_add(v16 x, v16 y) { return HIRE_BOTH(v16, vaddq_f32, x, y); }
+static inline v16 v_sub(v16 x, v16 y) { return HIRE_BOTH(v16, vsubq_f32, x, y); }
+static inline v16 v_mul(v16 x, v16 y) { return HIRE_BOTH(v16, vmulq_f32, x, y); }
+static inline v16 v_div(v16 x, v16 y) { return HIRE_BOTH(v16, vdivq_f32, x, y); }
+/* As on x86, the second operand comes back when either is NaN. */
+static inline float32x4_t q_max(float32x4_t x, float32x4_t y)
+{
+    return vbslq_f32(vcgtq_f32(x, y), x, y);
+}
+static inline float32x4_t q_min(float32x4_t x, float32x4_t y)
+{
+    return vbslq_f32(vcltq_f32(x, y), x, y);
+}
+static inline v16 v_max(v16 x, v16 y) { return HIRE_BOTH(v16, q_max, x, y); }
+static inline v16 v_min(v16 x, v16 y) { return HIRE_BOTH(v16, q_min, x, y); }
+static inline v16 v_fma(v16 x, v16 y, v16 z)
+{
+    return (v16){vfmaq_f32(z.a, x.a, y.a), vfmaq_f32(z.b, x.b, y.b), vfmaq_f32(z.c, x.c, y.c),
+                 vfmaq_f32(z.d, x.d, y.d)};
+}
+static inline v16 v_sqrt(v16 x) { return HIRE_EACH(v16, vsqrtq_f32, x); }
+static inline v16 v_abs(v16 x) { return HIRE_EACH(v16, vabsq_f32, x); }
+static inline v16 v_round(v16 x) { return HIRE_EACH(v16, vrndnq_f32, x); }
+static inline float32x4_t q_pow2(float32x4_t x)
+{
+    const int32x4_t exponent = vaddq_s32(vcvtnq_s32_f32(x), vdupq_n_s32(127));
+    return vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23));
+}
+/* 2^x for whole numbers in [-126, 127]. */
+static inline v16 v_pow2(v16 x) { return HIRE_EACH(v16, q_pow2, x); }
+static inline float v_sum(v16 x)
+{
+    const float32x4_t four = vaddq_f32(vaddq_f32(x.a, x.c), vaddq_f32(x.b, x.d));
+    const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+    return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+}
+/* The largest lane. */
+static inline float v_most(v16 x)
+{
+    return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.a, x.b), vmaxq_f32(x.c, x.d)));
+}
+static inline uint32x4_t q_finite(float32x4_t x)
+{
+    return vcltq_f32(vabsq_f32(x), vdupq_n_f32(INFINITY));
+}
+static inline int v_finite(v16 x)
+{
+    const uint32x4_t ab = vandq_u32(q_finite(x.a), q_finite(x.b));
+    const uint32x4_t cd = vandq_u32(q_finite(x.c), q_finite(x.d));
+    return vminvq_u32(vandq_u32(ab, cd)) != 0;
+}
+static inline float32x4_t q_f16(const uint8_t *p)
+{
+    return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p)));
+}
+static inline v16 v_load_f16(const void *p)
+{
+    const uint8_t *byte = p;
+    return (v16){q_f16(byte), q_f16(byte + 8), q_f16(byte + 16), q_f16(byte + 24)};
+}
+static inline float32x4_t q_bf16(const uint8_t *p)
+{
+    return vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(p)), 16));
+}
+static inline v16 v_load_bf16(const void *p)
+{
+    const uint8_t *byte = p;
+    return (v16){q_bf16(byte), q_bf16(byte + 8), q_bf16(byte + 16), q_bf16(byte + 24)};
+}
+static inline v16 v_from_w(w16 x) { return HIRE_EACH(v16, vcvtq_f32_s32, x); }
+static inline v16 v_load_i8(const int8_t *p)
+{
+    const int8x16_t codes = vreinterpretq_s8_u8(q_load(p));
+    const int16x8_t low = vmovl_s8(vget_low_s8(codes)), high = vmovl_high_s8(codes);
+    return v_from_w((w16){vmovl_s16(vget_low_s16(low)), vmovl_high_s16(low),
+                          vmovl_s16(vget_low_s16(high)), vmovl_high_s16(high)});
+}
+static inline w16 w_load4(const uint8_t *p)
+{
+    return (w16){q_word(p), q_word(p + 16), q_word(p + 32), q_word(p + 48)};
+}
+static inline w16 w_widened(uint16x8_t low, uint16x8_t high)
+{
+    return (w16){vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(low))),
+                 vreinterpretq_s32_u32(vmovl_high_u16(low)),
+                 vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(high))),
+                 vreinterpretq_s32_u32(vmovl_high_u16(high))};
+}
+static inline w16 w_load2(const uint8_t *p)
+{
+    return w_widened(vreinterpretq_u16_u8(q_load(p)), vreinterpretq_u16_u8(q_load(p + 16)));
+}
+static inline w16 w_load1(const uint8_t *p)
+{
+    const uint8x16_t codes = q_load(p);
+    return w_widened(vmovl_u8(vget_low_u8(codes)), vmovl_high_u8(codes));
+}
+
+/* ------------------------------------------------------------------ whole numbers in 32-bit lanes */
+
+static inline w16 w_set1(int32_t a)
+{
+    const int32x4_t x = vdupq_n_s32(a);
+    return (w16){x, x, x, x};
+}
+static inline w16 w_add(w16 x, w16 y) { return HIRE_BOTH(w16, vaddq_s32, x, y); }
+static inline w16 w_and(w16 x, w16 y) { return HIRE_BOTH(w16, vandq_s32, x, y); }
+static inline w16 w_or(w16 x, w16 y) { return HIRE_BOTH(w16, vorrq_s32, x, y); }
+static inline w16 w_xor(w16 x, w16 y) { return HIRE_BOTH(w16, veorq_s32, x, y); }
+/* To the left, or to the right where `by` is negative. */
+static inline int32x4_t q_shift(int32x4_t x, int by)
+{
+    return vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(x), vdupq_n_s32(by)));
+}
+static inline w16 w_left(w16 x, int shift)
+{
+    return (w16){q_shift(x.a, shift), q_shift(x.b, shift), q_shift(x.c, shift),
+                 q_shift(x.d, shift)};
+}
+static inline w16 w_right(w16 x, int shift) { return shift ? w_left(x, -shift) : x; }
+static inline void w_store(void *p, w16 x)
+{
+    uint8_t *byte = p;
+    vst1q_u8(byte, vreinterpretq_u8_s32(x.a));
+    vst1q_u8(byte + 16, vreinterpretq_u8_s32(x.b));
+    vst1q_u8(byte + 32, vreinterpretq_u8_s32(x.c));
+    vst1q_u8(byte + 48, vreinterpretq_u8_s32(x.d));
+}
+/* The codes that start `shift` bits up in every lane, less the middle code. */
+static inline v16 v_code(w16 x, int shift, int bits)
+{
+    const v16 code = v_from_w(w_and(w_right(x, shift), w_set1((1 << bits) - 1)));
+    return v_sub(code, v_set1((float)((1 << bits) - 1) / 2));
+}
+/* To the nearest, ties to even; some number for what is no number. */
+static inline w16 w_round(v16 x) { return HIRE_EACH(w16, vcvtnq_s32_f32, x); }
+/* Adds to every lane the products of four signed bytes; without HIRE_DOTPROD, no two neighbouring
+ * products may add up to 2^15. */
+static inline int32x4_t q_dot(int32x4_t sum, int32x4_t x, int32x4_t y)
+{
+    const int8x16_t a = vreinterpretq_s8_s32(x), b = vreinterpretq_s8_s32(y);
+#if HIRE_DOTPROD
+    return vdotq_s32(sum, a, b);
+#else
+    const int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b)), high = vmull_high_s8(a, b);
+    return vpadalq_s16(sum, vpaddq_s16(low, high));
+#endif
+}
+/* Adds to every lane the products of its four bytes, up to 127 and not negative, with the four
+ * signed ones at p. */
+static inline w16 w_dot(w16 sum, w16 codes, const int8_t *p)
+{
+    int32_t four;
+    memcpy(&four, p, sizeof four);
+    const int32x4_t each = vdupq_n_s32(four);
+    return (w16){q_dot(sum.a, codes.a, each), q_dot(sum.b, codes.b, each),
+                 q_dot(sum.c, codes.c, each), q_dot(sum.d, codes.d, each)};
+}
+/* The same where every lane has four signed bytes of its own, at p + 4 l. */
+static inline w16 w_dot_each(w16 sum, w16 codes, const int8_t *p)
+{
+    return (w16){q_dot(sum.a, codes.a, q_word(p)), q_dot(sum.b, codes.b, q_word(p + 16)),
+                 q_dot(sum.c, codes.c, q_word(p + 32)), q_dot(sum.d, codes.d, q_word(p + 48))};
+}
+static inline float32x4_t q_lookup(uint8x16x2_t table, int32x4_t place)
+{
+    /* The four bytes of lane i start at byte 4 i. */
+    const int32x4_t byte = vmlaq_s32(vdupq_n_s32(0x03020100), place, vdupq_n_s32(0x04040404));
+    return vreinterpretq_f32_u8(vqtbl2q_u8(table, vreinterpretq_u8_s32(byte)));
+}
+/* Lane `place` of the table, which is less than 8. */
+static inline v16 v_lookup(v16 table, w16 place)
+{
+    const uint8x16x2_t low = {{vreinterpretq_u8_f32(table.a), vreinterpretq_u8_f32(table.b)}};
+    return (v16){q_lookup(low, place.a), q_lookup(low, place.b), q_lookup(low, place.c),
+                 q_lookup(low, place.d)};
+}
+static inline int32x4_t q_by_byte(int32x4_t x)
+{
+    static const uint8_t order[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+    return vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(x), q_load(order)));
+}
+/* Of each four lanes the lowest bytes side by side, then the next bytes, to the highest. */
+static inline w16 w_by_byte(w16 x) { return HIRE_EACH(w16, q_by_byte, x); }
+static inline int32x4_t q_above(int32x4_t x, int32x4_t y)
+{
+    return vreinterpretq_s32_u32(vcgtq_s32(x, y));
+}
+static inline int32x4_t q_equal(int32x4_t x, int32x4_t y)
+{
+    return vreinterpretq_s32_u32(vceqq_s32(x, y));
+}
+/* Counts, lane by lane, where x > y; both signed. */
+static inline w16 w_count_above(w16 count, w16 x, w16 y)
+{
+    const w16 above = HIRE_BOTH(w16, q_above, x, y);
+    return HIRE_BOTH(w16, vsubq_s32, count, above);
+}
+/* A bit for every lane that is all ones and not zero. */
+static inline unsigned w_bits(w16 x)
+{
+    static const int32_t bit[4] = {1, 2, 4, 8};
+    const int32x4_t bits = vld1q_s32(bit);
+    const int32x4_t low = vorrq_s32(vandq_s32(x.a, bits), vandq_s32(x.b, vshlq_n_s32(bits, 4)));
+    const int32x4_t high = vorrq_s32(vandq_s32(x.c, vshlq_n_s32(bits, 8)),
+                                     vandq_s32(x.d, vshlq_n_s32(bits, 12)));
+    return (unsigned)vaddvq_s32(vorrq_s32(low, high));
+}
+/* A bit for every lane where x > y (both signed), and where x = y. */
+static inline unsigned w_above(w16 x, w16 y) { return w_bits(HIRE_BOTH(w16, q_above, x, y)); }
+static inline unsigned w_equal(w16 x, w16 y) { return w_bits(HIRE_BOTH(w16, q_equal, x, y)); }
+/* Writes `first` plus the places of the bits, ascending; returns where the next go. */
+static inline int32_t *w_places(int32_t *out, unsigned bits, int32_t first)
+{
+    for (; bits; bits &= bits - 1) *out++ = first + __builtin_ctz(bits);
+    return out;
+}
+
+#define prefetch(p) __builtin_prefetch(p)
+
+#endif
