@@ -264,7 +264,7 @@ def test_a_scope_that_changes_between_two_tokens_is_seen(monkeypatch):
         {"inputs": lambda: tokens(2, 7)}, {"use_cache": False}, {"prompt_lookup_num_tokens": 3},
         {"attention_mask": lambda: torch.tensor([[0, 1, 1, 1, 1, 1, 1]])},
     ],
-    ids=str,
+    ids=lambda asked: next(iter(asked)),
 )  # fmt: skip
 def test_calls_that_ask_for_more_run_as_they_are(asked, monkeypatch):
     settings = {"disable_compile": True, **asked}
