@@ -241,7 +241,7 @@ class RowCall:
         """Tell a hire_token (`_native_token.py`) of the head of `x_D`, as long as both live."""
         self._call.x = x_D.data_ptr()
         address = self.layer.address
-        size = LIBRARY.hire_head_scratch_bytes(address, self._count)
+        size = LIBRARY.hire_head_scratch_bytes(address, self._count, 1)
         self._memory = scratch(size)
         struct.head, struct.call = address, ctypes.addressof(self._call)
         struct.head_scratch, struct.head_counts = self._memory.data_ptr(), self.counts.data_ptr()
