@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from hireconvert._packing import LANES, TYPES, pack, together
+from hireconvert._packing import LANES, TYPES, pack
+from hireconvert._pages import together
 
 ABI = 1
 _ARM = platform.machine() in ("aarch64", "arm64")
@@ -71,6 +72,10 @@ def _declared(library: Any, path: Path) -> Any:
     library.hire_ffn.restype = size
     library.hire_top_k.argtypes = [pointer, size, size, pointer, pointer]
     library.hire_top_k.restype = None
+    library.hire_pack_scratch.argtypes = [pointer]
+    library.hire_pack_scratch.restype = size
+    library.hire_pack.argtypes = [pointer, pointer, number, number]
+    library.hire_pack.restype = number
     return library
 
 
@@ -111,10 +116,13 @@ def steps_allowed() -> bool:
 
 
 class FfnLayer:
-    """One FFN packed for the library. Immutable: a change of weights calls for another one."""
+    """One FFN packed for the library. Immutable: a change of weights calls for another one.
+
+    `tensors` are as `pack` or `together` places them: what is read may go beyond an end.
+    """
 
     def __init__(self, numbers: Mapping[str, int], tensors: Mapping[str, torch.Tensor]) -> None:
-        self.numbers, self.tensors = dict(numbers), together(tensors)
+        self.numbers, self.tensors = dict(numbers), dict(tensors)
         self.level = level()
         self._level = LEVELS.index(self.level or LEVELS[0])
         pointers = {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
@@ -141,13 +149,21 @@ class FfnLayer:
         `tensors`: `gate` (or None), `up` and `down` [F, D]; their biases as `gate_bias`, ...;
         `norm` [F], what scores are multiplied by; the predictor's and the low-bit copy's.
         """
-        return cls(*pack(settings, tensors))
+        return cls(*pack(LIBRARY, LEVELS.index(level() or LEVELS[0]), settings, tensors))
+
+    def counting(self, num_candidates: int, num_kept: int) -> "FfnLayer":
+        """The layer with other numbers, over the same memory; raises ValueError."""
+        if not 1 <= num_kept <= num_candidates <= self.numbers["num_neurons"]:
+            raise ValueError(f"native: {num_kept} of {num_candidates} candidates are kept")
+        counts = {"num_candidates": num_candidates, "num_kept": num_kept}
+        return FfnLayer(self.numbers | counts, self.tensors)
 
     def __deepcopy__(self, memo: Any) -> "FfnLayer":
         return self
 
     def __reduce__(self) -> Any:
-        return FfnLayer, (self.numbers, self.tensors)
+        # Tensors alone: the memory that they lie in holds other layers too.
+        return _moved, (self.numbers, {name: each.clone() for name, each in self.tensors.items()})
 
     @property
     def address(self) -> int:
@@ -200,6 +216,10 @@ class FfnLayer:
         if numbers["num_kept"] == numbers["num_candidates"]:  # nothing chose among them
             chosen = torch.arange(numbers["num_kept"], dtype=torch.int32)
         return {"z": z_PF, "score": score.view(torch.float32), "index": index, "chosen": chosen}
+
+
+def _moved(numbers: Mapping[str, int], tensors: Mapping[str, torch.Tensor]) -> FfnLayer:
+    return FfnLayer(numbers, together(tensors))
 
 
 def scratch(size: int) -> torch.Tensor:

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 
 from hireconvert._native import ABI, LEVELS, LIBRARY, VARIABLE, level, machinery, scratch
-from hireconvert._packing import LANES, TYPES, together
+from hireconvert._packing import LANES, TYPES
+from hireconvert._pages import Shapes, placed
 from hireconvert.runtime.hire_predict import head_copy_bytes, num_loud
 
 __all__ = [
@@ -24,7 +25,7 @@ __all__ = [
 MOST_WIDTH = 16384
 _VNNI = len(LEVELS)  # one more than the highest of LEVELS
 _MOST_ROWS = 2**31 - 64
-_CHUNK_ROWS = 16384
+_SEGMENTS = 32  # HIRE_SEGMENTS of native/kernels.h
 _NUMBERS = ("width", "num_rows", "num_loud", "weight_type", "weight_stride")
 _POINTERS = ("weight", "bias", "order", "divisor", "tiles", "scales", "low", "low_error")
 
@@ -56,7 +57,9 @@ _HANDLES = itertools.count()
 def _declare() -> None:
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     LIBRARY.hire_head_level.argtypes, LIBRARY.hire_head_level.restype = [number], number
-    LIBRARY.hire_head_pack.argtypes = [pointer, pointer, number]
+    LIBRARY.hire_head_energy.argtypes = [pointer, pointer, number, number]
+    LIBRARY.hire_head_energy.restype = None
+    LIBRARY.hire_head_pack.argtypes = [pointer, pointer, number, number]
     LIBRARY.hire_head_pack.restype = size
     LIBRARY.hire_head_scratch_bytes.argtypes = [pointer, size, size]
     LIBRARY.hire_head_scratch_bytes.restype = size
@@ -83,21 +86,34 @@ class HeadCall(NamedTuple):
     num_refined: int  # rows of low nibbles that were read
 
 
-def _columns(weight_VD: torch.Tensor, loud: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _divisors(energy_D: torch.Tensor, loud: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(order int32 [D], divisor float64 [D]): loud columns first, then what x is divided by.
 
     Where errors of all columns are alike in size, the bound is least when column j is multiplied by
     sqrt(|x_j| / |w_j|); of x nothing is known here.
     """
-    energy_D = torch.zeros(weight_VD.shape[1], dtype=torch.float64)
-    for chunk in weight_VD.split(_CHUNK_ROWS):
-        energy_D += chunk.float().square().sum(0).double()
     order_D = torch.sort(energy_D, descending=True, stable=True).indices
     quiet_D = energy_D[order_D[loud:]].clamp(1e-60, 1e60).sqrt()
     divisor_D = torch.ones_like(energy_D)
     if quiet_D.numel():
         divisor_D[loud:] = (quiet_D.log().mean().exp() / quiet_D).clamp(1e-4, 1e4).sqrt()
     return order_D.int(), divisor_D
+
+
+def _shapes(shape_VD: torch.Size, bits: int, biased: bool) -> Shapes:
+    """What a packed head holds."""
+    rows, width = shape_VD
+    tiles, codes, number = -(-rows // LANES), torch.uint8, torch.bfloat16
+    every, low = head_copy_bytes((1, width), 8)  # with 6 and 2 bytes of numbers of each row
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "order": (torch.int32, (width,)),
+        "divisor": (torch.float64, (width,)),
+        "tiles": (codes, (tiles, LANES * (every - 6))),
+        "scales": (number, (tiles, 3, LANES)),
+    }
+    if bits == 8:
+        shapes |= {"low": (codes, (rows, low - 2)), "low_error": (number, (rows,))}
+    return shapes | ({"bias": (torch.float32, (rows,))} if biased else {})
 
 
 class HeadLayer:
@@ -116,22 +132,10 @@ class HeadLayer:
         self.bits, self.level = bits, level()
         self.level_number = head_level(self.level)
         rows, width = self.shape_VD
-        loud = num_loud(width)
-        tiles = -(-rows // LANES)
-        order_D, divisor_D = _columns(weight_VD.detach(), loud)
-        every, low = head_copy_bytes((1, width), 8)  # with 6 and 2 bytes of numbers of each row
-        code, number = torch.zeros((), dtype=torch.uint8), torch.zeros((), dtype=torch.bfloat16)
-        tensors = {
-            "order": order_D,
-            "divisor": divisor_D,
-            "tiles": code.expand(tiles, LANES * (every - 6)),
-            "scales": number.expand(tiles, 3, LANES),
-        }
-        if bits == 8:
-            tensors |= {"low": code.expand(rows, low - 2), "low_error": number.expand(rows)}
+        loud, threads = num_loud(width), torch.get_num_threads()
+        self.tensors, _ = placed(_shapes(self.shape_VD, bits, bias_V is not None))
         if bias_V is not None:
-            tensors["bias"] = bias_V.detach().float()
-        self.tensors = together(tensors)
+            self.tensors["bias"].copy_(bias_V.detach())
         self.weight_VD = weight_VD.detach()
         pointers = {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
         self._struct = _Struct(
@@ -143,10 +147,14 @@ class HeadLayer:
             weight=self.weight_VD.data_ptr(),
             **pointers,
         )
-        self._address = ctypes.addressof(self._struct)
-        ratio_V = torch.zeros(rows)
-        threads = torch.get_num_threads()
-        bad = LIBRARY.hire_head_pack(self._address, ratio_V.data_ptr(), threads)
+        self._address, number = ctypes.addressof(self._struct), LEVELS.index(self.level or "")
+        energy_SD = torch.empty(_SEGMENTS, width, dtype=torch.float64)
+        LIBRARY.hire_head_energy(self._address, energy_SD.data_ptr(), threads, number)
+        order_D, divisor_D = _divisors(energy_SD.sum(0), loud)
+        self.tensors["order"].copy_(order_D)
+        self.tensors["divisor"].copy_(divisor_D)
+        ratio_V = torch.empty(rows)
+        bad = LIBRARY.hire_head_pack(self._address, ratio_V.data_ptr(), threads, number)
         self.finite = bad == 0  # what a weight with NaN or inf was packed to is of no use
         self._struct.loud_ratio = float(ratio_V.max())
         self.handle = next(_HANDLES)

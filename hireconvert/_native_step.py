@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from hireconvert._native import LEVELS, LIBRARY, FfnLayer, level, scratch
-from hireconvert._packing import ACTIVATIONS, TYPES, together
+from hireconvert._packing import ACTIVATIONS, TYPES
+from hireconvert._pages import placed
 
 MOST_ROWS = 32  # HIRE_STEP_ROWS of native/step.h
 PAST_FIELDS = ("keys", "values", "head_stride", "first", "length")
@@ -58,6 +59,8 @@ LIBRARY.hire_step.argtypes = [*[_POINTER] * 1, _SIZE, *[_POINTER] * 3, _SIZE, _P
 LIBRARY.hire_step.restype = _SIZE
 LIBRARY.hire_matvec.argtypes = [*[_POINTER] * 3, _SIZE, _POINTER, _NUMBER, _NUMBER]
 LIBRARY.hire_matvec.restype = None
+LIBRARY.hire_pack_codes.argtypes = [_POINTER, _POINTER, _NUMBER, _NUMBER]
+LIBRARY.hire_pack_codes.restype = _NUMBER
 
 
 # --------------------------------------------------------------------------- descriptions
@@ -110,9 +113,16 @@ class Matrix:
         return _floats("scales", self.scale_OG.flatten(), expected[0] * expected[1], held)
 
 
-TOP_CODE = 127
-# How far a weight may lie from its code: both it and the block's largest were rounded once.
-_ROUNDED = {torch.float32: 2.0**-21, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9}
+class _Coding(ctypes.Structure):
+    """hire_coding of native/pack.h."""
+
+    _fields_ = [
+        ("weight", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in (
+            "row_stride", "outputs", "inputs", "block", "weight_type",
+        )),
+        *((name, ctypes.c_void_p) for name in ("codes", "scales")),
+    ]  # fmt: skip
 
 
 def coded(matrices: Sequence[Matrix], block: int) -> list[Matrix]:
@@ -121,33 +131,49 @@ def coded(matrices: Sequence[Matrix], block: int) -> list[Matrix]:
     That is code * m / 127, m the largest magnitude among `block` neighbours of a row, rounded to
     the weights' type (docs/format.md, `attention`). A matrix with other weights stays as it is.
     """
-    found: dict[str, torch.Tensor] = {}
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for index, matrix in enumerate(matrices):
-        codes = _codes(matrix.weight_OI.detach(), block)
-        if codes is not None:
-            found[f"codes{index}"], found[f"scale{index}"] = codes
-    kept = together(found) if found else {}
+        outputs, inputs = matrix.weight_OI.shape
+        if _may_be_coded(matrix.weight_OI, block):
+            shapes[f"codes{index}"] = (torch.int8, (outputs, inputs))
+            shapes[f"scale{index}"] = (torch.float32, (outputs, -(-inputs // block)))
+    held, _ = placed(shapes)
     return [
-        Matrix(kept[f"codes{index}"], matrix.bias_O, kept[f"scale{index}"], block)
-        if f"codes{index}" in kept
+        Matrix(held[f"codes{index}"], matrix.bias_O, held[f"scale{index}"], block)
+        if f"codes{index}" in held
+        and _encode(matrix, block, held[f"codes{index}"], held[f"scale{index}"])
         else matrix
         for index, matrix in enumerate(matrices)
     ]
 
 
-def _codes(weight_OI: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _may_be_coded(weight_OI: torch.Tensor, block: int) -> bool:
     inputs = weight_OI.shape[1]
-    if weight_OI.dtype not in _ROUNDED or block < 1 or (block % 32 and block < inputs):
-        return None
-    block = min(block, inputs)
-    padded = torch.nn.functional.pad(weight_OI.float(), (0, -inputs % block))
-    blocks_OGB = padded.unflatten(1, (-1, block))
-    scale_OG1 = blocks_OGB.abs().amax(-1, keepdim=True) / TOP_CODE
-    code_OGB = (blocks_OGB / scale_OG1.clamp_min(torch.finfo().tiny)).round()
-    away_OGB = (code_OGB * scale_OG1 - blocks_OGB).abs()
-    if not bool((away_OGB <= _ROUNDED[weight_OI.dtype] * blocks_OGB.abs()).all()):
-        return None
-    return code_OGB.flatten(1)[:, :inputs].to(torch.int8), scale_OG1[..., 0]
+    known = weight_OI.dtype in TYPES and weight_OI.device.type == "cpu" and weight_OI.numel() > 0
+    return (
+        known and weight_OI.stride(1) == 1 and block >= 1 and (block % 32 == 0 or block >= inputs)
+    )
+
+
+def _encode(matrix: Matrix, block: int, codes_OI: torch.Tensor, scale_OG: torch.Tensor) -> bool:
+    """Write the codes and scales; whether every weight lies on its grid."""
+    weight_OI, threads = matrix.weight_OI.detach(), torch.get_num_threads()
+    outputs, inputs = weight_OI.shape
+    coding = _Coding(
+        weight=weight_OI.data_ptr(),
+        row_stride=weight_OI.stride(0),
+        outputs=outputs,
+        inputs=inputs,
+        block=min(block, inputs),
+        weight_type=TYPES.index(weight_OI.dtype),
+        codes=codes_OI.data_ptr(),
+        scales=scale_OG.data_ptr(),
+    )
+    scratch_TI = torch.empty(threads, inputs)
+    number = LEVELS.index(level() or LEVELS[0])
+    return bool(
+        LIBRARY.hire_pack_codes(ctypes.addressof(coding), scratch_TI.data_ptr(), threads, number)
+    )
 
 
 def _floats(name: str, tensor: torch.Tensor, size: int, held: list[torch.Tensor]) -> int:

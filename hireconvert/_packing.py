@@ -1,154 +1,61 @@
-"""FFN layers as the native kernels read them: checked tensors, packed into one piece of memory.
+"""FFN layers as the native kernels read them: checked here, packed by the library.
 
-Everything that `native/kernels.h` says about sizes is made true here; the library trusts it.
+Everything that `native/kernels.h` and `native/pack.h` say about sizes is made true here, and the
+library trusts it.
 
-Shape suffixes: D width, F neurons, P parts (gate and up, or up alone), T tiles of 16 neurons,
-L lanes, G blocks of a row.
+Shape suffixes: D width, F neurons, P parts (gate and up, or up alone), M their rows one after the
+other, G blocks of a row.
 """
 
-import contextlib
-import mmap
+import ctypes
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from hireconvert.runtime.hire_predict import decode_blocks, decode_down, unpack_planes
+from hireconvert._pages import MEMORY, placed, shapes_of
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "relu", "relu2", "gelu_quick")
 PREDICTOR_BITS, REST_BITS = (2, 3, 4), (2, 3, 4, 8)
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 LANES, STRIDE = 16, 32
 LOW_BITS = 4  # of refined rows below those of the copies
-_ROUNDED = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
-_PAGE = 2**21
 _MOST = 2**31 - 64  # indices are 32 bits wide
 _MOST_WIDTH = 2**19  # sums of codes times digits over a row are 32 bits wide
 
 
-# --------------------------------------------------------------------------- packing
+class _Copy(ctypes.Structure):
+    """hire_copy of native/pack.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("planes", "scale", "offset", "low")),
+        *((name, ctypes.c_int64) for name in ("rows", "bits", "block")),
+    ]
 
 
-def _lane_bytes(codes: int, bits: int) -> int:
-    if codes == 0:
-        return 0
-    return 1 if codes <= 8 // bits else 2 if codes <= 16 // bits else 4
+class _Dense(ctypes.Structure):
+    """hire_dense of native/pack.h."""
+
+    _fields_ = [
+        ("weight", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("row_stride", "column_stride")),
+    ]
 
 
-def pack_lanes(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 [..., bytes] from codes [..., n, 16]: the n codes of each of 16 lanes, lane by lane.
+class _Packing(ctypes.Structure):
+    """hire_packing of native/pack.h."""
 
-    As many whole codes as fit lie in 32-bit words, [word][lane]; what is left over takes the
-    narrowest of 8, 16 and 32 bits a lane.
-    """
-    per_word, pieces = 32 // bits, []
-    for start in range(0, codes.shape[-2], per_word):
-        some = codes[..., start : start + per_word, :].to(torch.int64)
-        shift = torch.arange(some.shape[-2])[:, None] * bits
-        word = (some << shift).sum(-2)
-        size = 4 if some.shape[-2] == per_word else _lane_bytes(some.shape[-2], bits)
-        octets = (word[..., None] >> (8 * torch.arange(size))) & 255
-        pieces.append(octets.to(torch.uint8).flatten(-2))
-    return torch.cat(pieces, dim=-1)
-
-
-def pack_quads(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 [..., bytes] from codes [..., n, 16]: the n codes of each of 16 lanes, n filled up.
-
-    A unit is one word of 32 bits a lane ([unit][lane]) of eight 4-bit or sixteen 2-bit codes; of 3
-    bits two such words of 32 codes' low bits and one of their high bits. Quad q of a unit, four
-    codes, lies in the word's four bytes, `bits` q bits up.
-    """
-    if bits == 3:
-        low, high = pack_quads(_filled(codes & 3, 32), 2), pack_quads(_filled(codes >> 2, 32), 1)
-        pair = low.unflatten(-1, (-1, 2 * 4 * LANES)), high.unflatten(-1, (-1, 4 * LANES))
-        return torch.cat(pair, dim=-1).flatten(-2)
-    byte = _filled(codes, 32 // bits).unflatten(-2, (-1, 8 // bits, 4))  # unit, quad, byte, lane
-    shift = torch.arange(8 // bits)[:, None, None] * bits
-    return (byte.int() << shift).sum(-3).to(torch.uint8).transpose(-1, -2).flatten(-3)
-
-
-def _filled(codes: torch.Tensor, unit: int) -> torch.Tensor:
-    """The codes with zeros behind them, [..., n, L] in whole units."""
-    missing = -codes.shape[-2] % unit
-    return torch.cat([codes, codes.new_zeros(*codes.shape[:-2], missing, codes.shape[-1])], dim=-2)
-
-
-def _octets(halves: torch.Tensor) -> torch.Tensor:
-    return halves.to(torch.float16).contiguous().view(torch.uint8)
-
-
-def _by_tile(rows: torch.Tensor, parts: int) -> torch.Tensor:
-    """[T, P, 16, columns] from [P * F, columns]; neurons that fill the last tile are zeros."""
-    part = rows.unflatten(0, (parts, -1))
-    padded = part.new_zeros(parts, -(-part.shape[1] // LANES) * LANES, part.shape[2])
-    padded[:, : part.shape[1]] = part
-    return padded.unflatten(1, (-1, LANES)).transpose(0, 1)
-
-
-def _tiles(
-    codes: torch.Tensor, scales: list[torch.Tensor], parts: int, bits: int, block: int
-) -> torch.Tensor:
-    """uint8 [T, bytes]: for each block the codes of every part, then scales, then offsets."""
-    code_TPLD = _by_tile(codes, parts)
-    scale_TPLG = [_by_tile(scale, parts) for scale in scales]
-    pieces = []
-    for index, start in enumerate(range(0, codes.shape[1], block)):
-        lanes = code_TPLD[..., start : start + block].transpose(-1, -2)
-        pieces.append(pack_quads(lanes, bits).flatten(1))
-        pieces += [_octets(scale[..., index]).flatten(1) for scale in scale_TPLG]
-    return torch.cat(pieces, dim=1).contiguous()
-
-
-def _padded(codes_MD: torch.Tensor, length: int) -> torch.Tensor:
-    """The codes with zeros behind each row, uint8 [M, length]."""
-    return torch.nn.functional.pad(codes_MD, (0, length - codes_MD.shape[1]))
-
-
-def _rest_rows(
-    codes_FD: torch.Tensor, scales: list[torch.Tensor], bits: int, stride: int
-) -> torch.Tensor:
-    """uint8 [F, bytes]: codes with 16 outputs side by side, then scales, then offsets."""
-    packed = pack_lanes(_padded(codes_FD, stride).unflatten(1, (-1, LANES)), bits)
-    return torch.cat([packed, *[_octets(scale) for scale in scales]], dim=1)
-
-
-def _rest_tiles(codes_FD: torch.Tensor, scales: list[torch.Tensor], stride: int) -> torch.Tensor:
-    """uint8 [T, bytes] of 4-bit codes: as native/rest_body.h has a tile of 16 neurons."""
-    code_TLD = _by_tile(_padded(codes_FD, stride), 1)[:, 0]
-    # Tile, four neurons, neuron, 32 outputs, half, output; bytes lie by output, then neuron.
-    code = code_TLD.unflatten(2, (-1, 2, LANES)).unflatten(1, (-1, 4))
-    packed = (code[..., 0, :] | code[..., 1, :] << 4).permute(0, 3, 1, 4, 2).flatten(1)
-    by_block = [_by_tile(scale, 1)[:, 0].transpose(1, 2).flatten(1) for scale in scales]
-    return torch.cat([*[_octets(scale) for scale in by_block], packed], dim=1).contiguous()
-
-
-def _memory(size: int) -> torch.Tensor:
-    """uint8 [size], in large pages where the system has them: a stream of rows that are read once
-    spends a third of its time on the addresses of small ones."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(size, dtype=torch.uint8)
-    pages = mmap.mmap(-1, size + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    memory = torch.frombuffer(pages, dtype=torch.uint8)
-    start = -memory.data_ptr() % _PAGE
-    return memory[start : start + size]
-
-
-def together(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same tensors in one piece of memory, each at a cache line and with one behind it."""
-    starts, total = {}, 0
-    for name, tensor in tensors.items():
-        starts[name] = total
-        # Scales are read 16 at a time, beyond the end of the last row.
-        total += -(-tensor.nbytes // 64) * 64 + 64
-    memory, moved = _memory(total), {}
-    for name, tensor in tensors.items():
-        piece = memory[starts[name] : starts[name] + tensor.nbytes]
-        moved[name] = piece.view(tensor.dtype).view(tensor.shape).copy_(tensor)
-    return moved
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in (
+            "width", "stride", "num_neurons", "parts", "weight_type", "tile_bytes", "rest_bytes",
+            "low_bytes",
+        )),
+        *((name, _Copy) for name in ("first", "down")),
+        ("dense", _Dense * 3),
+        *((name, ctypes.c_void_p) for name in (
+            "factor", "mean", "tiles", "rest", "low", "rows", "low_sum",
+        )),
+    ]  # fmt: skip
 
 
 # --------------------------------------------------------------------------- checked input
@@ -181,17 +88,16 @@ class _Tensors:
         """Whether the tensor was given."""
         return self._tensors.get(name) is not None
 
-    def named(self, *names: str) -> dict[str, torch.Tensor]:
-        """Those of the tensors that were given."""
-        found = {name: self._tensors.get(name) for name in names}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+    def halves(self, name: str, *shape: int) -> torch.Tensor:
+        """The tensor in float16, contiguous, as docs/format.md has scales."""
+        return self.floats(name, *shape).to(torch.float16).contiguous()
 
-    def planes(self, name: str, bits: int, rows: int, length: int) -> torch.Tensor:
-        """The codes of bit planes, uint8 [rows, length]."""
-        planes = self.get(name, bits, rows, -(-length // 8))
+    def planes(self, name: str, *shape: int) -> torch.Tensor:
+        """The bit planes, contiguous."""
+        planes = self.get(name, *shape)
         if planes.dtype != torch.uint8:
             raise ValueError(f"native: {name} is {planes.dtype}, expected torch.uint8")
-        return unpack_planes(planes, length)
+        return planes.contiguous()
 
 
 def _number(settings: Mapping[str, Any], key: str, low: int, high: int) -> int:
@@ -208,196 +114,243 @@ def _one_of(settings: Mapping[str, Any], key: str, choices: tuple[Any, ...]) -> 
     return choices.index(value)
 
 
-def _scales(
-    given: _Tensors, prefix: str, symmetric: bool, rows: int, blocks: int
-) -> list[torch.Tensor]:
-    names = ["scale"] if symmetric else ["scale", "offset"]
-    return [given.floats(prefix + name, rows, blocks) for name in names]
+def _pad_parts(values_M: torch.Tensor, parts: int) -> torch.Tensor:
+    """float32 [P, Fp] from [P * F], zeros up to a whole tile."""
+    value_PF = values_M.view(parts, -1)
+    return torch.nn.functional.pad(value_PF, (0, -value_PF.shape[1] % LANES))
 
 
-def _pad_parts(values: torch.Tensor, parts: int) -> torch.Tensor:
-    """float32 [P, Fp] from [P * F]."""
-    return _by_tile(values[:, None], parts).transpose(0, 1).reshape(parts, -1).contiguous()
+# --------------------------------------------------------------------------- sizes
 
 
-def _predictor(
-    given: _Tensors, numbers: dict[str, int], settings: Mapping[str, Any]
-) -> dict[str, torch.Tensor]:
-    width, neurons, parts = numbers["width"], numbers["num_neurons"], 1 + numbers["gated"]
-    outputs, bits = parts * neurons, PREDICTOR_BITS[_one_of(settings, "bits", PREDICTOR_BITS)]
-    block = min(_number(settings, "block", 1, _MOST), width)
-    symmetric = bool(_one_of(settings, "symmetric", (False, True)))
-    codes = given.planes("planes", bits, outputs, width)
-    scales = _scales(given, "", symmetric, outputs, -(-width // block))
-    tiles = _tiles(codes, scales, parts, bits, block)
-    numbers |= {"bits": bits, "block": block, "symmetric": symmetric, "tile_bytes": tiles.shape[1]}
-    tensors = {
-        "tiles": tiles,
-        "mean": given.floats("mean", width),
-        "inverse_scale": 1.0 / given.floats("column_scale", width),
-        "bias": _pad_parts(given.floats("bias", outputs), parts),
-        "norm": _pad_parts(given.floats("norm", neurons), 1),
-    }
-    if given.has("soft"):
-        tensors["soft"] = _pad_parts(given.floats("soft", outputs), parts)
-    return tensors
+def _quad_bytes(num: int, bits: int) -> int:
+    """Bytes of the codes of `num` inputs of a tile, in whole words of a lane."""
+    words = -(-num // 32) * 3 if bits == 3 else -(-num // (32 // bits))
+    return 4 * LANES * words
 
 
-def _rest(
-    given: _Tensors, numbers: dict[str, int], rest: Mapping[str, Any] | None
-) -> dict[str, torch.Tensor]:
-    if rest is None:
-        return {}
-    width, neurons = numbers["width"], numbers["num_neurons"]
-    bits = REST_BITS[_one_of(rest, "bits", REST_BITS)]
-    block = min(_number(rest, "block", 1, _MOST), width)
-    if block % LANES and block < width:
-        raise ValueError(f"native: block of down rows is {block}, no multiple of {LANES}")
-    symmetric = bool(_one_of(rest, "symmetric", (False, True)))
-    codes = given.planes("down_planes", bits, neurons, width)
-    scales = _scales(given, "down_", symmetric, neurons, -(-width // block))
-    if bits == 4:
-        rows = _rest_tiles(codes, scales, numbers["stride"])
-    else:
-        rows = _rest_rows(codes, scales, bits, numbers["stride"])
-    numbers |= {"rest_bits": bits, "rest_block": block, "rest_symmetric": symmetric}
-    numbers["rest_bytes"] = rows.shape[1]
-    return {"rest": rows}
+def _tile_bytes(width: int, parts: int, copy: _Copy) -> int:
+    whole, last = divmod(width, copy.block)
+    codes = whole * _quad_bytes(copy.block, copy.bits) + _quad_bytes(last, copy.bits)
+    scales = 2 * LANES * -(-width // copy.block) * (2 if copy.offset else 1)
+    return parts * (codes + scales)
 
 
-def _refined(
-    given: _Tensors, numbers: dict[str, int], settings: Mapping[str, Any]
-) -> dict[str, torch.Tensor] | None:
-    """The weights as codes beyond those of the copies; None where they are no such codes.
-
-    They are not where blocks are cut through, or weights were trained or merged since.
-    """
-    width, neurons, parts = numbers["width"], numbers["num_neurons"], 1 + numbers["gated"]
-    if (numbers["bits"], numbers.get("rest_bits")) != (4, 4):
-        raise ValueError("native: refined rows without 4-bit copies")
-    names, block, down_block = ("gate", "up")[2 - parts :], numbers["block"], numbers["rest_block"]
-    if block % LANES and block < width:
-        return None
-    first_MD = torch.cat([given.floats(name, neurons, width) for name in names])
-    down_FD, factor_D = given.floats("down", neurons, width), given.floats("column_scale", width)
-    low_M = _low(
-        first_MD * factor_D,
-        decode_blocks(given.named("planes", "scale", "offset"), settings, width),
-        given.floats("low_scale", parts * neurons, -(-width // block)),
-        block,
-    )
-    copy = given.named("down_planes", "down_scale", "down_offset")
-    low_F = _low(
-        down_FD,
-        decode_down(copy, settings["rest"], width),
-        given.floats("down_low_scale", neurons, -(-width // down_block)),
-        down_block,
-    )
-    value_MD, dtype = low_M.value_MD / factor_D, TYPES[numbers["weight_type"]]
-    pairs = ((value_MD, first_MD), (low_F.value_MD, down_FD))
-    if not all(_is_rounded(value, weight, dtype) for value, weight in pairs):
-        return None
-    rows = [*low_M.words(numbers["stride"]).chunk(parts), low_F.rows(numbers["stride"])]
-    low = torch.cat(rows, dim=1).contiguous()
-    numbers["low_bytes"] = low.shape[1]
-    bias_M = value_MD.double() @ given.floats("mean", width).double()
-    bias_M -= given.floats("bias", parts * neurons)
-    biases = _biases(given, numbers)
-    if "row_bias" in biases:
-        bias_M += biases.pop("row_bias").flatten()
-    return {"low": low, "low_bias": _pad_parts(bias_M.float(), parts), **biases}
+def _lane_bytes(stride: int, bits: int) -> int:
+    """Bytes of a row of codes with 16 outputs side by side."""
+    words, left = divmod(stride // LANES, 32 // bits)
+    narrow = next(size for size in (0, 1, 2, 4) if left * bits <= 8 * size)
+    return LANES * (4 * words + narrow)
 
 
-@dataclass(frozen=True)
-class _Low:
-    """What a copy left of a matrix: codes [M, D], scales [M, G], and the values with the copy's."""
-
-    code_MD: torch.Tensor
-    scale_MG: torch.Tensor
-    value_MD: torch.Tensor
-
-    def words(self, stride: int) -> torch.Tensor:
-        """uint8 [M, bytes]: words of 8 codes (byte i those of i and 4 + i), then scales."""
-        code = _padded(self.code_MD, stride).unflatten(1, (-1, 2, 4))
-        packed = (code[:, :, 0] | code[:, :, 1] << LOW_BITS).flatten(1)
-        return torch.cat([packed, _octets(self.scale_MG)], dim=1)
-
-    def rows(self, stride: int) -> torch.Tensor:
-        """uint8 [M, bytes]: codes with 16 neighbours side by side, then scales."""
-        return _rest_rows(self.code_MD, [self.scale_MG], LOW_BITS, stride)
+def _rest_bytes(width: int, stride: int, copy: _Copy) -> int:
+    """Bytes of a neuron's low-bit row with its scales; of 4 bits those of a tile of them."""
+    scales = 2 * -(-width // copy.block) * (2 if copy.offset else 1)
+    if copy.bits == 4:
+        return LANES * (stride // 2 + scales)
+    return _lane_bytes(stride, copy.bits) + scales
 
 
-def _low(
-    weight_MD: torch.Tensor, copy_MD: torch.Tensor, scale_MG: torch.Tensor, block: int
-) -> _Low:
-    width, middle = weight_MD.shape[1], (2**LOW_BITS - 1) / 2
-    scale_MD = scale_MG.repeat_interleave(block, dim=1)[:, :width]
-    code_MD = ((weight_MD - copy_MD) / scale_MD + middle).round().clamp(0, 2 * middle)
-    return _Low(code_MD.to(torch.uint8), scale_MG, copy_MD + scale_MD * (code_MD - middle))
+# --------------------------------------------------------------------------- one layer
 
 
-def _is_rounded(value_MD: torch.Tensor, weight_MD: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether weights are the values, rounded to their type."""
-    largest = value_MD.abs().amax(1, keepdim=True)
-    # Of the larger: a value below a power of two may have been rounded up to it.
-    allowed = _ROUNDED[dtype] * torch.maximum(value_MD.abs(), weight_MD.abs()) + 2.0**-20 * largest
-    return bool(((weight_MD - value_MD).abs() <= allowed).all())
+class _Layer:
+    """A layer that is checked, and then packed into memory of its own. Raises ValueError."""
 
-
-def _weights(given: _Tensors, numbers: dict[str, int], up: torch.Tensor) -> dict[str, torch.Tensor]:
-    width, neurons, gated = numbers["width"], numbers["num_neurons"], numbers["gated"]
-    names = ["gate", "up"] if gated else ["up"]
-    matrices = [given.get(name, neurons, width) for name in [*names, "down"]]
-    if any(matrix.dtype != up.dtype for matrix in matrices):
-        raise ValueError(f"native: matrices are {[str(m.dtype) for m in matrices]}")
-    rows = torch.zeros(neurons, len(matrices), numbers["stride"], dtype=up.dtype)
-    for place, matrix in enumerate(matrices):
-        rows[:, place, :width] = matrix
-    return {"rows": rows, **_biases(given, numbers)}
-
-
-def _biases(given: _Tensors, numbers: Mapping[str, int]) -> dict[str, torch.Tensor]:
-    """Those that the layer has: `row_bias` [P, F] and `down_bias` [D]."""
-    width, neurons = numbers["width"], numbers["num_neurons"]
-    names, tensors = ["gate", "up"] if numbers["gated"] else ["up"], {}
-    if any(given.has(f"{name}_bias") for name in names):
-        tensors["row_bias"] = torch.stack(
-            [
-                given.floats(f"{name}_bias", neurons)
-                if given.has(f"{name}_bias")
-                else torch.zeros(neurons)
-                for name in names
-            ]
+    def __init__(
+        self, settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor | None]
+    ) -> None:
+        given, up = _Tensors(tensors), tensors.get("up")
+        if up is None or up.dim() != 2 or up.dtype not in TYPES or not up.numel():
+            raise ValueError("native: up is not a matrix of float32, bfloat16 or float16")
+        neurons, width = up.shape
+        if neurons > _MOST or width > _MOST_WIDTH:
+            raise ValueError(f"native: {neurons} x {width} is too large")
+        candidates = _number(settings, "num_candidates", 1, neurons)
+        self.given, self.settings = given, settings
+        self.held: list[torch.Tensor] = []  # what the library is told the addresses of
+        self.numbers = {
+            "width": width,
+            "stride": -(-width // STRIDE) * STRIDE,
+            "num_neurons": neurons,
+            "num_candidates": candidates,
+            "num_kept": _number(settings, "num_kept", 1, candidates),
+            "gated": int(given.has("gate")),
+            "activation": _one_of(settings, "activation", ACTIVATIONS),
+            "weight_type": TYPES.index(up.dtype),
+        }
+        self.parts = 1 + self.numbers["gated"]
+        self.packing = _Packing(
+            width=width,
+            stride=self.numbers["stride"],
+            num_neurons=neurons,
+            parts=self.parts,
+            weight_type=self.numbers["weight_type"],
         )
-    if given.has("down_bias"):
-        tensors["down_bias"] = given.floats("down_bias", width)
+        self.small = self._predictor() | self._biases()
+        self.shapes = self._copies(settings.get("rest"))
+        self._dense(up.dtype)
+
+    def _predictor(self) -> dict[str, torch.Tensor]:
+        """What belongs to the estimates beside their copy."""
+        given, parts = self.given, self.parts
+        width, neurons = self.numbers["width"], self.numbers["num_neurons"]
+        tensors = {
+            "mean": given.floats("mean", width),
+            "inverse_scale": 1.0 / given.floats("column_scale", width),
+            "bias": _pad_parts(given.floats("bias", parts * neurons), parts),
+            "norm": _pad_parts(given.floats("norm", neurons), 1),
+        }
+        if given.has("soft"):
+            tensors["soft"] = _pad_parts(given.floats("soft", parts * neurons), parts)
+        return tensors
+
+    def _biases(self) -> dict[str, torch.Tensor]:
+        """Those that the layer has: `row_bias` [P, F] and `down_bias` [D]."""
+        given, tensors = self.given, {}
+        width, neurons = self.numbers["width"], self.numbers["num_neurons"]
+        names = [f"{name}_bias" for name in ("gate", "up")[2 - self.parts :]]
+        if any(given.has(name) for name in names):
+            tensors["row_bias"] = torch.stack([
+                given.floats(name, neurons) if given.has(name) else torch.zeros(neurons)
+                for name in names
+            ])  # fmt: skip
+        if given.has("down_bias"):
+            tensors["down_bias"] = given.floats("down_bias", width)
+        return tensors
+
+    def _copies(self, rest: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The shapes of tiles and low-bit rows; what the copies are is told to the library."""
+        numbers, packing = self.numbers, self.packing
+        width, neurons, stride = numbers["width"], numbers["num_neurons"], numbers["stride"]
+        tiles, parts = -(-neurons // LANES), self.parts
+        symmetric = self._copy(packing.first, "", self.settings, PREDICTOR_BITS)
+        packing.tile_bytes = _tile_bytes(width, parts, packing.first)
+        numbers |= {"bits": packing.first.bits, "block": packing.first.block}
+        numbers |= {"symmetric": symmetric, "tile_bytes": packing.tile_bytes}
+        shapes: dict[str, Any] = {"tiles": (torch.uint8, (tiles, packing.tile_bytes))}
+        if rest is None:
+            return shapes
+        symmetric = self._copy(packing.down, "down_", rest, REST_BITS)
+        bits, block = packing.down.bits, packing.down.block
+        if block % LANES and block < width:
+            raise ValueError(f"native: block of down rows is {block}, no multiple of {LANES}")
+        packing.rest_bytes = _rest_bytes(width, stride, packing.down)
+        numbers |= {"rest_bits": bits, "rest_block": block}
+        numbers |= {"rest_symmetric": symmetric, "rest_bytes": packing.rest_bytes}
+        rows = tiles if bits == 4 else neurons
+        return shapes | {"rest": (torch.uint8, (rows, packing.rest_bytes))}
+
+    def _copy(
+        self, copy: _Copy, prefix: str, settings: Mapping[str, Any], choices: tuple[int, ...]
+    ) -> int:
+        """Tell the library of a copy; returns whether it is symmetric."""
+        width = self.numbers["width"]
+        copy.rows = self.numbers["num_neurons"] * (1 if prefix else self.parts)
+        copy.bits = choices[_one_of(settings, "bits", choices)]
+        copy.block = min(_number(settings, "block", 1, _MOST), width)
+        symmetric, blocks = _one_of(settings, "symmetric", (False, True)), -(-width // copy.block)
+        planes = self.given.planes(f"{prefix}planes", copy.bits, copy.rows, -(-width // 8))
+        copy.planes = self._address(planes)
+        copy.scale = self._address(self.given.halves(f"{prefix}scale", copy.rows, blocks))
+        if not symmetric:
+            copy.offset = self._address(self.given.halves(f"{prefix}offset", copy.rows, blocks))
+        return symmetric
+
+    def _dense(self, dtype: torch.dtype) -> None:
+        shape = (self.numbers["num_neurons"], self.numbers["width"])
+        names = ("gate", "up", "down")[2 - self.parts :]
+        matrices = [self.given.get(name, *shape) for name in names]
+        if any(matrix.dtype != dtype for matrix in matrices):
+            raise ValueError(f"native: matrices are {[str(m.dtype) for m in matrices]}")
+        for place, matrix in zip(self.packing.dense, matrices, strict=False):
+            place.weight = self._address(matrix)
+            place.row_stride, place.column_stride = matrix.stride()
+
+    def _address(self, tensor: torch.Tensor) -> int:
+        self.held.append(tensor)
+        return tensor.data_ptr()
+
+    def _refined(self) -> dict[str, Any]:
+        """The shape of refined rows; none where blocks are cut through."""
+        numbers, packing, given = self.numbers, self.packing, self.given
+        if (numbers["bits"], numbers.get("rest_bits")) != (LOW_BITS, LOW_BITS):
+            raise ValueError("native: refined rows without 4-bit copies")
+        width, stride = numbers["width"], numbers["stride"]
+        if numbers["block"] % LANES and numbers["block"] < width:
+            return {}
+        size = 0
+        for copy, prefix in ((packing.first, ""), (packing.down, "down_")):
+            blocks = -(-width // copy.block)
+            copy.low = self._address(given.halves(f"{prefix}low_scale", copy.rows, blocks))
+            codes = _lane_bytes(stride, LOW_BITS) if prefix else self.parts * stride // 2
+            size += codes + 2 * blocks * (1 if prefix else self.parts)
+        packing.low_bytes = size
+        return {"low": (torch.uint8, (numbers["num_neurons"], size))}
+
+    def refined(self, library: Any, level: int) -> dict[str, torch.Tensor] | None:
+        """Packed with the weights as codes beyond those of the copies; None where they are not.
+
+        They are not where blocks are cut through, or weights were trained or merged since.
+        """
+        low = self._refined()
+        if not low:
+            return None
+        small = {**self.small, "low_bias": torch.zeros_like(self.small["bias"])}
+        row_bias = small.pop("row_bias", None)
+        tensors, piece = placed({**shapes_of(small), **self.shapes, **low})
+        sum_M = torch.empty(self.packing.first.rows, dtype=torch.float64)
+        factor_D = self.given.floats("column_scale", self.numbers["width"]).contiguous()
+        self.packing.low_sum, self.packing.factor = sum_M.data_ptr(), self._address(factor_D)
+        if not self._packed(library, level, tensors):
+            MEMORY.give_back(piece)
+            return None
+        bias_M = sum_M - self.given.floats("bias", sum_M.numel())
+        if row_bias is not None:
+            bias_M += row_bias.flatten()
+        small["low_bias"] = _pad_parts(bias_M.float(), self.parts)
+        self.numbers["low_bytes"] = self.packing.low_bytes
+        return _filled(tensors, small)
+
+    def stored(self, library: Any, level: int) -> dict[str, torch.Tensor]:
+        """Packed with the weights as they are."""
+        numbers = self.numbers
+        shape = (numbers["num_neurons"], self.parts + 1, numbers["stride"])
+        rows = {"rows": (TYPES[numbers["weight_type"]], shape)}
+        tensors, _ = placed({**shapes_of(self.small), **self.shapes, **rows})
+        self._packed(library, level, tensors)
+        return _filled(tensors, self.small)
+
+    def _packed(self, library: Any, level: int, tensors: Mapping[str, torch.Tensor]) -> bool:
+        packing, threads = self.packing, torch.get_num_threads()
+        packing.mean = self._address(self.small["mean"].contiguous())
+        for name in ("tiles", "rest", "low", "rows"):
+            setattr(packing, name, tensors[name].data_ptr() if name in tensors else None)
+        address = ctypes.addressof(packing)
+        scratch = torch.empty(threads * library.hire_pack_scratch(address), dtype=torch.uint8)
+        return bool(library.hire_pack(address, scratch.data_ptr(), threads, level))
+
+
+def _filled(
+    tensors: dict[str, torch.Tensor], small: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    for name, tensor in small.items():
+        tensors[name].copy_(tensor)
     return tensors
 
 
 def pack(
-    settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor | None]
+    library: Any,
+    level: int,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor | None],
 ) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
     """(numbers, tensors) of hire_layer in native/kernels.h; see FfnLayer.pack.
 
     Raises ValueError.
     """
-    given, up = _Tensors(tensors), tensors.get("up")
-    if up is None or up.dim() != 2 or up.dtype not in TYPES or not up.numel():
-        raise ValueError("native: up is not a matrix of float32, bfloat16 or float16")
-    neurons, width = up.shape
-    if neurons > _MOST or width > _MOST_WIDTH:
-        raise ValueError(f"native: {neurons} x {width} is too large")
-    candidates = _number(settings, "num_candidates", 1, neurons)
-    numbers = {
-        "width": width,
-        "stride": -(-width // STRIDE) * STRIDE,
-        "num_neurons": neurons,
-        "num_candidates": candidates,
-        "num_kept": _number(settings, "num_kept", 1, candidates),
-        "gated": int(given.has("gate")),
-        "activation": _one_of(settings, "activation", ACTIVATIONS),
-        "weight_type": TYPES.index(up.dtype),
-    }
-    packed = _predictor(given, numbers, settings) | _rest(given, numbers, settings.get("rest"))
-    refined = _refined(given, numbers, settings) if settings.get("refined") else None
-    return numbers, packed | (_weights(given, numbers, up) if refined is None else refined)
+    layer = _Layer(settings, tensors)
+    packed = layer.refined(library, level) if settings.get("refined") else None
+    if packed is None:
+        packed = layer.stored(library, level)
+    return layer.numbers, packed

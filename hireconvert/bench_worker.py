@@ -255,14 +255,12 @@ class Ways:
         self.model.hire_stats(reset=True)
 
     def _keep(self, keep: float | None) -> None:
-        """Let every FFN compute this share of its neurons; packed anew where that changes it."""
+        """Let every FFN compute this share of its neurons."""
         for index, layer in hire_layers(self.model).items():
             counts = dict(self.counts[index])
             if keep is not None:
                 counts = counts_at({**layer.spec, **counts}, keep)
-            if any(layer.spec[name] != value for name, value in counts.items()):
-                layer.spec |= counts
-                layer.prepared = None
+            layer.spec |= counts
         self.model.hire_prepare()
 
     def _use_head(self, spec: Mapping[str, Any] | None) -> None:

@@ -22,6 +22,7 @@ import torch
 from torch.nn import functional as F
 
 from hireconvert import _native, _native_step
+from hireconvert._pages import together
 from hireconvert.families import FfnWeights
 from hireconvert.quantize import GridFormat, encode_down, encode_matrix, fit_grid, round_codes
 from hireconvert.rounding import low_scales, refined_values, round_rows
@@ -81,7 +82,10 @@ def native_arm(
         total += layer.tensors["tiles"].nbytes
         total += layer.tensors["rest"].nbytes if rest is not None else 0
     copies = max(2, memory // total)
-    layers = [layer, *(_native.FfnLayer(numbers, layer.tensors) for _ in range(copies - 1))]
+    layers = [
+        layer,
+        *(_native.FfnLayer(numbers, together(layer.tensors)) for _ in range(copies - 1)),
+    ]
     return [each.run for each in layers], total
 
 

@@ -31,7 +31,7 @@
 
 enum { HIRE_HEAD_MOST_WIDTH = 16384, HIRE_HEAD_VNNI = HIRE_HIGHEST + 1 };
 
-/* One head; everything but `weight`, `bias`, `order` and `divisor` is written by hire_head_pack. */
+/* One head; hire_head_pack (pack.h) writes all but `weight`, `bias`, `order` and `divisor`. */
 typedef struct {
     int64_t width;         /* D, at most HIRE_HEAD_MOST_WIDTH */
     int64_t num_rows;      /* V */
@@ -121,9 +121,6 @@ static inline int64_t hire_head_low_bytes(int64_t quiet)
 /* The highest of HIRE_PORTABLE ... HIRE_HEAD_VNNI that this machine runs and that is at most
  * `wanted`. */
 HIRE_API int hire_head_level(int wanted);
-/* Writes tiles, scales, low and low_error; error_ratio [V] gets ||error''_i|| / S_i. Returns how
- * many rows hold NaN or inf. */
-HIRE_API int64_t hire_head_pack(const hire_head *head, float *error_ratio, int32_t num_threads);
 HIRE_API int64_t hire_head_scratch_bytes(const hire_head *head, int64_t count, int64_t num_rows);
 /* Returns how many rows of x were not finite. */
 HIRE_API int64_t hire_head_logits(const hire_head *head, const hire_head_call *call, void *scratch,

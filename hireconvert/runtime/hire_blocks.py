@@ -20,7 +20,7 @@ from .hire_ffn import FfnParts
 from .hire_native import activation_name
 from .hire_native import native as library
 from .hire_native import obstacle as ffn_obstacle
-from .hire_predict import num_active
+from .hire_predict import keeps_all
 
 _BASE = {"embed_tokens", "layers", "norm", "rotary_emb"}
 PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
@@ -240,7 +240,7 @@ def with_ffns(base: Any, blocks: list[Any]) -> list[Any]:
         layer = base.hire_layers.get(index)
         if layer is None:
             done.append(block)
-        elif num_active(layer.spec) == layer.spec["num_neurons"]:
+        elif keeps_all(layer.spec):
             done.append(replace(block, counts=layer.counts))
         else:
             reason = ffn_obstacle(layer.spec, layer.parts)

@@ -16,8 +16,17 @@ from transformers.pytorch_utils import Conv1D
 from .hire_native import pack as pack_native
 from .hire_native import run as run_native
 from .hire_native import serves as serves_native
-from .hire_predict import Widened, unit_scores, varies
-from .hire_select import candidate_mask, kept_mask, row_candidates, row_kept
+from .hire_predict import Widened, column_norms, keeps_all, num_active, unit_scores, varies
+from .hire_select import (
+    candidate_mask,
+    kept_mask,
+    linear_rows,
+    number_of,
+    replaced,
+    row_candidates,
+    row_kept,
+    zeroed,
+)
 
 COUNTER_NAMES = ("calls", "rows", "kept", "candidates", "dense_rows")
 
@@ -126,8 +135,10 @@ class Prepared:
     gate_FD: torch.Tensor | None
     up_FD: torch.Tensor
     norm_F: torch.Tensor
-    native: Any  # the layer as the native kernels read it, or None
     tensors: Mapping[str, torch.Tensor]
+    counts: Any = None  # the numbers of neurons that `native` was made for
+    native: Any = None  # the layer as the native kernels read it, or None
+    packed: Any = None  # the last of those: other numbers of neurons share its memory
     widened: Any = None  # Widened, once the PyTorch path runs
 
 
@@ -179,13 +190,13 @@ class SparseFfn(nn.Module):
         stamp = weight_stamp(modules)
         same = prepared is not None and prepared.stamp == stamp
         if same and (not thorough or prepared.content == content_stamp(modules)):
+            self._serve()
             return
         if not self.predictor_tensors:
             raise RuntimeError(
                 "hire: predictor tensors are not loaded; load the checkpoint with from_pretrained"
             )
         up_FD = parts.up.weight_out_in().detach().contiguous()
-        norm_F = parts.down_FD().detach().contiguous().float().norm(dim=1)
         moved = {name: tensor.to(up_FD.device) for name, tensor in self.predictor_tensors.items()}
         self.prepared = Prepared(
             stamp=stamp,
@@ -194,11 +205,23 @@ class SparseFfn(nn.Module):
             if parts.gate is None
             else parts.gate.weight_out_in().detach().contiguous(),
             up_FD=up_FD,
-            norm_F=norm_F,
-            native=pack_native(self.spec, parts, moved, norm_F),
+            norm_F=column_norms(parts.down.weight_out_in().detach()),
             tensors=moved,
         )
-        if self.prepared.native is None:
+        self._serve()
+
+    def _serve(self) -> None:
+        """Let whatever runs the layer compute as many neurons as the spec says now."""
+        prepared, spec = self.prepared, self.spec
+        counts = (spec["num_candidates"], num_active(spec))
+        if prepared.counts == counts:
+            return
+        prepared.counts = counts
+        prepared.native = pack_native(
+            spec, self.parts, prepared.tensors, prepared.norm_F, prepared.packed
+        )
+        prepared.packed = prepared.native or prepared.packed
+        if prepared.native is None and not keeps_all(spec):
             self.widened()
 
     def widened(self) -> Widened:
@@ -243,12 +266,24 @@ class SparseFfn(nn.Module):
         """The FFN output [N, D] with selection at every row not marked in `dense_rows_N`."""
         if not torch.compiler.is_compiling() and self.prepared is None:
             self.prepare()
+        if keeps_all(self.spec):
+            return self._every(x_ND, dense_rows_N)
         if dense_rows_N is None:
             if serves_native(self.prepared.native, x_ND):
                 return run_native(self, x_ND)
             if x_ND.shape[0] == 1 and not torch.is_grad_enabled():
                 return self.gathered(x_ND)
         return self.masked(x_ND, dense_rows_N)
+
+    def _every(self, x_ND: torch.Tensor, dense_rows_N: torch.Tensor | None) -> torch.Tensor:
+        """The output where every neuron is kept, so that nothing is to be estimated."""
+        h_NF = self._hidden(x_ND)
+        dense_N = ~h_NF.detach().isfinite().all(-1)
+        if dense_rows_N is not None:
+            dense_N = dense_N | dense_rows_N
+        number = h_NF.shape[1] * (~dense_N).sum()
+        self.count(x_ND.shape[0], dense_N.sum(), kept=number, candidates=number)
+        return self.parts.down.run(h_NF)
 
     def masked(self, x_ND: torch.Tensor, dense_rows_N: torch.Tensor | None = None) -> torch.Tensor:
         """The slow twin: all neurons computed, those not selected replaced; any number of rows.
@@ -303,24 +338,24 @@ class SparseFfn(nn.Module):
             return self._dense_row(x_1D)
         unit_1S = unit_1S.nan_to_num()
         index_C, counts_C = row_candidates(spec, unit_1S)
-        h_1C = _zeroed(self._hidden_rows(x_1D, index_C), counts_C)
+        h_1C = zeroed(self._hidden_rows(x_1D, index_C), counts_C)
         score_1C = self.scores(h_1C, self.prepared.norm_F[index_C])
         finite = finite & score_1C.isfinite().all()
         if not compiling and not bool(finite):
             return self._dense_row(x_1D)
-        candidates = kept = _number(index_C, counts_C)
+        candidates = kept = number_of(index_C, counts_C)
         if rest_1F is not None:
-            rest_1F = _replaced(rest_1F, index_C, h_1C.float(), counts_C)
+            rest_1F = replaced(rest_1F, index_C, h_1C.float(), counts_C)
         counts_K = counts_C
         fewer = varies(spec) or spec["num_kept"] < spec["num_candidates"]
         if spec["keep"] == "top_k" and fewer:
             chosen_K, counts_K = row_kept(spec, unit_1S, score_1C.nan_to_num())
-            h_1C, index_C = _zeroed(h_1C[:, chosen_K], counts_K), index_C[chosen_K]
-            kept = _number(chosen_K, counts_K)
+            h_1C, index_C = zeroed(h_1C[:, chosen_K], counts_K), index_C[chosen_K]
+            kept = number_of(chosen_K, counts_K)
         y_1D = self._down(h_1C, index_C)
         if rest_1F is not None:
             zero_1K = torch.zeros_like(h_1C, dtype=torch.float32)
-            y_1D = self._with_rest(y_1D, _replaced(rest_1F, index_C, zero_1K, counts_K))
+            y_1D = self._with_rest(y_1D, replaced(rest_1F, index_C, zero_1K, counts_K))
         sparse = finite.to(torch.int64)
         self.count(1, 1 - sparse, kept=kept * sparse, candidates=candidates * sparse)
         if compiling:
@@ -335,10 +370,10 @@ class SparseFfn(nn.Module):
         prepared, parts = self.prepared, self.parts
         if index_C.shape[0] == prepared.up_FD.shape[0]:
             return self._hidden(x_1D)  # all of them, in order: nothing to gather
-        up_1C = _linear_rows(x_1D, prepared.up_FD, parts.up.bias(), index_C)
+        up_1C = linear_rows(x_1D, prepared.up_FD, parts.up.bias(), index_C)
         if parts.gate is None:
             return parts.act(up_1C)
-        gate_1C = _linear_rows(x_1D, prepared.gate_FD, parts.gate.bias(), index_C)
+        gate_1C = linear_rows(x_1D, prepared.gate_FD, parts.gate.bias(), index_C)
         return parts.act(gate_1C) * up_1C
 
     def _down(self, h_1K: torch.Tensor, index_K: torch.Tensor) -> torch.Tensor:
@@ -363,33 +398,3 @@ class SparseFfn(nn.Module):
     def _dense_row(self, x_1D: torch.Tensor) -> torch.Tensor:
         self.count(1, torch.ones((), dtype=torch.int64))
         return self.dense(x_1D)
-
-
-def _linear_rows(
-    x_1D: torch.Tensor, weight_FD: torch.Tensor, bias_F: torch.Tensor | None, index_C: torch.Tensor
-) -> torch.Tensor:
-    """Products of the input with the chosen rows, [1, C]."""
-    bias_C = None if bias_F is None else bias_F[index_C]
-    return F.linear(x_1D, weight_FD.index_select(0, index_C), bias_C)
-
-
-def _zeroed(h_1C: torch.Tensor, counts_C: torch.Tensor | None) -> torch.Tensor:
-    """The hidden values with those that do not count set to zero."""
-    return h_1C if counts_C is None else h_1C.where(counts_C, 0.0)
-
-
-def _replaced(
-    value_1F: torch.Tensor,
-    index_C: torch.Tensor,
-    new_1C: torch.Tensor,
-    counts_C: torch.Tensor | None,
-) -> torch.Tensor:
-    """The values with new ones at the indices that count."""
-    if counts_C is not None:
-        new_1C = new_1C.where(counts_C, value_1F[:, index_C])
-    return value_1F.index_copy(1, index_C, new_1C)
-
-
-def _number(index_C: torch.Tensor, counts_C: torch.Tensor | None) -> Any:
-    """How many neurons count: all of them, or those of the mask."""
-    return index_C.shape[0] if counts_C is None else counts_C.sum()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .hire_predict import is_refined, num_active, varies
+from .hire_predict import is_refined, keeps_all, num_active, varies
 
 ABI = 1
 # What a checkpoint selects for unless told otherwise (`max_sparse_rows`). More rows that select
@@ -69,7 +69,7 @@ def _beyond_spec(spec: Mapping[str, Any], width: int) -> str | None:
         return "groups or common neurons"
     if varies(spec):
         return "a number of neurons that varies"
-    if num_active(spec) == spec["num_neurons"]:
+    if keeps_all(spec):
         return "every neuron is kept"
     if rest is not None and rest["block"] % _REST_BLOCK and rest["block"] < width:
         return f"unselected neurons in blocks of {rest['block']}"
@@ -99,10 +99,17 @@ def pack(
     parts: Any,
     tensors: Mapping[str, torch.Tensor],
     norm_F: torch.Tensor,
+    packed: Any = None,
 ) -> Any:
-    """The layer as the kernels read it, or None when the PyTorch path runs it."""
+    """The layer as the kernels read it, or None when the PyTorch path runs it.
+
+    `packed`, when there is one, is the same layer with other numbers of neurons; what they share is
+    not packed again.
+    """
     if obstacle(spec, parts) is not None:
         return None
+    if packed is not None:
+        return packed.counting(spec["num_candidates"], num_active(spec))
     settings = {
         "activation": activation_name(parts.act),
         "num_candidates": spec["num_candidates"],

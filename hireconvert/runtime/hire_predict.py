@@ -242,6 +242,11 @@ class Widened:
             )
 
 
+def column_norms(weight_DF: torch.Tensor) -> torch.Tensor:
+    """float32 [F], some rows at a time: a copy of the matrix in float32 would cost more than it."""
+    return torch.stack([c.float().square().sum(0) for c in weight_DF.split(64)]).sum(0).sqrt()
+
+
 def _two_point_size(above_NF: torch.Tensor, below_NF: torch.Tensor) -> torch.Tensor:
     """Root mean square of two values that are equally likely."""
     return ((above_NF.square() + below_NF.square()) / 2).sqrt()
@@ -295,6 +300,11 @@ def num_active(spec: Mapping[str, Any]) -> int:
     if varies(spec):
         return int(spec["selection"]["mean_kept"] + 0.5)
     return int(spec["num_kept" if spec["keep"] == "top_k" else "num_candidates"])
+
+
+def keeps_all(spec: Mapping[str, Any]) -> bool:
+    """Whether every neuron of a layer is kept in every row."""
+    return not varies(spec) and num_active(spec) == int(spec["num_neurons"])
 
 
 def layer_bytes(

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from .hire_predict import select_neurons, top_k_mask, unit_scores, varies
 
@@ -123,3 +124,33 @@ def row_kept(
     counts_C = _neurons(_reaches(spec, exact_1S, unit_1S), spec)[0]
     place_C = torch.arange(score_1C.shape[1], device=score_1C.device)
     return (place_C, counts_C) if torch.compiler.is_compiling() else (place_C[counts_C], None)
+
+
+def zeroed(h_1C: torch.Tensor, counts_C: torch.Tensor | None) -> torch.Tensor:
+    """The hidden values with those that do not count set to zero."""
+    return h_1C if counts_C is None else h_1C.where(counts_C, 0.0)
+
+
+def replaced(
+    value_1F: torch.Tensor,
+    index_C: torch.Tensor,
+    new_1C: torch.Tensor,
+    counts_C: torch.Tensor | None,
+) -> torch.Tensor:
+    """The values with new ones at the indices that count."""
+    if counts_C is not None:
+        new_1C = new_1C.where(counts_C, value_1F[:, index_C])
+    return value_1F.index_copy(1, index_C, new_1C)
+
+
+def number_of(index_C: torch.Tensor, counts_C: torch.Tensor | None) -> Any:
+    """How many neurons count: all of them, or those of the mask."""
+    return index_C.shape[0] if counts_C is None else counts_C.sum()
+
+
+def linear_rows(
+    x_1D: torch.Tensor, weight_FD: torch.Tensor, bias_F: torch.Tensor | None, index_C: torch.Tensor
+) -> torch.Tensor:
+    """Products of the input with the chosen rows, [1, C]."""
+    bias_C = None if bias_F is None else bias_F[index_C]
+    return F.linear(x_1D, weight_FD.index_select(0, index_C), bias_C)

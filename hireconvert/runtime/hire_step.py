@@ -6,7 +6,7 @@ D width, B decoder layers.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,7 @@ def _modules(base: Any) -> Iterator[nn.Module]:
 class _Plan:
     """What the library runs, and what it was made from."""
 
+    blocks: list[Any]  # as the library has them, but for the sparse FFNs
     step: Any
     ropes: Ropes
     windows: list[int]
@@ -87,10 +88,8 @@ def _stamp(base: Any, modules: Sequence[nn.Module]) -> Any:
     weights = [m for m in modules if "weight" in m._parameters]
     natives = [layer.prepared and layer.prepared.native for layer in base.hire_layers.values()]
     plain = [m if hasattr(m, "bias") else _Unbiased(m) for m in weights]
-    return (
-        list(map(id, modules)), list(map(type, modules)), weight_stamp(plain),
-        list(map(id, natives)),
-    )  # fmt: skip
+    own = (list(map(id, modules)), list(map(type, modules)), weight_stamp(plain))
+    return own, list(map(id, natives))
 
 
 class _Unbiased:
@@ -163,11 +162,15 @@ class NativeStep:
         if steps is None or base.training:
             return
         modules = list(_modules(base)) if hasattr(base, "rotary_emb") else []
-        stamp = (_stamp(base, modules), library.level(), library.steps_allowed())
-        plan = self._plan
-        if self._seen == stamp and (plan is None or not thorough or plan.is_fresh()):
+        own, natives = _stamp(base, modules)
+        stamp = ((own, library.level(), library.steps_allowed()), natives)
+        plan, seen = self._plan, self._seen
+        if seen == stamp and (plan is None or not thorough or plan.is_fresh()):
             return
         self._seen, self._plan = stamp, None
+        if plan is not None and seen[0] == stamp[0] and plan.is_fresh():
+            self._renew(base, plan)
+            return
         try:
             check_model(base)
             if any("forward" in vars(module) for module in modules):
@@ -177,8 +180,8 @@ class NativeStep:
             if types != self._tried:
                 try_out(base, blocks, ropes)
                 self._tried = types
-            blocks = with_codes(base, with_ffns(base, blocks), steps, PROJECTIONS)
-            step = steps.Step(blocks, last_norm(base))
+            blocks = with_codes(base, blocks, steps, PROJECTIONS)
+            step = steps.Step(with_ffns(base, blocks), last_norm(base))
         except Obstacle as error:
             self.reason = str(error)
             return
@@ -187,9 +190,18 @@ class NativeStep:
         coded = [layer.self_attn.get_submodule(name) for layer in base.layers for name in names]
         hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._plan = _Plan(
-            step, ropes, windows, blocks[0].cache_type, modules,
+            blocks, step, ropes, windows, blocks[0].cache_type, modules,
             [*hooks, *_GLOBAL_HOOKS], _small(modules), coded, content_stamp(coded),
         )  # fmt: skip
+
+    def _renew(self, base: Any, plan: _Plan) -> None:
+        """The same layers with the sparse FFNs that are there now."""
+        try:
+            step = steps.Step(with_ffns(base, plan.blocks), last_norm(base))
+        except Obstacle as error:
+            self.reason = str(error)
+            return
+        self._plan = replace(plan, step=step)
 
     def run(self, base: Any, call: Mapping[str, Any]) -> Any:
         """The base model's output, its cache one step further; None where PyTorch must run."""

@@ -121,8 +121,12 @@ class HireBaseMixin(Native):
                 "FFN weights are not plain Linear or Conv1D layers: every row runs dense"
             )
             return
+        before = [layer.prepared for layer in layers]
         for layer in layers:
             layer.prepare(thorough)
+        if any(layer.prepared is not old for layer, old in zip(layers, before, strict=True)):
+            # What was packed or widened is read in place of the file.
+            release([t for layer in layers for t in layer.predictor_tensors.values()])
         self.hire_step.prepare(self, thorough)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from hireconvert import _packing
+from tests import packing_reference
 from tests.ffn_reference import relative
 from tests.native import (
     LEVELS,
@@ -63,7 +63,7 @@ def layer_at(level: str, case: Case, tensors: dict[str, Any], monkeypatch: Any) 
 def test_quads_hold_every_code_at_its_place(bits, number):
     dice = torch.Generator().manual_seed(number)
     codes = torch.randint(0, 2**bits, (3, number, 16), generator=dice, dtype=torch.uint8)
-    packed = _packing.pack_quads(codes, bits)
+    packed = packing_reference.pack_quads(codes, bits)
     per_unit, size = {2: (16, 64), 3: (32, 192), 4: (8, 64)}[bits]
     assert packed.shape == (3, -(-number // per_unit) * size)
     for input_ in range(number):
@@ -168,4 +168,4 @@ def test_a_row_too_wide_for_32_bits_is_refused():
     tensors = tensors_of(case)
     tensors["up"] = torch.zeros(1, 2**19 + 1)
     with pytest.raises(ValueError, match="is too large"):
-        _packing.pack(settings_of(case), tensors)
+        _native.FfnLayer.pack(settings_of(case), tensors)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from hireconvert import _packing
 from hireconvert.families import FfnWeights
 from hireconvert.quantize import GridFormat, encode_down, encode_matrix, fit_grid, round_codes
 from hireconvert.rounding import low_scales
 from hireconvert.runtime.hire_native import pack
 from hireconvert.runtime.hire_predict import decode_blocks, decode_down
+from tests import packing_reference
 from tests.ffn_reference import relative
 from tests.native import LEVELS, _native
 from tests.tiny import hire_model, sparse_layers, tiny_model
@@ -185,5 +185,5 @@ def test_a_value_between_two_codes_may_have_been_either_of_them() -> None:
     """Above a power of two bfloat16 is coarser: half a step there is more than one below it."""
     value_MD = torch.tensor([[2.0**-5 - 2.0**-13, 1.0]])
     up, beyond = torch.tensor([[2.0**-5, 1.0]]), torch.tensor([[2.0**-5 + 2.0**-12, 1.0]])
-    assert _packing._is_rounded(value_MD, up, torch.bfloat16)
-    assert not _packing._is_rounded(value_MD, beyond, torch.bfloat16)
+    assert packing_reference._is_rounded(value_MD, up, torch.bfloat16)
+    assert not packing_reference._is_rounded(value_MD, beyond, torch.bfloat16)
