@@ -10,16 +10,23 @@ from typing import Any
 
 import torch
 
+from hireconvert._packing import (
+    _MOST,
+    _MOST_WIDTH,
+    ACTIVATIONS,
+    LANES,
+    LOW_BITS,
+    PREDICTOR_BITS,
+    REST_BITS,
+    STRIDE,
+    TYPES,
+    _number,
+    _one_of,
+    _Tensors,
+)
 from hireconvert.runtime.hire_predict import decode_blocks, decode_down, unpack_planes
 
-ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "relu", "relu2", "gelu_quick")
-PREDICTOR_BITS, REST_BITS = (2, 3, 4), (2, 3, 4, 8)
-TYPES = (torch.float32, torch.bfloat16, torch.float16)
-LANES, STRIDE = 16, 32
-LOW_BITS = 4  # of refined rows below those of the copies
 _ROUNDED = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
-_MOST = 2**31 - 64  # indices are 32 bits wide
-_MOST_WIDTH = 2**19  # sums of codes times digits over a row are 32 bits wide
 
 
 # --------------------------------------------------------------------------- packing
@@ -122,62 +129,21 @@ def _rest_tiles(codes_FD: torch.Tensor, scales: list[torch.Tensor], stride: int)
 # --------------------------------------------------------------------------- checked input
 
 
-class _Tensors:
-    """Named tensors handed over with the shapes that they must have. Raises ValueError."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor | None]) -> None:
-        self._tensors = tensors
-
-    def get(self, name: str, *shape: int) -> torch.Tensor:
-        """The tensor, detached, on the CPU."""
-        tensor = self._tensors.get(name)
-        if tensor is None:
-            raise ValueError(f"native: {name} is missing")
-        if tuple(tensor.shape) != shape or tensor.device.type != "cpu":
-            found = f"{list(tensor.shape)} on {tensor.device}"
-            raise ValueError(f"native: {name} is {found}, expected {list(shape)} on the CPU")
-        return tensor.detach()
-
-    def floats(self, name: str, *shape: int) -> torch.Tensor:
-        """The tensor in float32."""
-        tensor = self.get(name, *shape)
-        if not tensor.is_floating_point():
-            raise ValueError(f"native: {name} is {tensor.dtype}, expected a floating-point type")
-        return tensor.float()
-
-    def has(self, name: str) -> bool:
-        """Whether the tensor was given."""
-        return self._tensors.get(name) is not None
+class _Given(_Tensors):
+    """The same checks; codes unpacked."""
 
     def named(self, *names: str) -> dict[str, torch.Tensor]:
         """Those of the tensors that were given."""
         found = {name: self._tensors.get(name) for name in names}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
-    def planes(self, name: str, bits: int, rows: int, length: int) -> torch.Tensor:
+    def codes(self, name: str, bits: int, rows: int, length: int) -> torch.Tensor:
         """The codes of bit planes, uint8 [rows, length]."""
-        planes = self.get(name, bits, rows, -(-length // 8))
-        if planes.dtype != torch.uint8:
-            raise ValueError(f"native: {name} is {planes.dtype}, expected torch.uint8")
-        return unpack_planes(planes, length)
-
-
-def _number(settings: Mapping[str, Any], key: str, low: int, high: int) -> int:
-    value = settings.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"native: {key} is {value!r}, expected an integer in [{low}, {high}]")
-    return value
-
-
-def _one_of(settings: Mapping[str, Any], key: str, choices: tuple[Any, ...]) -> int:
-    value = settings.get(key)
-    if not any(type(value) is type(choice) and value == choice for choice in choices):
-        raise ValueError(f"native: {key} is {value!r}, expected one of {list(choices)}")
-    return choices.index(value)
+        return unpack_planes(self.planes(name, bits, rows, -(-length // 8)), length)
 
 
 def _scales(
-    given: _Tensors, prefix: str, symmetric: bool, rows: int, blocks: int
+    given: _Given, prefix: str, symmetric: bool, rows: int, blocks: int
 ) -> list[torch.Tensor]:
     names = ["scale"] if symmetric else ["scale", "offset"]
     return [given.floats(prefix + name, rows, blocks) for name in names]
@@ -189,13 +155,13 @@ def _pad_parts(values: torch.Tensor, parts: int) -> torch.Tensor:
 
 
 def _predictor(
-    given: _Tensors, numbers: dict[str, int], settings: Mapping[str, Any]
+    given: _Given, numbers: dict[str, int], settings: Mapping[str, Any]
 ) -> dict[str, torch.Tensor]:
     width, neurons, parts = numbers["width"], numbers["num_neurons"], 1 + numbers["gated"]
     outputs, bits = parts * neurons, PREDICTOR_BITS[_one_of(settings, "bits", PREDICTOR_BITS)]
     block = min(_number(settings, "block", 1, _MOST), width)
     symmetric = bool(_one_of(settings, "symmetric", (False, True)))
-    codes = given.planes("planes", bits, outputs, width)
+    codes = given.codes("planes", bits, outputs, width)
     scales = _scales(given, "", symmetric, outputs, -(-width // block))
     tiles = _tiles(codes, scales, parts, bits, block)
     numbers |= {"bits": bits, "block": block, "symmetric": symmetric, "tile_bytes": tiles.shape[1]}
@@ -212,7 +178,7 @@ def _predictor(
 
 
 def _rest(
-    given: _Tensors, numbers: dict[str, int], rest: Mapping[str, Any] | None
+    given: _Given, numbers: dict[str, int], rest: Mapping[str, Any] | None
 ) -> dict[str, torch.Tensor]:
     if rest is None:
         return {}
@@ -222,7 +188,7 @@ def _rest(
     if block % LANES and block < width:
         raise ValueError(f"native: block of down rows is {block}, no multiple of {LANES}")
     symmetric = bool(_one_of(rest, "symmetric", (False, True)))
-    codes = given.planes("down_planes", bits, neurons, width)
+    codes = given.codes("down_planes", bits, neurons, width)
     scales = _scales(given, "down_", symmetric, neurons, -(-width // block))
     if bits == 4:
         rows = _rest_tiles(codes, scales, numbers["stride"])
@@ -234,7 +200,7 @@ def _rest(
 
 
 def _refined(
-    given: _Tensors, numbers: dict[str, int], settings: Mapping[str, Any]
+    given: _Given, numbers: dict[str, int], settings: Mapping[str, Any]
 ) -> dict[str, torch.Tensor] | None:
     """The weights as codes beyond those of the copies; None where they are no such codes.
 
@@ -313,7 +279,7 @@ def _is_rounded(value_MD: torch.Tensor, weight_MD: torch.Tensor, dtype: torch.dt
     return bool((near_MD & weight_MD.isfinite()).all())
 
 
-def _weights(given: _Tensors, numbers: dict[str, int], up: torch.Tensor) -> dict[str, torch.Tensor]:
+def _weights(given: _Given, numbers: dict[str, int], up: torch.Tensor) -> dict[str, torch.Tensor]:
     width, neurons, gated = numbers["width"], numbers["num_neurons"], numbers["gated"]
     names = ["gate", "up"] if gated else ["up"]
     matrices = [given.get(name, neurons, width) for name in [*names, "down"]]
@@ -325,7 +291,7 @@ def _weights(given: _Tensors, numbers: dict[str, int], up: torch.Tensor) -> dict
     return {"rows": rows, **_biases(given, numbers)}
 
 
-def _biases(given: _Tensors, numbers: Mapping[str, int]) -> dict[str, torch.Tensor]:
+def _biases(given: _Given, numbers: Mapping[str, int]) -> dict[str, torch.Tensor]:
     """Those that the layer has: `row_bias` [P, F] and `down_bias` [D]."""
     width, neurons = numbers["width"], numbers["num_neurons"]
     names, tensors = ["gate", "up"] if numbers["gated"] else ["up"], {}
@@ -350,7 +316,7 @@ def pack(
 
     Raises ValueError.
     """
-    given, up = _Tensors(tensors), tensors.get("up")
+    given, up = _Given(tensors), tensors.get("up")
     if up is None or up.dim() != 2 or up.dtype not in TYPES or not up.numel():
         raise ValueError("native: up is not a matrix of float32, bfloat16 or float16")
     neurons, width = up.shape
