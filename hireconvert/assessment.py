@@ -9,9 +9,10 @@ Shape suffixes: W windows, T tokens of a window, N rows (scored positions), D wi
 import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,14 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
-from hireconvert.baselines import Baseline, cache_folder, kept_states, open_baseline
+from hireconvert.answers import Answers, Task
+from hireconvert.baselines import (
+    Baseline,
+    cache_folder,
+    kept_answers,
+    kept_states,
+    open_baseline,
+)
 from hireconvert.data import EvalWindows, evaluation_windows
 from hireconvert.errors import InputError, UsageError
 from hireconvert.evaluate import EvalReport, builtin_text, evaluate_model, hidden_states
@@ -242,16 +250,25 @@ def _tasks(subject: _Subject, request: Request) -> dict[str, Any] | None:
     if hire["ffn"] is None and hire["head"] is None:
         subject.reporter.note("tasks were not measured: nothing in OUT is sparse")
         return None
-    baseline = subject.baseline
+    baseline, keeper = subject.baseline, None
+    if baseline is not None:
+        keeper = partial(_baseline_answers, subject, baseline)
     with subject.reporter.stage("tasks", _STEPS) as advance:
         found: dict[str, Any] = run_tasks(
             subject.model,
             None if baseline is None else baseline.model,
             subject.tokenizer,
             TaskRequest(request.tasks, request.limit, request.seed, request.max_length),
+            keeper=keeper,
             progress=steps(advance, _STEPS),
         )["tasks"]
     return found
+
+
+def _baseline_answers(
+    subject: _Subject, baseline: Baseline, task: Task, compute: Callable[[], Answers]
+) -> tuple[Answers, str]:
+    return kept_answers(baseline, task, subject.tokenizer, compute, cache=subject.cache)
 
 
 def _speed(subject: _Subject, prompt_1T: torch.Tensor) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 Kept are the states that the baseline's head receives, float32 [N, D] for each set of windows: 4 D
 bytes a token (19 MB for 8,192 tokens of SmolLM2-135M). The slow part, running the decoder layers,
 is done once; losses, divergence and agreement follow from the head, exactly as in the first run.
+Of tasks the score of each item is kept.
 
-    CACHE/baselines/KEY.safetensors   KEY: SHA-256 of the model files, the token ids and versions
+    CACHE/baselines/KEY.safetensors   KEY: SHA-256 of the model files, the token ids or the items,
+                                      and versions
 
 Shape suffixes: N rows (scored positions), D width, W windows, T tokens of a window.
 """
@@ -20,12 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hireconvert.answers import Answers, Task
 from hireconvert.checkpoint import open_checkpoint
 from hireconvert.version import __version__
 from hireconvert.workspace import write_atomically
@@ -81,35 +85,77 @@ def kept_states(
     `cache` None keeps nothing. The second value says what happened; a cache that cannot be
     written, or whose file is damaged, costs time and nothing else.
     """
+    key = {
+        "ids": hashlib.sha256(ids_WT.contiguous().numpy().astype("<i8").tobytes()).hexdigest(),
+        "shape": list(ids_WT.shape),
+    }
+    num_rows = ids_WT.shape[0] * (ids_WT.shape[1] - 1)
+    return _kept(baseline, key, "hidden_ND", num_rows, compute, cache)
+
+
+def kept_answers(
+    baseline: Baseline,
+    task: Task,
+    tokenizer: Any,
+    compute: Callable[[], Answers],
+    *,
+    cache: Path | None,
+) -> tuple[Answers, str]:
+    """The baseline's answers to the items of `task`, read with `tokenizer`; as `kept_states`.
+
+    Nothing is kept where the tokenizer does not say what it is made of.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if cache is None or backend is None:
+        return compute(), OFF
+    key = {
+        "task": [task.name, task.kind, task.metric, task.fingerprint],
+        "tokenizer": hashlib.sha256(backend.to_str().encode()).hexdigest(),
+        "special": [tokenizer.bos_token_id, tokenizer.eos_token_id],
+    }
+
+    def scores() -> torch.Tensor:
+        return torch.from_numpy(compute().score_N)
+
+    score_N, state = _kept(baseline, key, "score_N", task.num_items, scores, cache)
+    return Answers(score_N.numpy().astype(np.float64), 0), state
+
+
+def _kept(
+    baseline: Baseline,
+    key: dict[str, Any],
+    name: str,
+    num_rows: int,
+    compute: Callable[[], torch.Tensor],
+    cache: Path | None,
+) -> tuple[torch.Tensor, str]:
+    """What `compute` gives, `num_rows` along its first axis, from the cache where it lies there."""
     if cache is None:
         return compute(), OFF
-    path = cache / "baselines" / f"{_key(baseline, ids_WT)}.safetensors"
-    num_rows = ids_WT.shape[0] * (ids_WT.shape[1] - 1)
-    hidden_ND = _read(path)
-    if hidden_ND is not None and hidden_ND.shape[0] == num_rows:
-        return hidden_ND, HIT
-    hidden_ND = compute()
+    path = cache / "baselines" / f"{_digest(baseline, key)}.safetensors"
+    found = _read(path, name)
+    if found is not None and found.shape[0] == num_rows:
+        return found, HIT
+    found = compute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, save({"hidden_ND": hidden_ND.contiguous()}))
+        write_atomically(path, save({name: found.contiguous()}))
     except OSError:
-        return hidden_ND, NOT_STORED
-    return hidden_ND, STORED
+        return found, NOT_STORED
+    return found, STORED
 
 
-def _read(path: Path) -> torch.Tensor | None:
+def _read(path: Path, name: str) -> torch.Tensor | None:
     try:
-        return load(path.read_bytes()).get("hidden_ND")
+        return load(path.read_bytes()).get(name)
     except (OSError, SafetensorError):
         return None
 
 
-def _key(baseline: Baseline, ids_WT: torch.Tensor) -> str:
-    ids = hashlib.sha256(ids_WT.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
-    parts: dict[str, Any] = {
+def _digest(baseline: Baseline, key: dict[str, Any]) -> str:
+    parts = {
+        **key,
         "model": baseline.fingerprint,
-        "ids": ids,
-        "shape": list(ids_WT.shape),
         "dtype": str(baseline.model.dtype),
         "hireconvert": __version__,
         "torch": torch.__version__,

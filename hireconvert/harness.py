@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from hireconvert.paired import mcnemar, mean_difference
 from hireconvert.suite import TASKS, build_items
 
 Progress = Callable[[int, int], None]
+# Gives a task's answers of the baseline, from what was kept or by the call; and what happened.
+Keeper = Callable[[Task, Callable[[], Answers]], tuple[Answers, str]]
 
 SUITE = "suite"
 LM_EVAL = "lm_eval:"
@@ -40,12 +43,14 @@ def run_tasks(
     tokenizer: Any,
     request: TaskRequest,
     *,
+    keeper: Keeper | None = None,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
     """`{"tasks": {name: figures}}` of a HiRE model against a baseline (None: its dense view).
 
-    Errors are those of `open_tasks`. `progress` is called with items
-    answered and items in all, those of both models. RuntimeError when the sparse path did not run.
+    Errors are those of `open_tasks`. With a `keeper` figures say what it did (`baseline_cache`).
+    `progress` is called with items answered and items in all, those of both models. RuntimeError
+    when the sparse path did not run.
     """
     tasks = open_tasks(**vars(request), tokenizer=tokenizer)
     if any(isinstance(task, GeneratedTask) for task in tasks):
@@ -58,11 +63,17 @@ def run_tasks(
         progress(done, total)
 
     dense_model = model if baseline is None else baseline
-    results = {}
+    results, due = {}, 0
     for task in tasks:
-        dense = task.answer(dense_model, tokenizer, sparse=False, tick=tick)
+        answer = partial(task.answer, dense_model, tokenizer, sparse=False, tick=tick)
+        dense, state = (answer(), None) if keeper is None else keeper(task, answer)
+        due += task.num_items
+        while done < due:  # answers that were kept
+            tick()
         converted = task.answer(model, tokenizer, sparse=True, tick=tick)
+        due += task.num_items
         results[task.name] = compare(task, dense, converted, seed=request.seed)
+        results[task.name]["baseline_cache"] = state
     return {"tasks": results}
 
 

@@ -120,17 +120,19 @@ def test_figures_are_the_same_with_and_without_the_cache(
     place: Path, hireconvert: Cli, environment: dict[str, str]
 ) -> None:
     found: list[Any] = []
+    asked = ("--tasks", "retrieval", "--limit", "2", "--max-length", "512", "--json")
     for flags in ((), (), ("--no-cache",)):
         ended = hireconvert(
-            *("eval", place / "good", "--baseline", place / "dense", *TOKENS, "--json", *flags),
+            *("eval", place / "good", "--baseline", place / "dense", *TOKENS, *asked, *flags),
             environment=environment,
         )
         assert ended.code == 0, ended.err
         result = json.loads(ended.out)
         del result["seconds"]
         found.append(result)
-    states = [next(iter(each["texts"].values())).pop("baseline_cache") for each in found]
-    assert states == ["stored", "hit", "off"]
+    for kind in ("texts", "tasks"):
+        states = [next(iter(each[kind].values())).pop("baseline_cache") for each in found]
+        assert states == ["stored", "hit", "off"]
     assert found[0] == found[1] == found[2]
     (text,) = found[0]["texts"].values()
     # The dense view is the model that was converted.

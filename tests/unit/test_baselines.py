@@ -1,13 +1,18 @@
 """What is kept of a baseline between runs: found again, never mistaken, never fatal."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from hireconvert.baselines import Baseline, cache_folder, kept_states, open_baseline
+from hireconvert.answers import Answers
+from hireconvert.baselines import Baseline, cache_folder, kept_answers, kept_states, open_baseline
 from hireconvert.errors import InputError
-from tests.tiny_files import save_tiny, write_gguf
+from hireconvert.likelihood import LikelihoodTask, Question
+from tests.tiny_files import save_tiny, tiny_tokenizer, write_gguf
 
 IDS_WT = torch.arange(20).view(2, 10)
 HIDDEN_ND = torch.randn(18, 32, generator=torch.Generator().manual_seed(0))
@@ -67,6 +72,35 @@ def test_a_damaged_file_is_computed_again(baseline: Baseline, tmp_path: Path) ->
 def test_a_cache_that_cannot_be_written_is_no_error(baseline: Baseline, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     assert states(baseline, tmp_path / "file") == "could not be written"
+
+
+TASK = LikelihoodTask("yes", [Question(str(n), "so?", ("a", "b"), 0) for n in range(3)], "raw")
+
+
+def answers(baseline: Baseline, cache: Path | None, task: Any = TASK, **options: Any) -> str:
+    """What happened; what is given must always be right."""
+    score_N = np.arange(task.num_items) / 2
+    tokenizer = options.get("tokenizer", tiny_tokenizer())
+    found, state = kept_answers(
+        baseline, task, tokenizer, lambda: Answers(score_N.copy(), 0), cache=cache
+    )
+    assert np.array_equal(found.score_N, score_N) and found.score_N.dtype == np.float64
+    return state
+
+
+def test_answers_are_found_again_and_not_mistaken(baseline: Baseline, tmp_path: Path) -> None:
+    assert answers(baseline, tmp_path) == "stored"
+    assert answers(baseline, tmp_path) == "hit"
+    assert answers(baseline, None) == "off"
+    other = tiny_tokenizer()
+    other.add_tokens(["so?"])
+    assert answers(baseline, tmp_path, tokenizer=other) == "stored"
+    for changed in ({"metric": "per_character"}, {"questions": TASK.questions[:2]}):
+        assert answers(baseline, tmp_path, replace(TASK, **changed)) == "stored"
+    stranger = replace(baseline, fingerprint="another model")
+    assert answers(stranger, tmp_path) == "stored"
+    assert answers(baseline, tmp_path, tokenizer=object()) == "off"  # it may be any
+    assert answers(baseline, tmp_path) == "hit"
 
 
 def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
