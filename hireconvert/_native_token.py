@@ -1,7 +1,8 @@
-"""Tokens of one sequence in one native call each: embedding, decoder layers, head, best row.
+"""Tokens of one sequence in one native call each: embedding, decoder layers, head, best row; draws.
 
 The file of a checkpoint that imports this is `runtime/hire_token.py`. Shape suffixes: D width,
-V vocabulary, B decoder layers, L rows of the embedding.
+V vocabulary, B decoder layers, L rows of the embedding,
+M random numbers.
 """
 
 import ctypes
@@ -16,7 +17,7 @@ from hireconvert._native_head import RowCall
 from hireconvert._native_step import PAST_FIELDS, Step
 from hireconvert._packing import TYPES
 
-__all__ = ["ABI", "HIDDEN", "STOPPED", "Embedding", "RowCall", "Token", "largest"]
+__all__ = ["ABI", "HIDDEN", "STOPPED", "Embedding", "RowCall", "Token", "largest", "uniforms"]
 STOPPED, HIDDEN = -1, -2  # of native/token.h
 _FIELDS = (
     ("blocks", ctypes.c_void_p), ("num_blocks", ctypes.c_int64), ("pasts", ctypes.c_void_p),
@@ -42,6 +43,9 @@ LIBRARY.hire_next.argtypes, LIBRARY.hire_next.restype = [_POINTER, _SIZE], _SIZE
 LIBRARY.hire_embed.argtypes = [_POINTER, _SIZE, _SIZE, _POINTER, _POINTER]
 LIBRARY.hire_embed.restype = None
 LIBRARY.hire_largest.argtypes, LIBRARY.hire_largest.restype = [_POINTER, _SIZE], _SIZE
+LIBRARY.hire_uniforms.argtypes = [_POINTER, _POINTER, _SIZE, _SIZE, _POINTER]
+LIBRARY.hire_uniforms.restype = None
+STATE_BYTES = 24 + 8 * 624  # of native/draw.h; PyTorch's states have more behind
 
 
 @dataclass(frozen=True)
@@ -187,3 +191,23 @@ def largest(x_V: torch.Tensor) -> int:
     x_V = x_V.contiguous()
     found: int = LIBRARY.hire_largest(x_V.data_ptr(), x_V.numel())
     return found
+
+
+def uniforms(state: torch.Tensor, place_M: torch.Tensor, total: int) -> torch.Tensor:
+    """Of the next `total` random numbers in [0, 1) those at ascending places, float64 [M].
+
+    `state` is what `torch.Generator.get_state` gives on a CPU, and is moved on by all of them.
+    Raises ValueError.
+    """
+    if state.dtype != torch.uint8 or state.numel() < STATE_BYTES or not state.is_contiguous():
+        raise ValueError(f"native: a generator's state is {state.dtype} {list(state.shape)}")
+    if place_M.dim() != 1 or place_M.dtype != torch.int64 or not place_M.is_contiguous():
+        raise ValueError(f"native: places are {place_M.dtype} {list(place_M.shape)}")
+    places = place_M.tolist()
+    if any(b <= a for a, b in zip([-1, *places], [*places, total], strict=True)):
+        raise ValueError(f"native: places do not ascend from 0 to {total}")
+    found_M = torch.empty(len(places), dtype=torch.float64)
+    LIBRARY.hire_uniforms(
+        state.data_ptr(), place_M.data_ptr(), len(places), total, found_M.data_ptr()
+    )
+    return found_M

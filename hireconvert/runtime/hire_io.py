@@ -43,6 +43,7 @@ RUNTIME_FILES = (
     "hire_blocks.py",
     "hire_token.py",
     "hire_step.py",
+    "hire_draw.py",
     "hire_sample.py",
     "hire_ffn.py",
     "hire_head_native.py",

@@ -18,6 +18,7 @@ from transformers import GenerationMixin, LogitsProcessorList, StoppingCriteriaL
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from .hire_draw import Draw
 from .hire_token import altered
 
 # SHA-256 of the source of `GenerationMixin._sample`: transformers 5.20 to 5.23.
@@ -101,6 +102,9 @@ class Loop:
             len(job.processors) or config.do_sample or self._scores == () or self._logits == ()
         )
         self._limit = _plain_limit(job.criteria)
+        self._draw = None
+        if config.do_sample and self._scores is None:
+            self._draw = Draw.of(job.processors)
 
     def run(self) -> Any:
         """What `_sample` returns."""
@@ -177,6 +181,10 @@ class Loop:
         if not self._reads_logits and best is not None:
             return best
         assert logits_1V is not None
+        if self._draw is not None:
+            if self._logits is not None:
+                self._logits += (logits_1V,)
+            return self._draw.token(self._ids(), logits_1V)
         scores_1V = logits_1V
         if len(job.processors):
             scores_1V, best = job.processors(self._ids(), logits_1V), None

@@ -125,6 +125,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "scores": {"output_scores": True, "output_logits": True},
     "sampled scores": {**SAMPLING, "output_scores": True},
     "top_p": {"do_sample": True, "top_k": 0, "top_p": 0.8},
+    "few rows": {**SAMPLING, "top_k": 9, "top_p": 0.8, "min_p": 0.01, "output_logits": True},
+    "few rows, penalty": {**SAMPLING, "top_p": 0.9, "repetition_penalty": 1.2, "streamer": Streamer},
     "penalty": {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "output_scores": True},
     "end": {"eos_token_id": list(range(3, 40))},
     "late end": {"eos_token_id": list(range(3, 40)), "min_new_tokens": 6},

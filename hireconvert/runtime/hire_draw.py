@@ -1,0 +1,156 @@
+"""A token drawn from the few that top-k leaves, as transformers would draw it from all.
+
+Behind `TopKLogitsWarper` nearly all scores are -inf, but what follows goes over the whole vocabulary:
+a sort for top-p, a softmax, a random number for each row (11 ms a token for 262,144 rows, one thread).
+Here scores and numbers are made for the rows that are left. They are those of transformers and
+PyTorch up to rounding; where that could decide, all rows are gone over as before. So tokens and
+the generator's state are the same either way. Shape suffixes: V vocabulary, P positions, M rows
+that are left, in order of their scores (the best is the last), B blocks of rows.
+"""
+
+import functools
+import hashlib
+import inspect
+from typing import Any
+
+import torch
+from transformers import LogitsProcessorList
+from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from .hire_token import native
+
+# SHA-256 of the sources of what is repeated here: transformers 5.20 to 5.23.
+_KNOWN = {
+    "a5f5faa96e297aff93bf3541d8fb0c632be2674e2a5dfa75aae99bc27af9a8d1",  # to 5.22
+    "6db38c2035f9a7f54d8371b9bb051c051450c001454467bc9b3002a86a31e450",  # other annotations
+}
+_BLOCK, _MOST = 128, 1024  # rows that share a maximum; rows that top-k may leave
+_NEAR = 1e-4  # relative; float32 sums of up to _MOST terms are nearer to exact ones
+
+
+@functools.cache
+def known() -> bool:
+    """Whether transformers cuts, and PyTorch draws, as is repeated here."""
+    try:
+        kinds = (TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+        text = "".join(inspect.getsource(kind.__call__) for kind in kinds)
+    except (OSError, TypeError):  # no source to be had
+        return False
+    right = hashlib.sha256(text.encode()).hexdigest() in _KNOWN
+    return right and native is not None and _draws_alike()
+
+
+def _draws_alike() -> bool:
+    """Whether PyTorch's generator makes the numbers that the library makes, in the same places."""
+    number_V = torch.empty(1000)
+    for skipped in (0, 7):
+        dice = torch.Generator().manual_seed(skipped)
+        torch.rand(skipped, generator=dice)
+        state, row_M = dice.get_state(), torch.arange(0, len(number_V), 9)
+        number_V.exponential_(1, generator=dice)
+        try:
+            found_M = -torch.log1p(-native.uniforms(state, row_M, len(number_V)))
+        except ValueError:  # another generator
+            return False
+        near = torch.allclose(found_M.float(), number_V[row_M], rtol=1e-6, atol=0)
+        if not near or not torch.equal(state, dice.get_state()):
+            return False
+    return True
+
+
+def best_rows(score_V: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scores, rows) of all that reach the `num`-th largest score, the best last."""
+    blocks = len(score_V) // _BLOCK
+    row_M = None
+    if blocks > 2 * num:
+        # A score among the largest makes its block's maximum one of the largest.
+        most_B = score_V[: blocks * _BLOCK].view(blocks, _BLOCK).amax(1)
+        block_B = (most_B >= most_B.topk(num).values[-1]).nonzero()
+        inside = torch.arange(_BLOCK, device=score_V.device)
+        behind = torch.arange(blocks * _BLOCK, len(score_V), device=score_V.device)
+        row_M = torch.cat([(block_B * _BLOCK + inside).flatten(), behind])
+        score_V = score_V[row_M]
+    place_M = (score_V >= score_V.topk(num).values[-1]).nonzero()[:, 0]
+    score_M, order_M = score_V[place_M].sort(stable=True)
+    place_M = place_M[order_M]
+    return score_M, place_M if row_M is None else row_M[place_M]
+
+
+def _top_p(score_M: torch.Tensor, top_p: float) -> int | None:
+    """How many of the worst TopPLogitsWarper removes; None where rounding could decide."""
+    # The best is always kept.
+    sum_M, limit = score_M.softmax(-1).cumsum(-1)[:-1], 1 - top_p
+    if bool(((sum_M - limit).abs() <= _NEAR * limit).any()):
+        return None
+    removed = int((sum_M <= limit).sum())
+    tied = removed and bool(score_M[removed - 1] == score_M[removed])
+    return None if tied else removed
+
+
+def _min_p(score_M: torch.Tensor, min_p: float) -> int | None:
+    """How many of the worst MinPLogitsWarper removes; None where rounding could decide."""
+    share_M = (score_M - score_M[-1]).exp()
+    if bool(((share_M - min_p).abs() <= _NEAR * min_p).any()):
+        return None
+    return int((share_M < min_p).sum())
+
+
+class Draw:
+    """Draws one sequence's tokens. `first` are processors before top-k, `cuts` those behind it."""
+
+    def __init__(self, processors: list[Any], place: int) -> None:
+        self._first = LogitsProcessorList(processors[:place])
+        self._all = LogitsProcessorList(processors[place:])
+        self._top_k, self._cuts = processors[place].top_k, processors[place + 1 :]
+
+    @classmethod
+    def of(cls, processors: Any) -> "Draw | None":
+        """None where these processors do more than leave a few rows at their end."""
+        given = list(processors)
+        places = [place for place, each in enumerate(given) if type(each) is TopKLogitsWarper]
+        if len(places) != 1 or not known():
+            return None
+        tail = given[places[0] :]
+        plain = {TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper}
+        removes = all(
+            type(each) in plain and each.filter_value == -float("inf") for each in tail
+        )
+        one = all(getattr(each, "min_tokens_to_keep", 1) == 1 for each in tail)
+        if not removes or not one or not 0 < tail[0].top_k <= _MOST:
+            return None
+        return cls(given, places[0])
+
+    def token(self, ids_1P: torch.Tensor, logits_1V: torch.Tensor) -> int:
+        """The token that follows `ids_1P`, of float32 logits on the CPU; moves the generator on."""
+        score_1V = self._first(ids_1P, logits_1V) if len(self._first) else logits_1V
+        found = self._of_few(score_1V[0])
+        if found is not None:
+            return found
+        chance_1V = self._all(ids_1P, score_1V).softmax(dim=-1)
+        return int(torch.multinomial(chance_1V, num_samples=1))
+
+    def _of_few(self, score_V: torch.Tensor) -> int | None:
+        score_M, row_M = best_rows(score_V, min(self._top_k, len(score_V)))
+        if not bool(score_M[[0, -1]].isfinite().all()):
+            return None
+        for cut in self._cuts:
+            top_p = type(cut) is TopPLogitsWarper
+            removed = _top_p(score_M, cut.top_p) if top_p else _min_p(score_M, cut.min_p)
+            if removed is None:
+                return None
+            score_M, row_M = score_M[removed:], row_M[removed:]
+        return _drawn(score_M, row_M, len(score_V))
+
+
+def _drawn(score_M: torch.Tensor, row_M: torch.Tensor, total: int) -> int | None:
+    """The row that `torch.multinomial` draws: the largest of chance over exponential number."""
+    row_M, order_M = row_M.sort()
+    state = torch.get_rng_state()
+    number_M = -torch.log1p(-native.uniforms(state, row_M, total))
+    ratio_M = (score_M - score_M[-1]).double().exp()[order_M] / number_M
+    if len(row_M) > 1:
+        best, second = ratio_M.topk(2).values.tolist()
+        if not best * (1 - _NEAR) > second:
+            return None
+    torch.set_rng_state(state)
+    return int(row_M[ratio_M.argmax()])

@@ -1,0 +1,174 @@
+"""Tokens drawn of few rows against transformers' processors and `torch.multinomial` over all.
+
+Shape suffixes: V vocabulary, M places.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import LogitsProcessorList
+from transformers.generation import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from hireconvert.runtime import hire_draw
+from hireconvert.runtime.hire_draw import Draw, best_rows
+from tests.native import _native
+
+pytestmark = pytest.mark.skipif(_native is None, reason="this machine has no compiler")
+IDS_1P = torch.tensor([[3, 1, 2]])
+SIZES = (2, 60, 127, 1000, 6007, 49152)
+WARPERS: dict[str, list[Any]] = {
+    "top_k": [TopKLogitsWarper(20)],
+    "top_k of all": [TopKLogitsWarper(1000)],
+    "one": [TopKLogitsWarper(1)],
+    "top_p": [TemperatureLogitsWarper(0.7), TopKLogitsWarper(64), TopPLogitsWarper(0.8)],
+    "nearly all": [TopKLogitsWarper(64), TopPLogitsWarper(0.999)],
+    "nothing": [TopKLogitsWarper(64), TopPLogitsWarper(0.0)],
+    "min_p": [TopKLogitsWarper(40), MinPLogitsWarper(0.05)],
+    "each": [
+        RepetitionPenaltyLogitsProcessor(1.1), TemperatureLogitsWarper(1.5), TopKLogitsWarper(50),
+        TopPLogitsWarper(0.9), MinPLogitsWarper(0.02),
+    ],
+}  # fmt: skip
+
+
+def theirs(processors: list[Any], score_V: torch.Tensor) -> int:
+    score_1V = LogitsProcessorList(processors)(IDS_1P, score_V[None].clone())
+    return int(torch.multinomial(score_1V.softmax(-1), num_samples=1))
+
+
+def both(processors: list[Any], score_V: torch.Tensor, monkeypatch: Any) -> bool:
+    """Assert that tokens and generators are the same; whether few rows were enough."""
+    draw = Draw.of(LogitsProcessorList(processors))
+    assert draw is not None
+    whole: list[int] = []
+    multinomial = torch.multinomial
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        whole.append(1)
+        return multinomial(*args, **kwargs)
+
+    before = torch.get_rng_state()
+    wanted, after = theirs(processors, score_V), torch.get_rng_state()
+    torch.set_rng_state(before)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "multinomial", watched)
+        assert draw.token(IDS_1P, score_V[None].clone()) == wanted
+    assert torch.equal(torch.get_rng_state(), after)
+    return not whole
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("warpers", WARPERS)
+def test_tokens_and_generator_are_those_of_transformers(warpers, size, monkeypatch):
+    dice = torch.Generator().manual_seed(size)
+    torch.manual_seed(7)
+    few = 0
+    for scale in (0.01, 1.0, 4.0, 40.0):
+        for _ in range(10):
+            score_V = scale * torch.randn(size, generator=dice)
+            few += both(WARPERS[warpers], score_V, monkeypatch)
+    assert few >= 36 or (warpers == "nothing" and few >= 25)  # its border is the sum of all
+
+
+def test_ties_and_sums_at_the_border_are_left_to_transformers(monkeypatch):
+    torch.manual_seed(1)
+    tied = torch.arange(3000) // 7 % 90 / 8.0
+    for _ in range(10):  # 24 rows share the best score, and two thirds of them are removed
+        assert not both([TopKLogitsWarper(5), TopPLogitsWarper(0.3)], tied, monkeypatch)
+        assert both([TopKLogitsWarper(5), MinPLogitsWarper(0.3)], tied, monkeypatch)
+    halves = torch.full((300,), -9.0)
+    halves[[5, 200, 250]] = torch.tensor([0.5, 0.25, 0.25]).log()
+    assert not both([TopKLogitsWarper(3), TopPLogitsWarper(0.75)], halves, monkeypatch)
+    assert not both([TopKLogitsWarper(3), MinPLogitsWarper(0.5)], halves, monkeypatch)
+    assert both([TopKLogitsWarper(3), TopPLogitsWarper(0.8)], halves, monkeypatch)
+
+
+def test_scores_that_are_no_numbers_are_left_to_transformers(monkeypatch):
+    torch.manual_seed(1)
+    few = torch.full((3000,), -torch.inf)
+    few[[7, 2900]] = 1.0
+    assert not both([TopKLogitsWarper(5)], few, monkeypatch)
+    for strange in (torch.nan, torch.inf):
+        score_V = torch.randn(3000)
+        score_V[17] = strange
+        assert not both([TopKLogitsWarper(5), TopPLogitsWarper(0.9)], score_V, monkeypatch)
+
+
+def test_the_best_rows_are_all_that_reach_the_last_of_them():
+    dice = torch.Generator().manual_seed(3)
+    for size in (1, 5, 128, 400, 1283, 9000):
+        for num in {1, min(3, size), min(60, size)}:
+            for high in (3, 40, 10**6):  # many ties, some, hardly any
+                score_V = torch.randint(0, high, (size,), generator=dice).float()
+                wanted_M = (score_V >= score_V.topk(num).values[-1]).nonzero()[:, 0]
+                score_M, row_M = best_rows(score_V, num)
+                assert torch.equal(row_M.sort().values, wanted_M)
+                assert torch.equal(score_M, score_V[row_M]) and bool((score_M.diff() >= 0).all())
+
+
+@pytest.mark.parametrize(
+    "processors",
+    [
+        [], [TopPLogitsWarper(0.9)], [TopKLogitsWarper(2000)], [TopKLogitsWarper(9)] * 2,
+        [TopKLogitsWarper(9), TemperatureLogitsWarper(0.5)],
+        [TopKLogitsWarper(9, filter_value=-50.0)], [TopKLogitsWarper(9, min_tokens_to_keep=12)],
+        [TopKLogitsWarper(9), TopPLogitsWarper(0.9, min_tokens_to_keep=2)],
+        [type("Own", (TopKLogitsWarper,), {})(9)], [TopKLogitsWarper(9), lambda ids, x: x],
+    ],
+    ids=lambda processors: " ".join(type(each).__name__ for each in processors) or "none",
+)  # fmt: skip
+def test_other_processors_are_left_to_transformers(processors):
+    draw = Draw.of(LogitsProcessorList(processors))
+    top_k = processors[0].top_k if processors and isinstance(processors[0], TopKLogitsWarper) else 0
+    assert draw is None or top_k == 12  # what TopKLogitsWarper makes of at least 12
+
+
+def test_what_is_repeated_is_what_is_installed(monkeypatch):
+    hire_draw.known.cache_clear()
+    assert hire_draw.known()  # if not: read what is new in the processors, then add the digest
+    for module, name, value in (
+        (TopPLogitsWarper, "__call__", lambda self, input_ids, scores: scores),
+        (hire_draw, "native", None),
+        (hire_draw.native, "uniforms", lambda state, place_M, total: place_M / total),
+    ):
+        hire_draw.known.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value)
+            assert not hire_draw.known() and Draw.of([TopKLogitsWarper(9)]) is None
+    hire_draw.known.cache_clear()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_numbers_are_those_of_the_generator(seed):
+    from hireconvert._native_token import uniforms
+
+    for skipped in (0, 1, 311, 312, 313, 623, 1000):
+        for total in (1, 2, 311, 312, 313, 624, 5000):
+            dice = torch.Generator().manual_seed(seed)
+            torch.rand(skipped, generator=dice)
+            state = dice.get_state()
+            wanted_V = torch.rand(total, generator=dice, dtype=torch.float64)
+            place_M = torch.randint(0, total, (20,)).unique()
+            assert torch.equal(uniforms(state, place_M, total), wanted_V[place_M])
+            assert torch.equal(state, dice.get_state())
+    assert torch.equal(uniforms(state, place_M[:0], 0), torch.empty(0, dtype=torch.float64))
+    assert torch.equal(state, dice.get_state())
+
+
+def test_places_and_states_that_do_not_fit_are_refused():
+    from hireconvert._native_token import uniforms
+
+    state = torch.get_rng_state()
+    for place in ([3], [-1], [1, 1], [2, 0], [0.0], [[1]]):
+        with pytest.raises(ValueError, match="places"):
+            uniforms(state, torch.tensor(place), 3)
+    for wrong in (state[:5000], state.long(), state[::2]):
+        with pytest.raises(ValueError, match="state is"):
+            uniforms(wrong, torch.tensor([1]), 3)
