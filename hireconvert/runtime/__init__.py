@@ -4,9 +4,9 @@
 `hire_install` putting selection into native layers, `hire_predict` predictors and top-k,
 `hire_select` what a row keeps, `hire_native` the way to the native kernels, `hire_blocks`,
 `hire_cache` and `hire_step` the native decode step, `hire_token` a whole token in one call,
-`hire_sample` the loop over tokens, `hire_draw` the choice among few of them, `hire_ffn` the sparse FFN, `hire_head` the
-sparse LM head, `hire_head_native` the way to its native kernels, `hire_memory` what a load mode
-keeps in memory.
+`hire_sample` the loop over tokens, `hire_draw` the choice of one of few rows, `hire_ffn` the sparse
+FFN, `hire_head` the sparse LM head, `hire_head_native` the way to its native kernels, `hire_memory`
+what a load mode keeps in memory.
 """
 
 RUNTIME_FILES = (

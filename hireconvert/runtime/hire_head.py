@@ -356,7 +356,7 @@ class SparseHead(nn.Module):
     ) -> torch.Tensor:
         """Full-size float32 logits [N, V]; a row with NaN or inf goes through the dense head.
 
-        `certify`: the best `top` (None: `certify_top`) are certified, at most `certify_top`.
+        `certify`: the best `top` (None: `certify_top`) are certified.
         """
         if not torch.compiler.is_compiling() and self.prepared is None:
             self.prepare(head)
@@ -369,8 +369,9 @@ class SparseHead(nn.Module):
         return self._rows(x_ND, head, certify, num)
 
     def _number(self, certify: bool, top: int | None) -> int:
-        most = self.spec["certify_top"]
-        return min(top or most, most) if certify else self.spec["num_candidates"]
+        if not certify:
+            return int(self.spec["num_candidates"])
+        return min(top or self.spec["certify_top"], self.prepared.weight_VD.shape[0])
 
     def row(self, certify: bool, top: int | None) -> Any:
         """`forward` for one row as a call of the library, or None where PyTorch has a part."""

@@ -18,7 +18,7 @@ from transformers import GenerationMixin, LogitsProcessorList, StoppingCriteriaL
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .hire_draw import Draw
+from .hire_draw import BEYOND, Draw, Floor, greedy
 from .hire_token import altered
 
 # SHA-256 of the source of `GenerationMixin._sample`: transformers 5.20 to 5.23.
@@ -92,6 +92,7 @@ class Loop:
         self._head = model.get_output_embeddings()
         self._ids_1P, self._new = job.input_ids, list[int]()  # the sequence, and its latest tokens
         self._short: Any = None  # hire_token.Tokens while they serve
+        self._steps = 0  # taken by transformers' way
         self._behind = 0  # tokens that the arguments of the model do not know of
         named = config.return_dict_in_generate
         self._scores: Any = () if named and config.output_scores else None
@@ -102,9 +103,11 @@ class Loop:
             len(job.processors) or config.do_sample or self._scores == () or self._logits == ()
         )
         self._limit = _plain_limit(job.criteria)
-        self._draw = None
+        self._draw = self._floor = None
         if config.do_sample and self._scores is None:
             self._draw = Draw.of(job.processors)
+        if self._scores is None and self._logits is None and self._may_certify():
+            self._floor = Floor.of(job.processors, self._draw)
 
     def run(self) -> Any:
         """What `_sample` returns."""
@@ -119,9 +122,22 @@ class Loop:
                     token = self._next(token)
             finally:
                 self._close()
+        model._hire_say_uncertified(false_alarm=self.certifies)
         if job.streamer is not None:
             job.streamer.end()
         return self._result()
+
+    @property
+    def certifies(self) -> bool:
+        """Whether tokens come of certified rows although the settings alone do not allow it."""
+        return self._floor is not None
+
+    def _may_certify(self) -> bool:
+        """Whether the head's certificate is there, but not what the settings ask for."""
+        spec, config = getattr(self._head, "hire", None), self._job.config
+        uncertified = self._model.hire_state.head_mode != "recipe"
+        chosen = self._draw is not None or not config.do_sample
+        return bool(spec is not None and spec.spec["certified"] and uncertified and chosen)
 
     # ----------------------------------------------------------------- a token
 
@@ -132,7 +148,16 @@ class Loop:
         if found is None:
             return self._choose(self._step(), None)
         self._behind += 1
-        return self._choose(found[1], found[0])
+        if self._floor is None or not short.sparse or found[1] is None:
+            return self._choose(found[1], found[0])
+        certified = self._of_certified(self._floor.under(found[1]), found[1])
+        return self._choose(short.again(), None) if certified == BEYOND else certified
+
+    def _of_certified(self, level: torch.Tensor, logits_1V: torch.Tensor) -> int:
+        """The next token, BEYOND where it may be a row whose logit is no more than `level`."""
+        if self._draw is not None:
+            return self._draw.token(self._ids(), logits_1V, level)
+        return greedy(self._job.processors, self._ids(), logits_1V, level)
 
     def _opened(self) -> Any:
         """Tokens in one call each, where nothing stands in the way."""
@@ -145,7 +170,14 @@ class Loop:
         cache = self._more.get("past_key_values")
         if self._watched and getattr(cache, "_is_user_defined", False):
             return None  # that code may look into the cache
-        self._short = self._base.hire_step.open(self._base, self._head, cache)
+        state, floor = self._model.hire_state, self._floor
+        before = state.head_mode, state.head_top
+        if floor is not None:
+            state.head_mode, state.head_top = "recipe", floor.num
+        try:
+            self._short = self._base.hire_step.open(self._base, self._head, cache)
+        finally:
+            state.head_mode, state.head_top = before
         return self._short
 
     def _changed(self, short: Any) -> bool:
@@ -160,6 +192,9 @@ class Loop:
     def _step(self) -> torch.Tensor:
         """Logits [1, V] by transformers' own way."""
         self._close()
+        if self._steps and self.certifies:  # the first one shows whether others can be short
+            self._model._hire_say_uncertified()
+        self._steps += 1
         model, more = self._model, self._more
         if self._behind:
             more = model._update_model_kwargs_for_generation({}, more, num_new_tokens=self._behind)
@@ -266,6 +301,7 @@ def sample(model: Any, native_loop: Any, input_ids: torch.Tensor, **kwargs: Any)
         streamer=more.pop("streamer", None),
         more=more,
     )
-    if synced_gpus or not serves(model, job):
-        return native_loop(input_ids, **kwargs)
-    return Loop(model, job).run()
+    loop = None if synced_gpus or not serves(model, job) else Loop(model, job)
+    if loop is None or not loop.certifies:
+        model._hire_say_uncertified()
+    return native_loop(input_ids, **kwargs) if loop is None else loop.run()

@@ -276,21 +276,23 @@ class NativeStep:
         held = self._caches.claim(cache, plan.step, plan.windows)
         if embedding is None or held is None:
             return None
-        num = held.room()
+        num, row = held.room(), head.hire_row() if hasattr(head, "hire") else None
         token = native_tokens.Token(
             plan.step,
             held.past_B5,
             held.kept(cache),
             angles=plan.ropes.tables(cache.get_seq_length(), num),
             embedding=embedding,
-            head=head.hire_row() if hasattr(head, "hire") else None,
+            head=row,
             most=held.longest() + num,
         )
 
         def listened() -> bool:
             return plan.hooked() or any(map(altered, parts))
 
-        return Tokens(token, head, cache=cache, held=held, listened=listened)
+        return Tokens(
+            token, head, sparse=row is not None, cache=cache, held=held, listened=listened
+        )
 
     def learn(self, head: Any, output: Any) -> None:
         """Note whether the language model's output of a step is the head's logits and no more."""

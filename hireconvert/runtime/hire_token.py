@@ -58,13 +58,22 @@ def serves(head: Any) -> bool:
 class Tokens:
     """Decodes one token after the other; the cache holds them once it is `close`d.
 
-    `left`: for how many more there is room.
+    `left`: for how many more there is room. `sparse`: whether the logits of the last token are
+    those of the library's head.
     """
 
     def __init__(
-        self, token: Any, head: nn.Module, *, cache: Any, held: Held, listened: Callable[[], bool]
+        self,
+        token: Any,
+        head: nn.Module,
+        *,
+        sparse: bool,
+        cache: Any,
+        held: Held,
+        listened: Callable[[], bool],
     ) -> None:
         self._token, self._head, self._cache, self._held = token, head, cache, held
+        self._sparse, self.sparse = sparse, False
         self.left, self._done = held.room(), 0
         self.listened = listened  # whether somebody began to listen to a module
 
@@ -78,10 +87,16 @@ class Tokens:
             return None
         self.left -= 1
         self._done += 1
+        self.sparse = self._sparse and best != native.HIDDEN
         if best == native.HIDDEN:
-            found_1V = self._head(self._token.hidden())[:, -1].to(dtype=torch.float32, copy=True)
+            found_1V = self.again()
             return int(found_1V.argmax(-1)), found_1V
         return best, self._token.logits() if logits else None
+
+    def again(self) -> torch.Tensor:
+        """float32 logits [1, V] of the last token by the head's own forward."""
+        found_1V: torch.Tensor = self._head(self._token.hidden())[:, -1]
+        return found_1V.to(dtype=torch.float32, copy=True)
 
     def close(self) -> None:
         """Let the cache hold what was decoded since it was opened."""

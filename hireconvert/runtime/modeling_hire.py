@@ -205,6 +205,7 @@ class HireCausalMixin(Native):
         try:
             return super().generate(*args, **kwargs)
         finally:
+            self._hire_say_uncertified()
             state.generating, state.head_mode, state.head_top = before
 
     @functools.wraps(GenerationMixin._sample)
@@ -220,22 +221,29 @@ class HireCausalMixin(Native):
             settings = resolved[0].to_dict()
             self.hire_state.head_mode = self._hire_head_mode(settings)
             # Greedy decoding reads the best row alone; what reads more has another mode.
-            self.hire_state.head_top = None if settings.get("do_sample") else 1
+            self.hire_state.head_top = settings.get("top_k") if settings.get("do_sample") else 1
         return resolved
 
     def _hire_head_mode(self, settings: Mapping[str, Any]) -> str:
         """`recipe` where the certificate covers these settings, else what `on_uncertified` says."""
-        spec = self.config.hire["head"]
+        spec, self._hire_uncertified = self.config.hire["head"], None
         if spec is None or not spec["certified"]:
             return "recipe"
         reason = uncertified_reason(settings, self._hire_custom, spec["certify_top"])
         if reason is None:
             return "recipe"
-        self.hire_state.warn_once(
+        # Said where the loop over tokens turns out to need them (`hire_sample`), or at the end.
+        self._hire_uncertified = (
             f"{reason}: more than the certified top {spec['certify_top']} "
             f"is needed, the head runs '{spec['on_uncertified']}'"
         )
         return spec["on_uncertified"]
+
+    def _hire_say_uncertified(self, *, false_alarm: bool = False) -> None:
+        """Say, once, why the head does not run as converted, where that is yet to be said."""
+        said, self._hire_uncertified = getattr(self, "_hire_uncertified", None), None
+        if said is not None and not false_alarm:
+            self.hire_state.warn_once(said)
 
     # ----------------------------------------------------------------- scopes and statistics
 

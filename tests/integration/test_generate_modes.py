@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from hireconvert.runtime import hire_head
+from hireconvert.runtime import hire_draw, hire_head, hire_native
 from tests.tiny import base_of, hire_model, stepwise, tiny_model, tokens
 
 FFN = {"keep_fraction": 0.5}
@@ -78,24 +78,58 @@ def test_sampling_with_top_k_draws_the_same_tokens(dtype):
     assert counts["dense_rows"] == 0 and counts["rescored"] < 96 * counts["rows"]
 
 
-UNCERTIFIED: dict[str, dict[str, Any]] = {
-    "beam or contrastive search": {"num_beams": 3},
-    "top_k=None": {"do_sample": True, "top_k": 0, "top_p": 0.9},
+# What the loop over tokens of one sequence can do with certified rows all the same.
+LOWERED: dict[str, dict[str, Any]] = {
     "top_k=50": {"do_sample": True},  # the default of Transformers
     "top_k=7": {"do_sample": True, "top_k": 7},
     "repetition_penalty": {"repetition_penalty": 1.3},
     "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
+    "bad_words_ids": {"bad_words_ids": [[5], [6, 7]]},
+    "min_length": {"min_length": 12, "eos_token_id": 2},
     "min_new_tokens": {"min_new_tokens": 4, "eos_token_id": 2},
     "suppress_tokens": {"suppress_tokens": [5]},
+}
+UNCERTIFIED: dict[str, dict[str, Any]] = {
+    "beam or contrastive search": {"num_beams": 3},
+    "top_k=None": {"do_sample": True, "top_k": 0, "top_p": 0.9},
+    "repetition_penalty": {"repetition_penalty": 0.8},  # raises what was there
     "scores over all rows": {"output_scores": True, "return_dict_in_generate": True},
 }
+EACH = [*UNCERTIFIED.items(), *LOWERED.items()]
 
 
-@pytest.mark.parametrize("reason", UNCERTIFIED)
-def test_more_than_was_certified_falls_to_dense_counted_and_said_once(reason, caplog):
+@pytest.mark.parametrize("spare", [64, 5, 0])
+@pytest.mark.parametrize("reason", LOWERED)
+def test_rows_that_processors_only_lower_stay_certified(reason, spare, caplog, monkeypatch):
+    if hire_native.native is None:
+        pytest.skip("this machine has no compiler")
+    monkeypatch.setattr(hire_draw, "_SPARE", spare)
+    model, reference = pair("llama")
+    settings = {**GREEDY, "max_new_tokens": 40, **LOWERED[reason]}
+    sampled = {"do_sample": True, "top_k": 9, "top_p": 0.95, "temperature": 1.7}
+    for extra in ({}, sampled):
+        found = []
+        with messages(caplog) as said:
+            for candidate in (model, reference):
+                torch.manual_seed(0)
+                found.append(candidate.generate(tokens(1, 6), **{**settings, **extra}))
+        assert torch.equal(*found) and not said
+        counts = model.hire_stats(reset=True)["head"]
+        # The prompt's row and the first step's are dense; without room, the others are as well.
+        again = counts["dense_rows"] - 2
+        assert counts["rows"] == found[0].shape[1] - 6 + again
+        assert again == {64: 0, 0: found[0].shape[1] - 8}.get(spare, again)
+
+
+@pytest.mark.parametrize(("reason", "asked"), EACH, ids=[f"{k} {v}" for k, v in EACH])
+def test_more_than_was_certified_falls_to_dense_counted_and_said_once(
+    reason, asked, caplog, monkeypatch
+):
+    if asked in LOWERED.values():  # PyTorch's loop knows of no rows
+        monkeypatch.setenv("HIRE_NATIVE", "off")
     native = tiny_model("llama")
     model = hire_model(native, head={"certify_top": 6})
-    settings = {**GREEDY, **UNCERTIFIED[reason]}
+    settings = {**GREEDY, **asked}
     results = []
     with messages(caplog) as said:
         for candidate in (model, native, model):
@@ -129,7 +163,7 @@ def test_settings_are_read_from_all_their_sources(caplog):
     model.generation_config.do_sample = True
     with messages(caplog) as said:
         model.generate(tokens(1, 6), max_new_tokens=4)
-    assert "top_k=50" in said[0]
+    assert not said or "top_k=50" in said[0]  # with and without the native step
     before = model.hire_stats()["head"]["dense_rows"]
     model.generation_config.top_k = 5
     model.generate(tokens(1, 6), max_new_tokens=4)
