@@ -9,10 +9,10 @@ Shape suffixes: W windows, T tokens, V vocabulary.
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -27,11 +27,15 @@ Tick = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Load:
-    """What one run decodes: the prompt's tokens, how many sequences of it, how many tokens more."""
+    """What one run decodes: the prompt's tokens, how many sequences of it, how many tokens more.
+
+    `sampling` are settings of `generate`, which arms of torch follow; None: greedily.
+    """
 
     ids_T: Sequence[int]
     batch: int
     num_tokens: int
+    sampling: Mapping[str, Any] | None = None
 
 
 @dataclass
@@ -50,8 +54,9 @@ class Arm:
 
     def decode(self, load: Load) -> Trace:
         """One run."""
+        more = {} if load.sampling is None else {"sampling": load.sampling}
         return self.subject.decode(
-            self.way, load.ids_T, batch=load.batch, num_tokens=load.num_tokens
+            self.way, load.ids_T, batch=load.batch, num_tokens=load.num_tokens, **more
         )
 
     @property

@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,9 @@ from hireconvert.subjects import (
 from hireconvert.timing import range_of
 from hireconvert.version import __version__
 
+# Of a generation config; and what is taken where it does not sample.
+SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+USUAL_SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 0.95}
 _WINDOW, _GROWTH_ROUNDS = 256, 3
 
 
@@ -126,6 +129,7 @@ def bench(folder: Path, request: Request, reporter: Reporter) -> dict[str, Any]:
         with reporter.stage("decoding", len(arms) + request.rounds) as advance:
             run_rounds(arms, main, rounds=request.rounds, tick=advance)
         rows = growth(session, prompt_T, reporter)
+        sampled = sampling(session, main, reporter)
         parts = {arm.name: converted.parts(arm.way, main_T) for arm in arms if arm.name == BOTH}
         parts[DENSE] = converted.parts(Way(), main_T)
         subjects = [_subject_facts(subject) for subject in session.subjects]
@@ -140,6 +144,7 @@ def bench(folder: Path, request: Request, reporter: Reporter) -> dict[str, Any]:
             "byte_bound": byte_bound(session),
             "breakdown": breakdown(arms, parts),
             "growth": rows,
+            "sampling": sampled,
             "overtaking": overtaking(session, main_T, reporter),
             "skipped": session.skipped,
             "versions": versions(),
@@ -165,6 +170,29 @@ def growth(session: Session, ids_T: Sequence[int], reporter: Reporter) -> list[d
             rows.append({"context": length, "batch": size, "ms": found})
             advance(f"context {length}, batch {size}")
     return rows
+
+
+def sampling_settings(folder: Path) -> tuple[dict[str, Any], bool]:
+    """(settings to sample with, whether they are the folder's own)."""
+    try:
+        own = transformers.GenerationConfig.from_pretrained(folder)
+    except OSError:  # it has none
+        own = transformers.GenerationConfig()
+    if not own.do_sample:
+        return dict(USUAL_SAMPLING), False
+    given = {name: getattr(own, name) for name in SAMPLING_SETTINGS}
+    return {name: value for name, value in given.items() if value is not None}, True
+
+
+def sampling(session: Session, load: Load, reporter: Reporter) -> dict[str, Any]:
+    """Median ms per sampled token, dense and converted, one sequence."""
+    settings, own = sampling_settings(session.folder)
+    arms = [arm for arm in session.arms if arm.name in (DENSE, BOTH)]
+    rounds = min(_GROWTH_ROUNDS, session.request.rounds)
+    with reporter.stage("sampling", 1) as advance:
+        found = medians_at(arms, replace(load, batch=1, sampling=settings), rounds=rounds)
+        advance()
+    return {"settings": settings, "own": own, "ms": found}
 
 
 def overtaking(session: Session, ids_T: Sequence[int], reporter: Reporter) -> dict[str, Any]:

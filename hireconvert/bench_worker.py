@@ -125,15 +125,20 @@ class Served:
         return found
 
     def decode(self, request: Request) -> dict[str, Any]:
-        """Times of a greedy decode."""
+        """Times of a decode, greedy where nothing is said of `sampling`."""
         ids_T, batch, num_tokens = request["ids"], request["batch"], request["num_tokens"]
-        way = request["way"]
+        way, sampling = request["way"], request["sampling"]
         if self.ways is not None:
             self.ways.use(way)
-        prompt_BT = torch.tensor([ids_T] * batch)
-        trace = trace_decode(self.model, prompt_BT, num_tokens, **self.options)
+        prompt_BT, options = torch.tensor([ids_T] * batch), dict(self.options)
+        if sampling is not None:
+            torch.manual_seed(0)
+            options |= {"do_sample": True, **sampling}
+        trace = trace_decode(self.model, prompt_BT, num_tokens, **options)
         if self.ways is not None:
-            self.ways.require_sparse(way, batch * (num_tokens - 1))
+            # Settings may ask for more rows than the head certifies.
+            checked = way if sampling is None else {**way, "head": False}
+            self.ways.require_sparse(checked, batch * (num_tokens - 1))
         return {"first_ms": trace.first_ms, "token_ms": trace.token_ms}
 
     @torch.no_grad()

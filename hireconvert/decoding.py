@@ -13,17 +13,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from hireconvert.answers import Answers, Tick, require_sparse, view
 from hireconvert.suite import Item, fingerprint, grade
-
-# Greedy whatever generation_config.json asks for; a repetition penalty would forbid copying.
-_GREEDY: dict[str, Any] = {
-    "do_sample": False,
-    "num_beams": 1,
-    "temperature": None,
-    "top_k": None,
-    "top_p": None,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-}
+from hireconvert.timing import GREEDY
 
 
 @dataclass(frozen=True)
@@ -93,7 +83,7 @@ def _generate(model: Any, tokenizer: Any, items: list[Item]) -> tuple[list[str],
         eos_token_id=model.config.get_text_config().vocab_size,
         pad_token_id=0,
         stopping_criteria=StoppingCriteriaList([criterion]),
-        **_GREEDY,
+        **GREEDY,
     )
     new_NT = output_NT[:, length:].tolist()
     texts = [criterion.text(new, item.stops) for new, item in zip(new_NT, items, strict=True)]

@@ -27,6 +27,7 @@ def bench(result: Result) -> RenderableType:
     parts += [_subjects(result["subjects"]), Text(""), *map(_runs_by, result["subjects"])]
     if len(result["growth"]) > 1:
         parts += [Text(""), _growth(result["growth"]), Text(overtaking(result["growth"]))]
+    parts += [Text(""), Text(sampling(result["sampling"]))]
     parts += [Text(""), _rows(result["overtaking"]), Text(rows_advice(result["overtaking"]))]
     for name, reason in result["skipped"].items():
         parts.append(Text(f"left out: {name} ({reason})"))
@@ -132,6 +133,15 @@ def overtaking(rows: list[Result]) -> str:
         if row["ms"]["dense"] <= row["ms"]["converted"]:
             return f"dense overtakes at context {row['context']}, batch {row['batch']}"
     return "dense overtakes at none of these"
+
+
+def sampling(found: Result) -> str:
+    """What a sampled token takes, in one line."""
+    settings = ", ".join(f"{name} {value:g}" for name, value in found["settings"].items())
+    whose = "the folder's own settings" if found["own"] else "usual settings"
+    dense, converted = found["ms"]["dense"], found["ms"]["converted"]
+    times = f"dense {dense:.2f}, converted {converted:.2f} ms a token"
+    return f"sampled with {whose} ({settings}): {times}"
 
 
 def _rows(found: Result) -> Table:

@@ -91,10 +91,23 @@ class TorchSubject:
     def _ask(self, do: str, **request: Any) -> dict[str, Any]:
         return self._worker.ask(json.dumps({"do": do, **request}))
 
-    def decode(self, way: Way, ids_T: Sequence[int], *, batch: int, num_tokens: int) -> Trace:
-        """One greedy decode of `num_tokens` tokens after the prompt."""
+    def decode(
+        self,
+        way: Way,
+        ids_T: Sequence[int],
+        *,
+        batch: int,
+        num_tokens: int,
+        sampling: Mapping[str, Any] | None = None,
+    ) -> Trace:
+        """One decode of `num_tokens` tokens after the prompt, greedy or with settings to sample."""
         found = self._ask(
-            "decode", way=way.to_dict(), ids=list(ids_T), batch=batch, num_tokens=num_tokens
+            "decode",
+            way=way.to_dict(),
+            ids=list(ids_T),
+            batch=batch,
+            num_tokens=num_tokens,
+            sampling=sampling,
         )
         return Trace(found["first_ms"], tuple(found["token_ms"]))
 

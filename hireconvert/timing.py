@@ -12,6 +12,18 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+# Greedy whatever generation_config.json asks for.
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "temperature": None,
+    "top_k": None,
+    "top_p": None,
+    "min_p": None,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
+
 
 @dataclass(frozen=True)
 class Timed:
@@ -68,7 +80,7 @@ class _Clock(BaseStreamer):
 
 
 def trace_decode(model: Any, prompt_BT: torch.Tensor, num_tokens: int, **options: Any) -> Trace:
-    """What `generate` takes for `num_tokens` (at least 2) greedy tokens; `options` go to it."""
+    """What `generate` takes for `num_tokens` (at least 2), greedy unless `options` differ."""
     clock, start = _Clock(), time.perf_counter()
     model.generate(
         input_ids=prompt_BT.to(model.device),
@@ -77,12 +89,8 @@ def trace_decode(model: Any, prompt_BT: torch.Tensor, num_tokens: int, **options
         # No token has this id, so every round decodes the same number of tokens.
         eos_token_id=model.config.get_text_config().vocab_size,
         pad_token_id=0,
-        do_sample=False,
-        temperature=None,
-        top_k=None,
-        top_p=None,
         streamer=clock,
-        **options,
+        **{**GREEDY, **options},
     )
     tokens = clock.seconds[1:]
     each = zip(tokens[1:], tokens, strict=False)

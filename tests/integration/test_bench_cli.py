@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from hireconvert import render_bench
+from hireconvert.bench import USUAL_SAMPLING, sampling_settings
 from tests.cli import Cli, Ended
 from tests.fake_llama import install
 from tests.tiny_files import save_tiny
@@ -67,6 +69,38 @@ def test_what_bytes_allow_and_what_a_token_is_made_of(measured: dict[str, Any]) 
     for part in measured["breakdown"].values():
         whole = part["ffn_ms"] + part["head_ms"] + part["rest_ms"]
         assert whole == pytest.approx(part["token_ms"])
+
+
+def test_sampling_is_timed_with_the_settings_of_the_folder(
+    measured: dict[str, Any], place: Path
+) -> None:
+    found = measured["sampling"]
+    assert set(found["ms"]) == {"dense", "converted"} and min(found["ms"].values()) > 0
+    assert found["own"] is False and found["settings"] == USUAL_SAMPLING
+    own = {"do_sample": True, "top_k": 20, "repetition_penalty": 1.1}
+    (place / "own").mkdir()
+    (place / "own" / "generation_config.json").write_text(json.dumps(own))
+    settings, is_own = sampling_settings(place / "own")
+    assert is_own and settings.items() >= {"top_k": 20, "repetition_penalty": 1.1}.items()
+    assert sampling_settings(place) == (USUAL_SAMPLING, False)
+    line = (
+        "sampled with the folder's own settings (top_k 20): dense 3.00, converted 1.25 ms a token"
+    )
+    shown = {"settings": {"top_k": 20}, "own": True, "ms": {"dense": 3, "converted": 1.25}}
+    assert render_bench.sampling(shown) == line
+
+
+def test_a_generation_config_of_ones_own_does_not_stop_greedy_timing(
+    place: Path, hireconvert: Cli
+) -> None:
+    """A penalty takes the head's certificate away, and greedy tokens are to be timed."""
+    folder = Path(shutil.copytree(place / "out", place / "penalty"))
+    given = {"do_sample": True, "top_k": 9, "repetition_penalty": 1.1, "no_repeat_ngram_size": 3}
+    (folder / "generation_config.json").write_text(json.dumps(given))
+    ended = run(hireconvert, place, folder, *QUICK, "--kl-tokens", "0", "--json")
+    assert ended.code == 0, ended.err
+    found = json.loads(ended.out)["sampling"]
+    assert found["own"] and found["settings"]["repetition_penalty"] == 1.1
 
 
 def test_growth_memory_and_settings(measured: dict[str, Any]) -> None:
