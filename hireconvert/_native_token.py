@@ -1,4 +1,6 @@
-"""Tokens of one sequence in one native call each: embedding, decoder layers, head, best row; draws.
+"""Tokens of one sequence in one native call each: embedding, decoder layers, head, best row.
+
+And random numbers of PyTorch's generator, those alone that are asked for.
 
 The file of a checkpoint that imports this is `runtime/hire_token.py`. Shape suffixes: D width,
 V vocabulary, B decoder layers, L rows of the embedding,
@@ -45,7 +47,8 @@ LIBRARY.hire_embed.restype = None
 LIBRARY.hire_largest.argtypes, LIBRARY.hire_largest.restype = [_POINTER, _SIZE], _SIZE
 LIBRARY.hire_uniforms.argtypes = [_POINTER, _POINTER, _SIZE, _SIZE, _POINTER]
 LIBRARY.hire_uniforms.restype = None
-STATE_BYTES = 24 + 8 * 624  # of native/draw.h; PyTorch's states have more behind
+_WORDS = 624  # HIRE_GENERATOR_WORDS of native/draw.h
+STATE_BYTES = 24 + 8 * _WORDS  # PyTorch's states have more behind
 
 
 @dataclass(frozen=True)
@@ -199,15 +202,19 @@ def uniforms(state: torch.Tensor, place_M: torch.Tensor, total: int) -> torch.Te
     `state` is what `torch.Generator.get_state` gives on a CPU, and is moved on by all of them.
     Raises ValueError.
     """
-    if state.dtype != torch.uint8 or state.numel() < STATE_BYTES or not state.is_contiguous():
+    fits = state.device.type == "cpu" and state.dtype == torch.uint8 and state.is_contiguous()
+    if not fits or state.numel() < STATE_BYTES:
         raise ValueError(f"native: a generator's state is {state.dtype} {list(state.shape)}")
-    if place_M.dim() != 1 or place_M.dtype != torch.int64 or not place_M.is_contiguous():
+    left, following = int(state[8:12].view(torch.int32)), int(state[16:24].view(torch.int64))
+    if not 1 <= left <= _WORDS or not 0 <= following <= _WORDS:
+        raise ValueError(f"native: a generator's state is at word {following}, {left} left")
+    fits = place_M.device.type == "cpu" and place_M.is_contiguous() and place_M.dim() == 1
+    if not fits or place_M.dtype != torch.int64:
         raise ValueError(f"native: places are {place_M.dtype} {list(place_M.shape)}")
-    places = place_M.tolist()
-    if any(b <= a for a, b in zip([-1, *places], [*places, total], strict=True)):
+    number = len(place_M)
+    inside = number == 0 or (int(place_M[0]) >= 0 and int(place_M[-1]) < total)
+    if not inside or bool((place_M.diff() <= 0).any()):
         raise ValueError(f"native: places do not ascend from 0 to {total}")
-    found_M = torch.empty(len(places), dtype=torch.float64)
-    LIBRARY.hire_uniforms(
-        state.data_ptr(), place_M.data_ptr(), len(places), total, found_M.data_ptr()
-    )
+    found_M = torch.empty(number, dtype=torch.float64)
+    LIBRARY.hire_uniforms(state.data_ptr(), place_M.data_ptr(), number, total, found_M.data_ptr())
     return found_M

@@ -14,6 +14,7 @@ Shape suffixes: N rows (scored positions), D width, W windows, T tokens of a win
 import hashlib
 import json
 import os
+import platform
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -103,12 +104,14 @@ def kept_answers(
 ) -> tuple[Answers, str]:
     """The baseline's answers to the items of `task`, read with `tokenizer`; as `kept_states`.
 
-    Nothing is kept where the tokenizer does not say what it is made of.
+    Nothing is kept where the tokenizer does not say what it is made of, nor of the harness's
+    tasks: what it asks depends on more than the items (examples, prompts, filters).
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if cache is None or backend is None:
+    if cache is None or backend is None or task.kind == "lm_eval":
         return compute(), OFF
     key = {
+        "python": platform.python_version(),  # which runs the programs of some items
         "task": [task.name, task.kind, task.metric, task.fingerprint],
         "tokenizer": hashlib.sha256(backend.to_str().encode()).hexdigest(),
         "special": [tokenizer.bos_token_id, tokenizer.eos_token_id],

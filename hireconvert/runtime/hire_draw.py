@@ -17,11 +17,13 @@ is the last), B blocks of rows.
 import functools
 import hashlib
 import inspect
+import threading
 from typing import Any
 
 import torch
 from transformers import LogitsProcessorList
 from transformers.generation.logits_process import (
+    EncoderNoRepeatNGramLogitsProcessor,
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
@@ -43,9 +45,11 @@ _KNOWN = {
     "6db38c2035f9a7f54d8371b9bb051c051450c001454467bc9b3002a86a31e450",  # other annotations
 }
 _BLOCK, _MOST = 128, 1024  # rows that share a maximum; rows that top-k may leave
+_DRAWING = threading.Lock()  # no two threads are to draw the same numbers
 _SPARE = 64  # certified rows that may be lowered before others are needed
 BEYOND = -1  # what is chosen may be a row that was not certified
 _LOWERING = {
+    EncoderNoRepeatNGramLogitsProcessor,
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
     NoBadWordsLogitsProcessor,
@@ -66,7 +70,8 @@ def known() -> bool:
     except (OSError, TypeError):  # no source to be had
         return False
     right = hashlib.sha256(text.encode()).hexdigest() in _KNOWN
-    return right and native is not None and _draws_alike()
+    # The installed library may be older than this file.
+    return right and hasattr(native, "uniforms") and _draws_alike()
 
 
 def _draws_alike() -> bool:
@@ -144,10 +149,9 @@ class Floor:
 
     @classmethod
     def of(cls, processors: Any, draw: "Draw | None") -> "Floor | None":
-        """None where another row may be raised above them."""
+        """None where another row may be raised above them. Without `draw` the best row is read."""
         first, read = _first(processors), 1 if draw is None else draw.top_k
-        greedy_search = draw is None and len(first) == len(processors)
-        if not (draw or greedy_search) or not all(map(_never_raises, first)):
+        if not all(map(_never_raises, first)):
             return None
         warpers = [each for each in first if type(each) is TemperatureLogitsWarper]
         return cls(read + _SPARE, [each.temperature for each in warpers])
@@ -175,7 +179,7 @@ class Draw:
     def __init__(self, processors: list[Any]) -> None:
         place = len(_first(processors))
         self._first: Any = LogitsProcessorList(processors[:place])
-        self._all: Any = LogitsProcessorList(processors[place:])
+        self._rest: Any = LogitsProcessorList(processors[place:])
         self.top_k, self._cuts = processors[place].top_k, processors[place + 1 :]
 
     @classmethod
@@ -200,14 +204,14 @@ class Draw:
         found = self._of_few(score_1V[0], level)
         if found is not None:
             return found
-        chance_1V = self._all(ids_1P, score_1V).softmax(dim=-1)
+        chance_1V = self._rest(ids_1P, score_1V).softmax(dim=-1)
         return int(torch.multinomial(chance_1V, num_samples=1))
 
     def _of_few(self, score_V: torch.Tensor, level: Any) -> int | None:
         score_M, row_M = best_rows(score_V, min(self.top_k, len(score_V)))
         if level is not None and not bool(score_M[0] > level):
             return BEYOND
-        if not bool(score_M[[0, -1]].isfinite().all()):
+        if len(row_M) > _MOST or not bool(score_M[[0, -1]].isfinite().all()):
             return None
         for cut in self._cuts:
             top_p = type(cut) is TopPLogitsWarper
@@ -215,11 +219,17 @@ class Draw:
             if removed is None:
                 return None
             score_M, row_M = score_M[removed:], row_M[removed:]
-        state = torch.get_rng_state()
-        found = _drawn(score_M, row_M, len(score_V), state)
-        if found is not None:
-            torch.set_rng_state(state)
+        with _DRAWING:
+            state = torch.get_rng_state()
+            found = _drawn(score_M, row_M, len(score_V), state)
+            if found is not None:
+                torch.set_rng_state(state)
         return found
+
+    @property
+    def reads_best(self) -> bool:
+        """Whether the rows that top-k leaves are the best `top_k` of the logits themselves."""
+        return all(type(each) is TemperatureLogitsWarper for each in self._first)
 
 
 def _drawn(

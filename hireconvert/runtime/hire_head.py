@@ -371,7 +371,7 @@ class SparseHead(nn.Module):
     def _number(self, certify: bool, top: int | None) -> int:
         if not certify:
             return int(self.spec["num_candidates"])
-        return min(top or self.spec["certify_top"], self.prepared.weight_VD.shape[0])
+        return int(top or self.spec["certify_top"])
 
     def row(self, certify: bool, top: int | None) -> Any:
         """`forward` for one row as a call of the library, or None where PyTorch has a part."""

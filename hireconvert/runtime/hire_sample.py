@@ -27,6 +27,7 @@ _OURS = {
     "_sample", "_prefill", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation",
 }  # fmt: skip
 _CALLED = {*_OURS, "forward"}
+_PATIENCE = 8  # tokens in a row whose certified rows may be in vain
 _OWN = "transformers.generation."  # criteria and processors that touch what they are given alone
 
 
@@ -92,6 +93,7 @@ class Loop:
         self._head = model.get_output_embeddings()
         self._ids_1P, self._new = job.input_ids, list[int]()  # the sequence, and its latest tokens
         self._short: Any = None  # hire_token.Tokens while they serve
+        self._beyond = 0  # tokens in a row for which certified rows did not suffice
         self._steps = 0  # taken by transformers' way
         self._behind = 0  # tokens that the arguments of the model do not know of
         named = config.return_dict_in_generate
@@ -122,7 +124,7 @@ class Loop:
                     token = self._next(token)
             finally:
                 self._close()
-        model._hire_say_uncertified(false_alarm=self.certifies)
+                model._hire_forget_uncertified()  # whatever there was to say has been said
         if job.streamer is not None:
             job.streamer.end()
         return self._result()
@@ -148,10 +150,21 @@ class Loop:
         if found is None:
             return self._choose(self._step(), None)
         self._behind += 1
-        if self._floor is None or not short.sparse or found[1] is None:
+        if self._floor is None or found[1] is None:
+            return self._choose(found[1], found[0])
+        if not short.sparse:
+            self._model._hire_say_uncertified()
             return self._choose(found[1], found[0])
         certified = self._of_certified(self._floor.under(found[1]), found[1])
-        return self._choose(short.again(), None) if certified == BEYOND else certified
+        self._beyond = self._beyond + 1 if certified == BEYOND else 0
+        if certified != BEYOND:
+            return certified
+        token = self._choose(short.again(), None)
+        if self._beyond > _PATIENCE:
+            self._floor = None
+            self._close()  # what it opened certifies
+            self._model._hire_say_uncertified()
+        return token
 
     def _of_certified(self, level: torch.Tensor, logits_1V: torch.Tensor) -> int:
         """The next token, BEYOND where it may be a row whose logit is no more than `level`."""
@@ -170,10 +183,12 @@ class Loop:
         cache = self._more.get("past_key_values")
         if self._watched and getattr(cache, "_is_user_defined", False):
             return None  # that code may look into the cache
-        state, floor = self._model.hire_state, self._floor
+        state, floor, draw = self._model.hire_state, self._floor, self._draw
         before = state.head_mode, state.head_top
         if floor is not None:
             state.head_mode, state.head_top = "recipe", floor.num
+        elif draw is not None and draw.reads_best:
+            state.head_top = draw.top_k
         try:
             self._short = self._base.hire_step.open(self._base, self._head, cache)
         finally:

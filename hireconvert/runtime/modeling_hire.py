@@ -40,6 +40,7 @@ from .hire_sample import sample
 from .hire_step import NativeStep
 
 SCOPES = ("decode", "all", "off")
+_GENERATE_ARGUMENTS = tuple(inspect.signature(GenerationMixin.generate).parameters)[1:]
 
 
 class HireBaseMixin(Native):
@@ -198,14 +199,17 @@ class HireCausalMixin(Native):
         """Native `generate`; the head certifies, estimates or runs dense as the settings need."""
         state = self.hire_state
         before = (state.generating, state.head_mode, state.head_top)
+        unsaid = getattr(self, "_hire_uncertified", None)  # of a call around this one
         state.generating = True
+        given = {**dict(zip(_GENERATE_ARGUMENTS, args, strict=False)), **kwargs}
         self._hire_custom = bool(
-            kwargs.get("logits_processor") or kwargs.get("prefix_allowed_tokens_fn")
+            given.get("logits_processor") or given.get("prefix_allowed_tokens_fn")
         )
         try:
             return super().generate(*args, **kwargs)
         finally:
             self._hire_say_uncertified()
+            self._hire_uncertified = unsaid
             state.generating, state.head_mode, state.head_top = before
 
     @functools.wraps(GenerationMixin._sample)
@@ -221,7 +225,7 @@ class HireCausalMixin(Native):
             settings = resolved[0].to_dict()
             self.hire_state.head_mode = self._hire_head_mode(settings)
             # Greedy decoding reads the best row alone; what reads more has another mode.
-            self.hire_state.head_top = settings.get("top_k") if settings.get("do_sample") else 1
+            self.hire_state.head_top = None if settings.get("do_sample") else 1
         return resolved
 
     def _hire_head_mode(self, settings: Mapping[str, Any]) -> str:
@@ -239,11 +243,15 @@ class HireCausalMixin(Native):
         )
         return spec["on_uncertified"]
 
-    def _hire_say_uncertified(self, *, false_alarm: bool = False) -> None:
+    def _hire_say_uncertified(self) -> None:
         """Say, once, why the head does not run as converted, where that is yet to be said."""
-        said, self._hire_uncertified = getattr(self, "_hire_uncertified", None), None
-        if said is not None and not false_alarm:
+        said = getattr(self, "_hire_uncertified", None)
+        self._hire_forget_uncertified()
+        if said is not None:
             self.hire_state.warn_once(said)
+
+    def _hire_forget_uncertified(self) -> None:
+        self._hire_uncertified = None
 
     # ----------------------------------------------------------------- scopes and statistics
 
@@ -324,10 +332,12 @@ def uncertified_reason(settings: Mapping[str, Any], custom: bool, top: int) -> s
         return "a custom logits processor"
     if on("output_scores") or on("output_logits"):
         return "scores over all rows"
-    changes = {
+    changes: dict[str, Any] = {
         "repetition_penalty": 1.0,
         "encoder_repetition_penalty": 1.0,
         "no_repeat_ngram_size": 0,
+        "encoder_no_repeat_ngram_size": 0,
+        "top_h": None,
         "bad_words_ids": [],
         "sequence_bias": {},
         "guidance_scale": 1.0,

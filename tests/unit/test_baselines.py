@@ -100,6 +100,7 @@ def test_answers_are_found_again_and_not_mistaken(baseline: Baseline, tmp_path: 
     stranger = replace(baseline, fingerprint="another model")
     assert answers(stranger, tmp_path) == "stored"
     assert answers(baseline, tmp_path, tokenizer=object()) == "off"  # it may be any
+    assert answers(baseline, tmp_path, replace(TASK, kind="lm_eval")) == "off"
     assert answers(baseline, tmp_path) == "hit"
 
 
