@@ -8,6 +8,7 @@ M random numbers.
 """
 
 import ctypes
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,10 @@ from hireconvert._native_head import RowCall
 from hireconvert._native_step import PAST_FIELDS, Step
 from hireconvert._packing import TYPES
 
-__all__ = ["ABI", "HIDDEN", "STOPPED", "Embedding", "RowCall", "Token", "largest", "uniforms"]
+__all__ = [
+    "ABI", "BEYOND", "HIDDEN", "MOST_LEFT", "STOPPED", "UNSURE", "Embedding", "RowCall", "Token",
+    "draw", "kth_largest", "largest", "uniforms",
+]  # fmt: skip
 STOPPED, HIDDEN = -1, -2  # of native/token.h
 _FIELDS = (
     ("blocks", ctypes.c_void_p), ("num_blocks", ctypes.c_int64), ("pasts", ctypes.c_void_p),
@@ -47,6 +51,11 @@ LIBRARY.hire_embed.restype = None
 LIBRARY.hire_largest.argtypes, LIBRARY.hire_largest.restype = [_POINTER, _SIZE], _SIZE
 LIBRARY.hire_uniforms.argtypes = [_POINTER, _POINTER, _SIZE, _SIZE, _POINTER]
 LIBRARY.hire_uniforms.restype = None
+LIBRARY.hire_draw.argtypes, LIBRARY.hire_draw.restype = [_POINTER, _POINTER], _SIZE
+LIBRARY.hire_kth_largest.argtypes = [_POINTER, _SIZE, _SIZE]
+LIBRARY.hire_kth_largest.restype = ctypes.c_float
+BEYOND, UNSURE, MOST_LEFT = -1, -2, 1024  # of native/draw.h
+CUTS = ("top_p", "min_p")  # enum hire_cut_kind
 _WORDS = 624  # HIRE_GENERATOR_WORDS of native/draw.h
 STATE_BYTES = 24 + 8 * _WORDS  # PyTorch's states have more behind
 
@@ -196,18 +205,85 @@ def largest(x_V: torch.Tensor) -> int:
     return found
 
 
-def uniforms(state: torch.Tensor, place_M: torch.Tensor, total: int) -> torch.Tensor:
-    """Of the next `total` random numbers in [0, 1) those at ascending places, float64 [M].
+# --------------------------------------------------------------------------- draws
 
-    `state` is what `torch.Generator.get_state` gives on a CPU, and is moved on by all of them.
-    Raises ValueError.
+
+class _Cut(ctypes.Structure):
+    """hire_cut of native/draw.h."""
+
+    _fields_ = (("kind", ctypes.c_int64), ("share", ctypes.c_double))
+
+
+class _DrawCall(ctypes.Structure):
+    """hire_draw_call of native/draw.h."""
+
+    _fields_ = (
+        ("score", ctypes.c_void_p), ("num", ctypes.c_int64), ("top_k", ctypes.c_int64),
+        ("cuts", ctypes.c_void_p), ("num_cuts", ctypes.c_int64), ("level", ctypes.c_double),
+        ("near", ctypes.c_double),
+    )  # fmt: skip
+
+
+def draw(
+    score_V: torch.Tensor,
+    state: torch.Tensor,
+    *,
+    top_k: int,
+    cuts: Sequence[tuple[str, float]] = (),
+    level: float | None = None,
+    near: float = 0.0,
+) -> int:
+    """The row that transformers and `torch.multinomial` draw of these scores.
+
+    `cuts`: (`top_p` or `min_p`, the share) behind `top_k`, in their order. `state` is what
+    `torch.Generator.get_state` gives on a CPU, and is moved on by a number for each score. BEYOND
+    where a row that top-k leaves is not above `level`; UNSURE where quantities that decide differ
+    by no more than `near`, relatively, where more than MOST_LEFT rows are left, or where scores
+    are not finite: the state is then as it was. Raises ValueError.
     """
+    _check_state(state)
+    _check_scores(score_V, top_k, MOST_LEFT)
+    if any(kind not in CUTS or not 0 <= share <= 1 for kind, share in cuts):
+        raise ValueError(f"native: cuts are {list(cuts)}")
+    places = (_Cut * len(cuts))(*[_Cut(CUTS.index(kind), share) for kind, share in cuts])
+    call = _DrawCall(
+        score=score_V.data_ptr(), num=len(score_V), top_k=top_k, cuts=ctypes.addressof(places),
+        num_cuts=len(cuts), level=-math.inf if level is None else level, near=near,
+    )  # fmt: skip
+    found: int = LIBRARY.hire_draw(ctypes.addressof(call), state.data_ptr())
+    return found
+
+
+def kth_largest(score_V: torch.Tensor, k: int) -> float:
+    """The `k`-th largest of float32 scores; NaN where one is NaN. Raises ValueError."""
+    _check_scores(score_V, k, 2 * MOST_LEFT)
+    found: float = LIBRARY.hire_kth_largest(score_V.data_ptr(), len(score_V), k)
+    return found
+
+
+def _check_scores(score_V: torch.Tensor, k: int, most: int) -> None:
+    fits = score_V.device.type == "cpu" and score_V.is_contiguous() and score_V.dim() == 1
+    if not fits or score_V.dtype != torch.float32:
+        raise ValueError(f"native: scores are {score_V.dtype} {list(score_V.shape)}")
+    if not 1 <= k <= min(len(score_V), most):
+        raise ValueError(f"native: {k} of {len(score_V)} scores")
+
+
+def _check_state(state: torch.Tensor) -> None:
     fits = state.device.type == "cpu" and state.dtype == torch.uint8 and state.is_contiguous()
     if not fits or state.numel() < STATE_BYTES:
         raise ValueError(f"native: a generator's state is {state.dtype} {list(state.shape)}")
     left, following = int(state[8:12].view(torch.int32)), int(state[16:24].view(torch.int64))
     if not 1 <= left <= _WORDS or not 0 <= following <= _WORDS:
         raise ValueError(f"native: a generator's state is at word {following}, {left} left")
+
+
+def uniforms(state: torch.Tensor, place_M: torch.Tensor, total: int) -> torch.Tensor:
+    """Of the next `total` random numbers in [0, 1) those at ascending places, float64 [M].
+
+    `state` is as in `draw`, and is moved on by all of them. Raises ValueError.
+    """
+    _check_state(state)
     fits = place_M.device.type == "cpu" and place_M.is_contiguous() and place_M.dim() == 1
     if not fits or place_M.dtype != torch.int64:
         raise ValueError(f"native: places are {place_M.dtype} {list(place_M.shape)}")

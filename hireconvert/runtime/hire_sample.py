@@ -166,7 +166,7 @@ class Loop:
             self._model._hire_say_uncertified()
         return token
 
-    def _of_certified(self, level: torch.Tensor, logits_1V: torch.Tensor) -> int:
+    def _of_certified(self, level: float, logits_1V: torch.Tensor) -> int:
         """The next token, BEYOND where it may be a row whose logit is no more than `level`."""
         if self._draw is not None:
             return self._draw.token(self._ids(), logits_1V, level)

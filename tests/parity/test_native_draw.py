@@ -3,7 +3,10 @@
 Shape suffixes: V vocabulary, M places.
 """
 
+import math
+import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,10 +21,22 @@ from transformers.generation import (
 )
 
 from hireconvert.runtime import hire_draw
-from hireconvert.runtime.hire_draw import Draw, best_rows
+from hireconvert.runtime.hire_draw import Draw
 from tests.native import _native
 
+if _native is not None:
+    from hireconvert._native_token import (
+        BEYOND,
+        UNSURE,
+        _Cut,
+        _DrawCall,
+        draw,
+        kth_largest,
+        uniforms,
+    )
+
 pytestmark = pytest.mark.skipif(_native is None, reason="this machine has no compiler")
+ROOT = Path(__file__).resolve().parents[2]
 IDS_1P = torch.tensor([[3, 1, 2]])
 SIZES = (2, 60, 127, 1000, 6007, 49152)
 WARPERS: dict[str, list[Any]] = {
@@ -101,19 +116,48 @@ def test_scores_that_are_no_numbers_are_left_to_transformers(monkeypatch):
     for strange in (torch.nan, torch.inf):
         score_V = torch.randn(3000)
         score_V[17] = strange
-        assert Draw.of([TopKLogitsWarper(5)])._of_few(score_V, None) is None
+        assert Draw.of([TopKLogitsWarper(5)])._of_few(score_V, None) == UNSURE
+        assert Draw.of([TopKLogitsWarper(5)])._of_few(score_V, 0.0) in (BEYOND, UNSURE)
 
 
-def test_the_best_rows_are_all_that_reach_the_last_of_them():
+def test_the_kth_largest():
     dice = torch.Generator().manual_seed(3)
-    for size in (1, 5, 128, 400, 1283, 9000):
-        for num in {1, min(3, size), min(60, size)}:
+    for size in (1, 5, 16, 128, 400, 1283, 9000):
+        for k in {1, min(3, size), min(60, size), min(2048, size)}:
             for high in (3, 40, 10**6):  # many ties, some, hardly any
-                score_V = torch.randint(0, high, (size,), generator=dice).float()
-                wanted_M = (score_V >= score_V.topk(num).values[-1]).nonzero()[:, 0]
-                score_M, row_M = best_rows(score_V, num)
-                assert torch.equal(row_M.sort().values, wanted_M)
-                assert torch.equal(score_M, score_V[row_M]) and bool((score_M.diff() >= 0).all())
+                score_V = torch.randint(-high, high, (size,), generator=dice).float()
+                assert kth_largest(score_V, k) == float(score_V.topk(k).values[-1])
+            score_V[size // 2] = torch.inf
+            assert kth_largest(score_V, 1) == torch.inf
+            score_V[-1] = torch.nan
+            assert math.isnan(kth_largest(score_V, k))
+    assert kth_largest(torch.full((9,), -torch.inf), 4) == -torch.inf
+
+
+def test_what_is_not_above_the_level_is_not_drawn():
+    score_V = torch.linspace(0, 8, 500)
+    state = torch.get_rng_state()
+    before, level = state.clone(), float(score_V[-10])
+    assert draw(score_V, state, top_k=10, level=level) == BEYOND
+    assert draw(score_V, state, top_k=10, level=level, cuts=[("top_p", 0.5)]) == BEYOND
+    assert torch.equal(state, before)
+    assert draw(score_V, state, top_k=9, level=level) >= 491
+    assert not torch.equal(state, before)
+
+
+def test_calls_that_do_not_fit_are_refused():
+    score_V, state = torch.zeros(9), torch.get_rng_state()
+    for asked in (
+        {"top_k": 0}, {"top_k": 10}, {"top_k": 3, "cuts": [("top_h", 0.5)]},
+        {"top_k": 3, "cuts": [("min_p", 1.5)]}, {"top_k": 3, "cuts": [("top_p", math.nan)]},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"cuts are|of 9 scores"):
+            draw(score_V, state, **asked)
+    for wrong in (score_V.double(), score_V[None], torch.zeros(18)[::2]):
+        with pytest.raises(ValueError, match="scores are"):
+            draw(wrong, state, top_k=1)
+    with pytest.raises(ValueError, match="of 9 scores"):
+        kth_largest(score_V, 10)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +181,7 @@ def test_what_is_repeated_is_what_is_installed(monkeypatch):
     for module, name, value in (
         (TopPLogitsWarper, "__call__", lambda self, input_ids, scores: scores),
         (hire_draw, "native", None),
-        (hire_draw.native, "uniforms", lambda state, place_M, total: place_M / total),
+        (hire_draw.native, "draw", lambda score_V, state, top_k: 0),
     ):
         hire_draw.known.cache_clear()
         with monkeypatch.context() as patch:
@@ -159,8 +203,6 @@ def test_threads_do_not_draw_the_same_numbers():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_random_numbers_are_those_of_the_generator(seed):
-    from hireconvert._native_token import uniforms
-
     for skipped in (0, 1, 311, 312, 313, 623, 1000):
         for total in (1, 2, 311, 312, 313, 624, 5000):
             dice = torch.Generator().manual_seed(seed)
@@ -175,8 +217,6 @@ def test_random_numbers_are_those_of_the_generator(seed):
 
 
 def test_places_and_states_that_do_not_fit_are_refused():
-    from hireconvert._native_token import uniforms
-
     state = torch.get_rng_state()
     for place in ([3], [-1], [1, 1], [2, 0], [0.0], [[1]]):
         with pytest.raises(ValueError, match="places"):
@@ -190,3 +230,12 @@ def test_places_and_states_that_do_not_fit_are_refused():
         wrong[20:24] = 255 if number < 0 else 0
         with pytest.raises(ValueError, match="at word"):
             uniforms(wrong, torch.tensor([1]), 3)
+
+
+def test_the_library_and_the_python_side_mean_the_same_fields():
+    header = (ROOT / "hireconvert" / "native" / "draw.h").read_text()
+    for name, struct in (("hire_cut", _Cut), ("hire_draw_call", _DrawCall)):
+        fields = re.findall(r"typedef struct \{([^}]*)\} (\w+);", header)
+        body = next(body for body, found in fields if found == name)
+        body = re.sub(r"/\*.*?\*/", "", body, flags=re.DOTALL)
+        assert re.findall(r"(\w+);", body) == [field for field, _ in struct._fields_]
