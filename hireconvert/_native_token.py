@@ -1,6 +1,6 @@
 """Tokens of one sequence in one native call each: embedding, decoder layers, head, best row.
 
-And random numbers of PyTorch's generator, those alone that are asked for.
+And rows drawn of few, with the numbers of PyTorch's generator.
 
 The file of a checkpoint that imports this is `runtime/hire_token.py`. Shape suffixes: D width,
 V vocabulary, B decoder layers, L rows of the embedding,
@@ -22,7 +22,7 @@ from hireconvert._packing import TYPES
 
 __all__ = [
     "ABI", "BEYOND", "HIDDEN", "MOST_LEFT", "STOPPED", "UNSURE", "Embedding", "RowCall", "Token",
-    "draw", "kth_largest", "largest", "uniforms",
+    "draw", "kth_largest", "largest",
 ]  # fmt: skip
 STOPPED, HIDDEN = -1, -2  # of native/token.h
 _FIELDS = (
@@ -49,8 +49,6 @@ LIBRARY.hire_next.argtypes, LIBRARY.hire_next.restype = [_POINTER, _SIZE], _SIZE
 LIBRARY.hire_embed.argtypes = [_POINTER, _SIZE, _SIZE, _POINTER, _POINTER]
 LIBRARY.hire_embed.restype = None
 LIBRARY.hire_largest.argtypes, LIBRARY.hire_largest.restype = [_POINTER, _SIZE], _SIZE
-LIBRARY.hire_uniforms.argtypes = [_POINTER, _POINTER, _SIZE, _SIZE, _POINTER]
-LIBRARY.hire_uniforms.restype = None
 LIBRARY.hire_draw.argtypes, LIBRARY.hire_draw.restype = [_POINTER, _POINTER], _SIZE
 LIBRARY.hire_kth_largest.argtypes = [_POINTER, _SIZE, _SIZE]
 LIBRARY.hire_kth_largest.restype = ctypes.c_float
@@ -276,21 +274,3 @@ def _check_state(state: torch.Tensor) -> None:
     left, following = int(state[8:12].view(torch.int32)), int(state[16:24].view(torch.int64))
     if not 1 <= left <= _WORDS or not 0 <= following <= _WORDS:
         raise ValueError(f"native: a generator's state is at word {following}, {left} left")
-
-
-def uniforms(state: torch.Tensor, place_M: torch.Tensor, total: int) -> torch.Tensor:
-    """Of the next `total` random numbers in [0, 1) those at ascending places, float64 [M].
-
-    `state` is as in `draw`, and is moved on by all of them. Raises ValueError.
-    """
-    _check_state(state)
-    fits = place_M.device.type == "cpu" and place_M.is_contiguous() and place_M.dim() == 1
-    if not fits or place_M.dtype != torch.int64:
-        raise ValueError(f"native: places are {place_M.dtype} {list(place_M.shape)}")
-    number = len(place_M)
-    inside = number == 0 or (int(place_M[0]) >= 0 and int(place_M[-1]) < total)
-    if not inside or bool((place_M.diff() <= 0).any()):
-        raise ValueError(f"native: places do not ascend from 0 to {total}")
-    found_M = torch.empty(number, dtype=torch.float64)
-    LIBRARY.hire_uniforms(state.data_ptr(), place_M.data_ptr(), number, total, found_M.data_ptr())
-    return found_M

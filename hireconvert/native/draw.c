@@ -52,7 +52,8 @@ static uint64_t word(twister *made, int64_t index)
     return tempered(made->words[index % WORDS]);
 }
 
-/* The numbers at `places` of the `total` that come next, and the generator behind all of them. */
+/* found [num]: the numbers in [0, 1), 53 bits each of two words, at `places` [num], ascending and
+ * below `total`, of the `total` that come next. Returns the generator behind all of them. */
 static hire_generator uniforms(const void *state, const int64_t *places, int64_t num,
                                int64_t total, double *found)
 {
@@ -76,12 +77,6 @@ static hire_generator uniforms(const void *state, const int64_t *places, int64_t
     }
     for (int j = 0; j < WORDS; j++) now.words[j] = made.words[j];
     return now;
-}
-
-void hire_uniforms(void *state, const int64_t *places, int64_t num, int64_t total, double *found)
-{
-    const hire_generator after = uniforms(state, places, num, total, found);
-    memcpy(state, &after, sizeof after);
 }
 
 /* ---------------------------------------------------------------------- the largest scores */

@@ -44,9 +44,5 @@ typedef struct {
 HIRE_API int64_t hire_draw(const hire_draw_call *call, void *state);
 /* The k-th largest of num >= k >= 1 numbers, k at most 2 HIRE_MOST_LEFT; NaN where one is NaN. */
 HIRE_API float hire_kth_largest(const float *score, int64_t num, int64_t k);
-/* found [num]: the numbers in [0, 1), 53 bits each of two words, at `places` [num], ascending and
- * below `total`, of the `total` that come next; the state moves on by all of them. */
-HIRE_API void hire_uniforms(void *state, const int64_t *places, int64_t num, int64_t total,
-                            double *found);
 
 #endif

@@ -32,7 +32,6 @@ if _native is not None:
         _DrawCall,
         draw,
         kth_largest,
-        uniforms,
     )
 
 pytestmark = pytest.mark.skipif(_native is None, reason="this machine has no compiler")
@@ -202,34 +201,28 @@ def test_threads_do_not_draw_the_same_numbers():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_random_numbers_are_those_of_the_generator(seed):
+def test_generators_are_moved_on_from_wherever_they_stand(seed):
     for skipped in (0, 1, 311, 312, 313, 623, 1000):
-        for total in (1, 2, 311, 312, 313, 624, 5000):
+        for total in (1, 2, 311, 312, 313, 624, 1000):
             dice = torch.Generator().manual_seed(seed)
             torch.rand(skipped, generator=dice)
-            state = dice.get_state()
-            wanted_V = torch.rand(total, generator=dice, dtype=torch.float64)
-            place_M = torch.randint(0, total, (20,)).unique()
-            assert torch.equal(uniforms(state, place_M, total), wanted_V[place_M])
+            state, score_V = dice.get_state(), torch.linspace(0, 1, total)
+            wanted = int(torch.multinomial(score_V.softmax(-1), 1, generator=dice))
+            assert draw(score_V, state, top_k=total) == wanted
             assert torch.equal(state, dice.get_state())
-    assert torch.equal(uniforms(state, place_M[:0], 0), torch.empty(0, dtype=torch.float64))
-    assert torch.equal(state, dice.get_state())
 
 
-def test_places_and_states_that_do_not_fit_are_refused():
-    state = torch.get_rng_state()
-    for place in ([3], [-1], [1, 1], [2, 0], [0.0], [[1]]):
-        with pytest.raises(ValueError, match="places"):
-            uniforms(state, torch.tensor(place), 3)
+def test_states_that_do_not_fit_are_refused():
+    score_V, state = torch.zeros(9), torch.get_rng_state()
     for wrong in (state[:5000], state.long(), state[::2]):
         with pytest.raises(ValueError, match="state is"):
-            uniforms(wrong, torch.tensor([1]), 3)
+            draw(score_V, wrong, top_k=3)
     for place, number in ((8, 0), (8, 625), (16, -1), (16, 625)):  # `left` and `next` of draw.h
         wrong = state.clone()
         wrong[place : place + 4] = torch.tensor([number], dtype=torch.int32).view(torch.uint8)
         wrong[20:24] = 255 if number < 0 else 0
         with pytest.raises(ValueError, match="at word"):
-            uniforms(wrong, torch.tensor([1]), 3)
+            draw(score_V, wrong, top_k=3)
 
 
 def test_the_library_and_the_python_side_mean_the_same_fields():
