@@ -3,8 +3,7 @@
 And rows drawn of few, with the numbers of PyTorch's generator.
 
 The file of a checkpoint that imports this is `runtime/hire_token.py`. Shape suffixes: D width,
-V vocabulary, B decoder layers, L rows of the embedding,
-M random numbers.
+V vocabulary, B decoder layers, L rows of the embedding.
 """
 
 import ctypes

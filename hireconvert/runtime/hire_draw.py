@@ -131,7 +131,7 @@ class Floor:
 def greedy(processors: Any, ids_1P: torch.Tensor, logits_1V: torch.Tensor, level: float) -> int:
     """The best row behind the processors, BEYOND where it is not above `level`."""
     score_1V = processors(ids_1P, logits_1V)
-    best = int(score_1V.argmax(-1))
+    best: int = native.largest(score_1V[0])
     return best if bool(score_1V[0, best] > level) else BEYOND
 
 
