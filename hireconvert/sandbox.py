@@ -43,9 +43,9 @@ for name in ("fork", "forkpty", "system", "popen", "posix_spawn", "posix_spawnp"
     for module in ("os", "posix"):
         if hasattr(sys.modules[module], name):
             delattr(sys.modules[module], name)
-for name, value in job["limits"].items():
+for name, soft_and_hard in job["limits"].items():
     try:
-        resource.setrlimit(getattr(resource, name), (value, value))
+        resource.setrlimit(getattr(resource, name), soft_and_hard)
     except (AttributeError, ValueError, OSError):
         pass
 try:
@@ -142,14 +142,18 @@ def _remove(folder: str) -> None:
         subprocess.run(["rm", "-rf", folder], stderr=subprocess.DEVNULL, check=False)
 
 
-def _resource_limits(limits: Limits) -> dict[str, int]:
+def _resource_limits(limits: Limits) -> dict[str, tuple[int, int]]:
+    """Soft and hard limit of each resource."""
+    cpu = max(1, round(limits.seconds))
     return {
-        "RLIMIT_CPU": max(1, round(limits.seconds)),
-        "RLIMIT_AS": limits.memory,
-        "RLIMIT_FSIZE": limits.file_size,
-        "RLIMIT_CORE": 0,
-        "RLIMIT_NOFILE": 32,
-        "RLIMIT_NPROC": 0,  # no further processes; the one that runs stays
+        # Apart: at the soft limit Linux sends SIGXCPU, which tells a timeout, at the hard one
+        # SIGKILL, which tells nothing; where both are one it sends the latter.
+        "RLIMIT_CPU": (cpu, cpu + 1),
+        "RLIMIT_AS": (limits.memory, limits.memory),
+        "RLIMIT_FSIZE": (limits.file_size, limits.file_size),
+        "RLIMIT_CORE": (0, 0),
+        "RLIMIT_NOFILE": (32, 32),
+        "RLIMIT_NPROC": (0, 0),  # no further processes; the one that runs stays
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from hireconvert import sandbox
 from hireconvert.errors import InputError
 from hireconvert.sandbox import Limits, require_programs, run_python
 
@@ -25,6 +26,17 @@ def test_endless_programs_are_stopped(source: str) -> None:
     started = time.monotonic()
     assert run_python(source, SHORT).status == "timeout"
     assert time.monotonic() - started < 10
+
+
+def test_the_limit_of_cpu_time_is_a_timeout_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a loaded machine it may come before the clock's, whose process gets no turn."""
+    run_child = sandbox._run_child
+
+    def patient(job: str, folder: str, files: Any, limit: float) -> int | None:
+        return run_child(job, folder, files, 60 * limit)
+
+    monkeypatch.setattr(sandbox, "_run_child", patient)
+    assert run_python("while True: pass", SHORT).status == "timeout"
 
 
 def test_memory_is_limited() -> None:
