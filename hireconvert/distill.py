@@ -36,14 +36,13 @@ from hireconvert.quantize import (
 )
 from hireconvert.recipe import FfnRecipe, PredictorRecipe
 from hireconvert.rounding import low_scales
-from hireconvert.runtime.hire_predict import Predictor, varies
+from hireconvert.runtime.hire_predict import Predictor, kth_score, varies
 from hireconvert.scoring import (
     ROW_CHUNK,
     candidate_counts,
     cheapest_first,
     exact_scores,
     hidden,
-    kth_score,
     layer_counts,
     levelled,
     measured,

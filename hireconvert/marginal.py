@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hireconvert.scoring import best
+from hireconvert.runtime.hire_predict import best
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from hireconvert.families import Layout, base_model, ffn_parts, num_layers
 from hireconvert.lowbit import LiveCopies
 from hireconvert.marginal import Marginal, Pass
 from hireconvert.measures import LOGITS_AT_ONCE, head_logits, logit_chunks, prove_logits
-from hireconvert.scoring import best
+from hireconvert.runtime.hire_predict import best
+from hireconvert.runtime.hire_select import zeroed
 
 PROBABILITIES_KEPT = 2**27  # elements of dense probabilities kept in memory; beyond, computed anew
 Active = tuple[int, ...]
@@ -248,20 +249,22 @@ class MaskedModel:
     def _selected(
         self, index: int, h_NF: torch.Tensor, x_ND: torch.Tensor | None, num_kept: int
     ) -> Pass:
-        zero_NF, score_NF = torch.zeros_like(h_NF), self._score(index, h_NF)
+        score_NF = self._score(index, h_NF)
         if x_ND is None:
-            return Pass(h_NF, torch.where(best(score_NF, num_kept), h_NF, zero_NF), None, None)
+            return Pass(h_NF, zeroed(h_NF, best(score_NF, num_kept)), None, None)
         copies = self.copies[index]
         value_NF, estimate = copies.values(x_ND), copies.estimate
         named_NF = self._score(index, value_NF) if estimate.selects else score_NF
         keep_NF = candidate_NF = best(named_NF, self._num_candidates(index, num_kept))
         if estimate.over_select > 1:
             keep_NF = best(score_NF.masked_fill(~candidate_NF, -1.0), num_kept)
-        kept_NF = torch.where(keep_NF, h_NF, zero_NF)
+        kept_NF = zeroed(h_NF, keep_NF)
         if estimate.down is None:
             return Pass(h_NF, kept_NF, None, None)
-        rest_NF = torch.where(candidate_NF, h_NF, value_NF)
-        return Pass(h_NF, kept_NF, value_NF, torch.where(keep_NF, zero_NF, rest_NF))
+        rest_NF = zeroed(value_NF, ~candidate_NF)
+        if keep_NF is not candidate_NF:
+            rest_NF = rest_NF + zeroed(h_NF, candidate_NF & ~keep_NF)
+        return Pass(h_NF, kept_NF, value_NF, rest_NF)
 
     def _num_candidates(self, index: int, num_kept: int) -> int:
         over_select = self.copies[index].estimate.over_select if self.copies else 1.0

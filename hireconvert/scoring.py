@@ -20,9 +20,9 @@ from hireconvert.recipe import FfnRecipe, HeadRecipe, PredictorRecipe
 from hireconvert.runtime.hire_predict import (
     FFN_PARTS,
     Predictor,
+    kth_score,
     layer_bytes,
-    members_mask,
-    top_k_indices,
+    top_k_mask,
     unit_scores,
     varies,
 )
@@ -276,7 +276,7 @@ def shares(best_NS: torch.Tensor, kept_NS: torch.Tensor) -> torch.Tensor:
 def _standings(score_NF: torch.Tensor, unit_NS: torch.Tensor, spec: dict[str, Any]) -> torch.Tensor:
     """Standings [N, S] by the layer's rule; -inf for units that are no candidates."""
     common, group = spec["num_common"], spec["group_size"]
-    open_NS = top_mask(unit_NS, (spec["num_candidates"] - common) // group)
+    open_NS = top_k_mask(unit_NS, (spec["num_candidates"] - common) // group)
     own_NS = unit_NS
     if spec["keep"] == "top_k":
         own_NS = unit_scores(score_NF[:, common:], group).where(open_NS, 0.0)
@@ -300,34 +300,10 @@ def estimated_units(
     return unit_NS.nan_to_num()
 
 
-def kth_score(score_NS: torch.Tensor, num: int) -> torch.Tensor:
-    """The `num`-th largest score of each row, [N, 1]; many times faster than torch.topk here."""
-    place = score_NS.shape[1] - num
-    kth_N = np.partition(score_NS.numpy(), place, axis=1)[:, place]
-    return torch.from_numpy(kth_N).unsqueeze(1)
-
-
-def best(score_NS: torch.Tensor, num: int) -> torch.Tensor:
-    """bool [N, S]: the `num` largest scores of each row; what ties with the last stays too."""
-    if score_NS.device.type == "cpu":
-        return score_NS >= kth_score(score_NS, num)
-    return score_NS >= score_NS.topk(num, dim=1, sorted=False).values.amin(1, keepdim=True)
-
-
-def top_mask(score_NS: torch.Tensor, num: int) -> torch.Tensor:
-    """bool [N, S]: the very entries that the runtime's `top_k_indices` names."""
-    mask_NS = best(score_NS, num)
-    tied_N = mask_NS.sum(1) != num
-    if bool(tied_N.any()):  # only ties need the runtime's slower rule, lowest index first
-        index_NK = top_k_indices(score_NS[tied_N], num)
-        mask_NS[tied_N] = members_mask(index_NK, score_NS.shape[1])
-    return mask_NS
-
-
 def _chosen(unit_NS: torch.Tensor, count: int, spec: dict[str, Any]) -> torch.Tensor:
     """bool [N, F]: the common neurons and the best units, `count` neurons in all."""
     units = (count - spec["num_common"]) // spec["group_size"]
-    return _spread(top_mask(unit_NS, units), spec)
+    return _spread(top_k_mask(unit_NS, units), spec)
 
 
 def _spread(mask_NS: torch.Tensor, spec: dict[str, Any]) -> torch.Tensor:

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 from hireconvert.families import Layout, base_model, ffn_parts, num_layers
 from hireconvert.lowbit import LiveCopies
 from hireconvert.runtime.hire_ffn import FfnParts
-from hireconvert.runtime.hire_predict import Predictor, num_active, unit_scores, varies
+from hireconvert.runtime.hire_predict import Predictor, best, num_active, unit_scores, varies
 from hireconvert.runtime.hire_select import candidate_mask, kept_mask
-from hireconvert.scoring import best, round_half_up
+from hireconvert.scoring import round_half_up
 
 
 def trained_weights(

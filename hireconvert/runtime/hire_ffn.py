@@ -19,6 +19,7 @@ from .hire_native import serves as serves_native
 from .hire_predict import Widened, column_norms, keeps_all, num_active, unit_scores, varies
 from .hire_select import (
     candidate_mask,
+    finite_rows,
     kept_mask,
     linear_rows,
     number_of,
@@ -247,12 +248,15 @@ class SparseFfn(nn.Module):
         z_NM = predictor.estimate(x_ND)
         if spec["predictor"]["groups"]:
             return z_NM[:, spec["num_common"] // spec["group_size"] :], None
-        size_NF = predictor.sizes(z_NM, self.parts.act, gated=gated)
+        value_NF = None
+        if widened.estimate_FD is not None:
+            value_NF = predictor.values(z_NM, self.parts.act, gated=gated)
+        if value_NF is None or predictor.softens:
+            size_NF = predictor.sizes(z_NM, self.parts.act, gated=gated)
+        else:
+            size_NF = value_NF  # scores take its absolute value
         score_NF = self.scores(size_NF, prepared.norm_F)
-        unit_NS = unit_scores(score_NF[:, spec["num_common"] :], spec["group_size"])
-        if widened.estimate_FD is None:
-            return unit_NS, None
-        return unit_NS, predictor.values(z_NM, self.parts.act, gated=gated)
+        return unit_scores(score_NF[:, spec["num_common"] :], spec["group_size"]), value_NF
 
     def count(
         self, num_rows: int, dense_rows: torch.Tensor, *, kept: Any = 0, candidates: Any = 0
@@ -290,31 +294,37 @@ class SparseFfn(nn.Module):
 
         Differentiable in the weights; the selection itself is not.
         """
-        parts = self.parts
         h_NF = self._hidden(x_ND)
         with torch.no_grad():
             unit_NS, value_NF = self.estimated(x_ND)
-            score_NF = self.scores(h_NF, self.prepared.norm_F)
-            dense_N = ~unit_NS.isfinite().all(-1)
-            unit_NS = unit_NS.nan_to_num()
             candidate_NF = candidate_mask(self.spec, unit_NS)
-            dense_N = dense_N | ~(score_NF.isfinite() | ~candidate_NF).all(-1)
+            score_NF = zeroed(self.scores(h_NF, self.prepared.norm_F), candidate_NF)
+            dense_N = ~(finite_rows(unit_NS) & finite_rows(score_NF))
             if dense_rows_N is not None:
                 dense_N = dense_N | dense_rows_N
-            keep_NF = kept_mask(self.spec, candidate_NF, unit_NS, score_NF.nan_to_num())
-            sparse_N1 = ~dense_N[:, None]
-            self.count(
-                x_ND.shape[0],
-                dense_N.sum(),
-                kept=(keep_NF & sparse_N1).sum(),
-                candidates=(candidate_NF & sparse_N1).sum(),
-            )
-            keep_NF = keep_NF | ~sparse_N1
-        y_ND = parts.down.run(torch.where(keep_NF, h_NF, torch.zeros_like(h_NF)))
+            chosen_NF = kept_mask(self.spec, candidate_NF, unit_NS, score_NF)
+            self._count_masks(dense_N, chosen_NF, candidate_NF)
+            dense_N1 = dense_N[:, None]
+            keep_NF = chosen_NF | dense_N1
+        y_ND = self.parts.down.run(zeroed(h_NF, keep_NF))
         if value_NF is None:
             return y_ND
-        rest_NF = torch.where(candidate_NF, h_NF.float(), value_NF)
-        return self._with_rest(y_ND, torch.where(keep_NF, 0.0, rest_NF))
+        rest_NF = zeroed(value_NF, ~(candidate_NF | dense_N1))
+        if chosen_NF is not candidate_NF:
+            rest_NF = rest_NF + zeroed(h_NF.float(), candidate_NF & ~keep_NF)
+        return self._with_rest(y_ND, rest_NF)
+
+    def _count_masks(
+        self, dense_N: torch.Tensor, chosen_NF: torch.Tensor, candidate_NF: torch.Tensor
+    ) -> None:
+        spec, sparse_N = self.spec, ~dense_N
+        number = sparse_N.sum()
+        kept, candidates = num_active(spec) * number, spec["num_candidates"] * number
+        if varies(spec):
+            kept, candidates = (
+                (mask_NF & sparse_N[:, None]).sum() for mask_NF in (chosen_NF, candidate_NF)
+            )
+        self.count(len(dense_N), dense_N.sum(), kept=kept, candidates=candidates)
 
     def _with_rest(self, y_ND: torch.Tensor, rest_NF: torch.Tensor) -> torch.Tensor:
         """The output with what the neurons left out add by the low-bit copy."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -34,12 +35,34 @@ def top_k_indices(score_NS: torch.Tensor, num: int) -> torch.Tensor:
     return key_NS.topk(num, dim=-1, sorted=False).indices.sort(dim=-1).values
 
 
+def eager_on_cpu(tensor: torch.Tensor) -> bool:
+    """Whether no graph is being made and looking at values waits for no device."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def kth_score(score_NS: torch.Tensor, num: int) -> torch.Tensor:
+    """The `num`-th largest score of each row, [N, 1]."""
+    if not eager_on_cpu(score_NS):
+        return score_NS.topk(num, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    place = score_NS.shape[-1] - num  # numpy's is ten times as fast as torch.topk
+    parted_NS = np.partition(score_NS.detach().numpy(), place, axis=-1)
+    return torch.from_numpy(parted_NS[..., place, None].copy())
+
+
+def best(score_NS: torch.Tensor, num: int) -> torch.Tensor:
+    """bool [N, S]: the `num` largest scores of each row; what ties with the last stays too."""
+    return score_NS >= kth_score(score_NS, num)
+
+
 def top_k_mask(score_NS: torch.Tensor, num: int) -> torch.Tensor:
     """bool [N, S]: the members of `top_k_indices`, found faster than their indices.
 
     What is above the last value that goes in, then as many that equal it, from the lowest index.
     """
-    last_N1 = score_NS.topk(num, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    last_N1 = kth_score(score_NS, num)
+    mask_NS = score_NS >= last_N1
+    if eager_on_cpu(score_NS) and bool((mask_NS.float().sum(-1) == num).all()):
+        return mask_NS  # no ties
     above_NS, equal_NS = score_NS > last_N1, score_NS == last_N1
     open_N1 = num - above_NS.sum(-1, keepdim=True)
     return above_NS | (equal_NS & (equal_NS.cumsum(-1, dtype=torch.int32) <= open_N1))
@@ -83,7 +106,7 @@ def recall_at(score_NF: torch.Tensor, chosen_NF: torch.Tensor, num_kept: int) ->
     Every neuron that scores at least the k-th score counts as a member of the top k, so ties
     neither help nor hurt.
     """
-    kth_N1 = score_NF.topk(num_kept, dim=-1).values[..., -1:]
+    kth_N1 = kth_score(score_NF, num_kept)
     hits_N = (chosen_NF & (score_NF >= kth_N1)).sum(-1).clamp(max=num_kept)
     return hits_N.float() / num_kept
 
@@ -173,12 +196,17 @@ class Predictor:
             self.factor_out_MR = decode_factor(tensors, "factor_out", bits, rank)
         self.soft_M: Any = tensors["soft"].float() if spec.get("soften") else None
 
+    @property
+    def softens(self) -> bool:
+        """Whether sizes are other than those of the estimated values."""
+        return self.soft_M is not None
+
     def estimate(self, x_ND: torch.Tensor) -> torch.Tensor:
         """Estimated outputs float32 [N, M] for inputs [N, D]."""
         centred_ND = x_ND.float() - self.mean_D
         z_NM = self.bias_M.expand(x_ND.shape[0], -1)
         if self.copy is not None:
-            z_NM = z_NM + self._quantized(centred_ND * self.inverse_scale_D)
+            z_NM = self._quantized(centred_ND * self.inverse_scale_D)
         if self.factor_in_RD is not None:
             z_NM = z_NM + F.linear(F.linear(centred_ND, self.factor_in_RD), self.factor_out_MR)
         return z_NM
@@ -211,12 +239,14 @@ class Predictor:
         return gate_NF * _two_point_size(up_NF + soft_up_F, up_NF - soft_up_F)
 
     def _quantized(self, scaled_ND: torch.Tensor) -> torch.Tensor:
+        """The bias and what the copy makes of the input."""
         if not self.channel_major:
-            return F.linear(scaled_ND, self.copy)
+            return F.linear(scaled_ND, self.copy, self.bias_M)
         loud_NI = top_k_indices((scaled_ND * self.loudness_D).abs().nan_to_num(), self.num_inputs)
         if scaled_ND.shape[0] == 1:
-            return scaled_ND[:, loud_NI[0]] @ self.copy[loud_NI[0]]
-        return (scaled_ND * members_mask(loud_NI, scaled_ND.shape[1])) @ self.copy
+            return self.bias_M + scaled_ND[:, loud_NI[0]] @ self.copy[loud_NI[0]]
+        loud_ND = scaled_ND * members_mask(loud_NI, scaled_ND.shape[1])
+        return torch.addmm(self.bias_M, loud_ND, self.copy)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from hireconvert.recipe import DistillRecipe, FfnRecipe, PredictorRecipe
 from hireconvert.runtime.hire_predict import (
     Predictor,
     decode_down,
+    kth_score,
     members_mask,
     num_active,
     recall_at,
@@ -21,11 +22,9 @@ from hireconvert.schema import UnselectedRecipe
 from hireconvert.scoring import (
     estimated_units,
     exact_scores,
-    kth_score,
     layer_counts,
     measured,
     score_norms,
-    top_mask,
     total_bytes,
 )
 
@@ -299,7 +298,6 @@ def test_selection_for_scoring_is_the_runtimes():
     scores[:20] = (scores[:20] * 3).round()  # ties
     for num in (1, 20, F):
         expected = members_mask(top_k_indices(scores, num), F)
-        assert torch.equal(top_mask(scores, num), expected)
         assert torch.equal(top_k_mask(scores, num), expected)
         assert torch.equal(kth_score(scores, num), scores.topk(num, dim=1).values[:, -1:])
 

@@ -13,7 +13,14 @@ from hireconvert.families import FfnWeights
 from hireconvert.recipe import DistillRecipe, FfnRecipe, PredictorRecipe, load_recipe
 from hireconvert.runtime.hire_config import check_hire_config, describe
 from hireconvert.runtime.hire_predict import Predictor, layer_bytes, num_active, predictor_bytes
-from hireconvert.runtime.hire_select import RULES, candidate_mask, kept_mask, standings
+from hireconvert.runtime.hire_select import (
+    RULES,
+    candidate_mask,
+    finite_rows,
+    kept_mask,
+    standings,
+    zeroed,
+)
 from hireconvert.scoring import (
     distribution,
     estimated_units,
@@ -373,3 +380,29 @@ def test_recipes_that_cannot_be_are_refused(changes: list[str], named: str) -> N
     settings = ["ffn.selection=threshold", "ffn.over_select=1.2", "ffn.predictor.soften=true"]
     recipe = load_recipe("balanced", settings)
     assert recipe.ffn is not None and recipe.ffn.selection == "threshold"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_values_that_do_not_count_are_zero_whatever_they_were(dtype: torch.dtype) -> None:
+    value = drawn(5, F, seed=1).to(dtype)
+    value[0, :4] = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0])
+    counts = drawn(5, F, seed=2) > 0
+    counts[0, :4] = False
+    found = zeroed(value, counts)
+    assert torch.equal(found, value.where(counts, 0.0)) and found.dtype == dtype
+    counts[0, :4] = True
+    assert torch.equal(zeroed(value, counts)[0, :4].isnan(), value[0, :4].isnan())
+    assert zeroed(value, None) is value
+
+
+def test_zeroed_values_pass_their_gradient_on() -> None:
+    value, counts = drawn(3, F, seed=1).requires_grad_(), drawn(3, F, seed=2) > 0
+    zeroed(value, counts).sum().backward()
+    assert value.grad is not None and torch.equal(value.grad, counts.float())
+
+
+@pytest.mark.parametrize("spoilt", [float("nan"), float("inf"), -float("inf")])
+def test_rows_with_nan_or_inf_are_found(spoilt: float) -> None:
+    score = drawn(3, F, seed=1)
+    score[1, 7] = spoilt
+    assert finite_rows(score).tolist() == [True, False, True]

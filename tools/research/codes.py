@@ -17,12 +17,13 @@ from twin import append_result, load_twin
 
 from hireconvert.fitting import input_moments
 from hireconvert.quantize import GridFormat, decode_codes, feedback_codes, fit_grid, round_codes
-from hireconvert.scoring import exact_scores, kth_score, round_half_up, top_mask
+from hireconvert.runtime.hire_predict import kth_score, top_k_mask
+from hireconvert.scoring import exact_scores, round_half_up
 
 
 def recall(scores: torch.Tensor, member: torch.Tensor, kept: int, count: int) -> float:
     """Share of members among the `count` best estimated."""
-    return float((top_mask(scores, count) & member).sum(1).float().mean() / kept)
+    return float((top_k_mask(scores, count) & member).sum(1).float().mean() / kept)
 
 
 def copied(

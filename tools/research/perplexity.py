@@ -32,10 +32,10 @@ from twin import (
 from hireconvert.distill import LayerResult, distill_layer
 from hireconvert.families import FfnWeights
 from hireconvert.recipe import FfnRecipe, PredictorRecipe
-from hireconvert.runtime.hire_predict import Predictor, varies
+from hireconvert.runtime.hire_predict import Predictor, top_k_mask, varies
 from hireconvert.runtime.hire_select import candidate_mask
 from hireconvert.runtime.hire_select import kept_mask as runtime_mask
-from hireconvert.scoring import estimated_units, layer_counts, levelled, measured, top_mask
+from hireconvert.scoring import estimated_units, layer_counts, levelled, measured
 
 TEXTS = ("wiki", "c4")
 RECALL_ROWS = 512
@@ -61,10 +61,10 @@ def kept_mask(unit_NS: torch.Tensor, score_NF: torch.Tensor, spec: dict[str, Any
     """What the runtime keeps (its own code but in the plain case, which is faster here)."""
     if spec["group_size"] > 1 or spec["num_common"] or varies(spec):
         return runtime_mask(spec, candidate_mask(spec, unit_NS), unit_NS, score_NF)
-    candidate_NF = top_mask(unit_NS, spec["num_candidates"])
+    candidate_NF = top_k_mask(unit_NS, spec["num_candidates"])
     if spec["keep"] == "candidates":
         return candidate_NF
-    return top_mask(score_NF.where(candidate_NF, -1.0), spec["num_kept"])
+    return top_k_mask(score_NF.where(candidate_NF, -1.0), spec["num_kept"])
 
 
 class PredictedMask:

@@ -23,8 +23,8 @@ from twin import load_twin
 from hireconvert.distill import LayerResult, distill_layer
 from hireconvert.families import FfnWeights
 from hireconvert.recipe import FfnRecipe, PredictorRecipe
-from hireconvert.runtime.hire_predict import Predictor
-from hireconvert.scoring import exact_scores, kth_score, round_half_up
+from hireconvert.runtime.hire_predict import Predictor, kth_score
+from hireconvert.scoring import exact_scores, round_half_up
 
 ROWS = 768
 KINDS: tuple[dict[str, Any], ...] = (

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hireconvert.scoring import round_half_up, top_mask
+from hireconvert.runtime.hire_predict import top_k_mask
+from hireconvert.scoring import round_half_up
 
 WINDOW = 1024
 LOGIT_CHUNK = 256
@@ -97,7 +98,7 @@ def masked_ffn(mask: Mask) -> Callable[[int, nn.Module, torch.Tensor], torch.Ten
 
 def oracle(keep: float) -> Mask:
     """The mask of the true top share of neurons."""
-    return lambda _i, _x, scores: top_mask(scores, round_half_up(keep * scores.shape[1]))
+    return lambda _i, _x, scores: top_k_mask(scores, round_half_up(keep * scores.shape[1]))
 
 
 def captured_inputs(model: Any, windows: torch.Tensor) -> list[torch.Tensor]:
