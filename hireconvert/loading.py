@@ -100,6 +100,13 @@ def _check_outputs(config: Any) -> None:
     text = config.get_text_config()
     if not config.return_dict:
         raise ValueError("return_dict is false, expected true")
+    if config.is_encoder_decoder:
+        raise ValueError("is_encoder_decoder is true, expected a model that is a decoder alone")
+    _check_wanted_outputs(config)
+    _check_layer_types(text)
+    scalar = getattr(text, "query_pre_attn_scalar", None)
+    if scalar is not None and not scalar > 0:
+        raise ValueError(f"query_pre_attn_scalar is {scalar!r}, expected a number above 0")
     windows = "sliding_attention" in (getattr(text, "layer_types", None) or ())
     window = getattr(text, "sliding_window", None)
     if windows and (type(window) is not int or window < 1):
@@ -112,6 +119,23 @@ def _check_outputs(config: Any) -> None:
         turned = rope.get("partial_rotary_factor") if isinstance(rope, dict) else None
         if turned is not None and not 0 < turned <= 1:
             raise ValueError(f"partial_rotary_factor is {turned!r}, expected a share up to 1")
+
+
+def _check_layer_types(text: Any) -> None:
+    """Raise ValueError on kinds of layers that Transformers knows and this family does not."""
+    known = {"full_attention", "sliding_attention", "chunked_attention"}
+    others = {*(getattr(text, "layer_types", None) or ())} - known
+    if others and not others <= {*(getattr(type(text)(), "layer_types", None) or ())}:
+        raise ValueError(f"layer_types holds {sorted(others)}, which {text.model_type} has not")
+
+
+def _check_wanted_outputs(settings: Any) -> None:
+    """Raise ValueError where a config names outputs by what is neither a flag nor layers."""
+    for name in ("output_attentions", "output_hidden_states"):
+        wanted = getattr(settings, name, None)
+        listed = isinstance(wanted, list) and all(type(one) is int for one in wanted)
+        if not (wanted is None or isinstance(wanted, bool) or listed):
+            raise ValueError(f"{name} is {wanted!r:.99}, expected true or false")
 
 
 def brief(error: Exception) -> str:
@@ -187,19 +211,24 @@ def load(
     except LOAD_ERRORS as error:
         raise InputError(f"{folder} cannot be loaded: {brief(error)}") from error
     require_all_keys(folder, info)
-    _check_special_tokens(folder, model.generation_config)
+    _check_generation(folder, model.generation_config)
     if memory is not None:
         model.set_hire_memory(memory)
     return model.eval()
 
 
-def _check_special_tokens(folder: Path, settings: Any) -> None:
+def _check_generation(folder: Path, settings: Any) -> None:
+    path = folder / "generation_config.json"
+    try:
+        _check_wanted_outputs(settings)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}.") from error
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         found = getattr(settings, name, None)
         ids = found if isinstance(found, list) else [found]
         if not all(one is None or type(one) is int for one in ids):
             shown = f"{name} is {found!r:.99}"
-            raise InputError(f"{folder / 'generation_config.json'}: {shown}, expected numbers.")
+            raise InputError(f"{path}: {shown}, expected numbers.")
 
 
 def require_all_keys(folder: Path, loading_info: dict[str, Any]) -> None:

@@ -145,6 +145,9 @@ STANDARD: tuple[tuple[str, Any, str], ...] = (
     ("rope_parameters", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 2.0},
      "partial_rotary_factor is 2.0"),
     ("return_dict", False, "return_dict is false"),
+    ("is_encoder_decoder", True, "is_encoder_decoder is true"),
+    ("output_hidden_states", "q", "output_hidden_states is 'q'"),
+    ("layer_types", ["linear_attention"] * 2, "which llama has not"),
     ("attention_dropout", 97, "attention_dropout is 97"),
     ("model_type", "x" * 5000, "model type"),
     ("hire", {"format_version": "x" * 5000}, "format_version"),
@@ -170,6 +173,27 @@ def test_special_tokens_that_are_no_numbers(folder: Path) -> None:
         path.write_text(json.dumps({**original, name: value}))
         with pytest.raises(InputError, match=name):
             load(folder)
+
+
+@pytest.mark.parametrize("value", ["q", [None], float("-inf"), {}])
+def test_outputs_that_are_neither_flags_nor_layers(folder: Path, value: Any) -> None:
+    path = folder / "generation_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "output_hidden_states": value}))
+    with pytest.raises(InputError, match="output_hidden_states"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "key", "value"),
+    [("gemma3_text", "query_pre_attn_scalar", -8), ("qwen3", "layer_types", ["mamba"] * 2)],
+)
+def test_fields_of_one_family(tmp_path: Path, model_type: str, key: str, value: Any) -> None:
+    hire_model(tiny_model(model_type), ffn={}).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(InputError, match=key):
+        load(tmp_path)
 
 
 def test_windows_without_a_size(tmp_path: Path) -> None:
