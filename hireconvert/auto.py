@@ -24,7 +24,7 @@ from hireconvert.data import build_tokens
 from hireconvert.errors import InputError, UsageError
 from hireconvert.families import find_layout
 from hireconvert.figures import size
-from hireconvert.lowbit import live_copies
+from hireconvert.lowbit import ffn_inputs, live_copies
 from hireconvert.masked import PROBABILITIES_KEPT, MaskedModel
 from hireconvert.planning import Skeleton, converts_ffn, make_skeleton, planned_hire
 from hireconvert.recipe import Recipe, load_recipe
@@ -158,7 +158,8 @@ def _tried(
     priced = [one for one in priced if one[2] < limit]
     model: Any = checkpoint.load_model(dtype=torch.float32)
     ids_WT, layout = _windows(checkpoint, model, first), find_layout(model)
-    copies = live_copies(model, layout, first.ffn, selects=True)
+    inputs = ffn_inputs(model, layout, ids_WT)
+    copies = live_copies(model, layout, first.ffn, selects=True, inputs=inputs)
     masks = MaskedModel(model, layout, ids_WT, score=first.ffn.score, copies=copies)
     with (
         reporter.stage("trying settings", len(priced) + len(ROUNDINGS)) as advance,

@@ -31,8 +31,7 @@ from hireconvert.quantize import (
     encode_down,
     encode_factor,
     encode_matrix,
-    feedback_codes,
-    fit_grid,
+    fitted_codes,
 )
 from hireconvert.recipe import FfnRecipe, PredictorRecipe
 from hireconvert.rounding import low_scales
@@ -53,8 +52,6 @@ from hireconvert.scoring import (
     with_candidates,
     with_mean,
 )
-
-COLUMN_SCALE_POWER = 0.5
 
 
 @dataclass(frozen=True)
@@ -260,15 +257,10 @@ def _copy(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """(tensors, float32 [M, D] copy of the matrix as plain inputs see it)."""
     channel_major = spec["num_inputs"] < matrix_MD.shape[1]
-    scale_D = torch.ones(matrix_MD.shape[1])
-    if recipe.column_scale and not channel_major:  # there every channel has its own scales
-        size_D = moments.loud_DD.diagonal().clamp_min(1e-20).pow(COLUMN_SCALE_POWER / 2)
-        scale_D = (size_D / size_D.log().mean().exp()).clamp(1e-3, 1e3).float()
-    scaled_MD = matrix_MD * scale_D
-    moment_DD = moments.loud_DD / torch.outer(scale_D, scale_D)
     form = GridFormat(recipe.bits, recipe.block, recipe.symmetric, channel_major)
-    grid = fit_grid(scaled_MD, form, importance_D=moment_DD.diagonal())
-    codes = feedback_codes(scaled_MD, grid, moment_DD)
+    # Channel-major every channel has its own scales.
+    column_scale = recipe.column_scale and not channel_major
+    codes, grid, scale_D = fitted_codes(matrix_MD, form, moments.loud_DD, column_scale=column_scale)
     tensors = {**encode_matrix(codes, grid), "column_scale": scale_D}
     return tensors, decode_codes(codes, grid) / scale_D
 

@@ -109,7 +109,7 @@ def _check_outputs(config: Any) -> None:
         raise ValueError(f"query_pre_attn_scalar is {scalar!r}, expected a number above 0")
     windows = "sliding_attention" in (getattr(text, "layer_types", None) or ())
     window = getattr(text, "sliding_window", None)
-    if windows and (type(window) is not int or window < 1):
+    if (windows and (type(window) is not int or window < 1)) or (window or 0) < 0:
         raise ValueError(f"sliding_window is {window!r}, expected the size of the layers' windows")
     for name, value in vars(text).items():
         if "drop" in name and isinstance(value, int | float) and not 0 <= value <= 1:

@@ -1,21 +1,30 @@
 """Low-bit copies of a live FFN, for simulating on a dense model what a converted one estimates.
 
-Grids are fitted once, as plain rounding makes them; what lies on them follows the live weights,
-which training moves, at every `refresh`. A conversion fits its copies to the text besides, so that
-they are better than these.
+Grids are fitted once; what lies on them follows the live weights, which training moves, at every
+`refresh`. Given the inputs of a text, copies are fitted to it as a conversion fits its own, until
+the first refresh; without, they are rounded plainly, which loses about three times as much.
 
-Shape suffixes: N rows (tokens), D width, F neurons.
+Shape suffixes: N rows (tokens), D width, F neurons, W windows, T tokens of a window.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from hireconvert.families import Layout, ffn_parts, num_layers
-from hireconvert.quantize import Grid, GridFormat, decode_codes, fit_grid, round_codes
+from hireconvert.families import Layout, base_model, ffn_parts, num_layers
+from hireconvert.quantize import (
+    Grid,
+    GridFormat,
+    decode_codes,
+    fit_grid,
+    fitted_codes,
+    round_codes,
+)
 from hireconvert.recipe import FfnRecipe, per_layer
 from hireconvert.runtime.hire_ffn import FfnParts
 
@@ -27,13 +36,54 @@ class Estimate:
     `first` cuts gate and up; `down` the output vectors, through which neurons left out count by
     estimate (None: they count as zero). `over_select` candidates for every active neuron are
     computed exactly; at 1 all of them are active. The copies name them where `selects`, else the
-    exact scores do.
+    exact scores do. `centre` and `column_scale` are the recipe's, for copies fitted to inputs.
     """
 
     first: GridFormat
     down: GridFormat | None = None
     over_select: float = 1.0
     selects: bool = False
+    centre: bool = True
+    column_scale: bool = True
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What an FFN receives over a text, float32: mean [D], and second moment [D, D] about zero."""
+
+    mean_D: torch.Tensor
+    moment_DD: torch.Tensor
+
+
+@torch.no_grad()
+def ffn_inputs(model: PreTrainedModel, layout: Layout, ids_WT: torch.Tensor) -> list[Inputs]:
+    """The inputs of every layer's FFN over the windows, on the CPU; the model runs dense."""
+    sums: dict[int, list[torch.Tensor]] = {}
+
+    def noting(index: int) -> Callable[..., None]:
+        def note(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            x_ND = args[0].detach().flatten(0, -2).float()
+            if index not in sums:
+                width = x_ND.shape[1]
+                sums[index] = [x_ND.new_zeros(width), x_ND.new_zeros(width, width)]
+            mean_D, moment_DD = sums[index]
+            mean_D += x_ND.sum(0)
+            moment_DD.addmm_(x_ND.T, x_ND)
+
+        return note
+
+    hooks = [
+        ffn_parts(model, layout, index).up.module.register_forward_pre_hook(noting(index))
+        for index in range(num_layers(model))
+    ]
+    try:
+        for ids_T in ids_WT:
+            base_model(model)(input_ids=ids_T[None].to(model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    rows = ids_WT.numel()
+    return [Inputs(*(t.cpu() / rows for t in sums[index])) for index in range(num_layers(model))]
 
 
 def estimates_of(ffn: FfnRecipe, count: int, *, selects: bool = False) -> list[Estimate]:
@@ -45,7 +95,14 @@ def estimates_of(ffn: FfnRecipe, count: int, *, selects: bool = False) -> list[E
     down = None if rest is None else GridFormat(rest.bits, rest.block, rest.symmetric)
     over_select = ffn.over_select if ffn.keep == "top_k" else 1.0
     return [
-        Estimate(GridFormat(own.bits, own.block, own.symmetric), down, over_select, selects)
+        Estimate(
+            GridFormat(own.bits, own.block, own.symmetric),
+            down,
+            over_select,
+            selects,
+            centre=own.centre,
+            column_scale=own.column_scale,
+        )
         for own in per_layer(ffn.predictor, count, "ffn.predictor")
     ]
 
@@ -56,23 +113,26 @@ class LiveCopies:
     Raises InputError where a weight is not finite.
     """
 
-    def __init__(self, parts: FfnParts, estimate: Estimate) -> None:
+    def __init__(self, parts: FfnParts, estimate: Estimate, inputs: Inputs | None = None) -> None:
         self.parts, self.estimate = parts, estimate
-        forms = {"up": estimate.first}
-        if parts.gate is not None:
-            forms["gate"] = estimate.first
-        if estimate.down is not None:
-            forms["down"] = estimate.down
-        self._grids = {name: self._fit(name, form) for name, form in forms.items()}
+        self._mean_D: torch.Tensor | None = None  # of inputs, where the copies stand for the rest
+        if inputs is not None and estimate.centre:
+            self._mean_D = inputs.mean_D.to(parts.down_FD().device)
+        self._grids: dict[str, Grid] = {}
+        self._scales: dict[str, torch.Tensor] = {}  # of columns, 1 without inputs
         self._copies: dict[str, torch.Tensor] = {}
-        self.refresh()
+        self._constants: dict[str, torch.Tensor] = {}  # what the mean adds
+        for name in ("up",) if parts.gate is None else ("gate", "up"):
+            self._fit(name, estimate.first, inputs)
+        if estimate.down is not None:
+            self._fit("down", estimate.down, None)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Round the weights as they are now to the grids."""
         for name, grid in self._grids.items():
-            weight_FD = self._weight(name).float()
-            self._copies[name] = decode_codes(round_codes(weight_FD, grid), grid)
+            scaled_FD = self._weight(name).float() * self._scales[name]
+            self._hold(name, decode_codes(round_codes(scaled_FD, grid), grid))
 
     def release_first(self) -> None:
         """Give up the copies of gate and up: something else estimates hidden values from now on."""
@@ -83,10 +143,17 @@ class LiveCopies:
     def values(self, x_ND: torch.Tensor) -> torch.Tensor:
         """Estimated hidden values float32 [N, F] for inputs [N, D]."""
         parts, x_ND = self.parts, x_ND.float()
-        up_NF = F.linear(x_ND, self._copies["up"], parts.up.bias())
+        if self._mean_D is not None:
+            x_ND = x_ND - self._mean_D
+        up_NF = self._estimated("up", x_ND)
         if parts.gate is None:
             return parts.act(up_NF)
-        return parts.act(F.linear(x_ND, self._copies["gate"], parts.gate.bias())) * up_NF
+        return parts.act(self._estimated("gate", x_ND)) * up_NF
+
+    def _estimated(self, name: str, x_ND: torch.Tensor) -> torch.Tensor:
+        part: Any = getattr(self.parts, name)
+        y_NF = F.linear(x_ND, self._copies[name], part.bias())
+        return y_NF if self._mean_D is None else y_NF + self._constants[name]
 
     @property
     def down_FD(self) -> torch.Tensor | None:
@@ -100,19 +167,45 @@ class LiveCopies:
         return part.weight_out_in()
 
     @torch.no_grad()
-    def _fit(self, name: str, form: GridFormat) -> Grid:
-        weight_FD = self._weight(name)
-        grid = fit_grid(weight_FD.float().cpu(), form)
-        offset = None if grid.offset is None else grid.offset.to(weight_FD.device)
-        return Grid(form, grid.scale.to(weight_FD.device), offset)
+    def _fit(self, name: str, form: GridFormat, inputs: Inputs | None) -> None:
+        weight_FD = self._weight(name).detach().float().cpu()
+        device = self.parts.down_FD().device
+        if inputs is None:
+            grid, scale_D = fit_grid(weight_FD, form), torch.ones(weight_FD.shape[1])
+            codes_FD = round_codes(weight_FD, grid)
+        else:
+            moment_DD = inputs.moment_DD.double()
+            if self.estimate.centre:
+                moment_DD = moment_DD - torch.outer(inputs.mean_D, inputs.mean_D)
+            codes_FD, grid, scale_D = fitted_codes(
+                weight_FD, form, moment_DD, column_scale=self.estimate.column_scale
+            )
+        offset = None if grid.offset is None else grid.offset.to(device)
+        self._grids[name] = Grid(form, grid.scale.to(device), offset)
+        self._scales[name] = scale_D.to(device)
+        self._hold(name, decode_codes(codes_FD, grid).to(device))
+
+    def _hold(self, name: str, scaled_FD: torch.Tensor) -> None:
+        """Keep a decoded copy, and what goes with it."""
+        self._copies[name] = scaled_FD / self._scales[name]
+        if name != "down" and self._mean_D is not None:
+            self._constants[name] = self._weight(name).float() @ self._mean_D
 
 
 def live_copies(
-    model: PreTrainedModel, layout: Layout, ffn: FfnRecipe, *, selects: bool = False
+    model: PreTrainedModel,
+    layout: Layout,
+    ffn: FfnRecipe,
+    *,
+    selects: bool = False,
+    inputs: Sequence[Inputs] = (),
 ) -> list[LiveCopies]:
-    """The copies of every layer that stand for what the recipe estimates; see `estimates_of`."""
+    """The copies of every layer that stand for what the recipe estimates; see `estimates_of`.
+
+    They are fitted to `inputs` where these are given, one a layer.
+    """
     estimates = estimates_of(ffn, num_layers(model), selects=selects)
     return [
-        LiveCopies(ffn_parts(model, layout, index), estimate)
+        LiveCopies(ffn_parts(model, layout, index), estimate, inputs[index] if inputs else None)
         for index, estimate in enumerate(estimates)
     ]

@@ -18,6 +18,7 @@ from hireconvert.errors import InputError
 HALF_MIN, HALF_MAX = 2.0**-24, 65504.0
 SHRINK_STEPS = 14
 LOWEST_SHRINK = {1: 0.25, 2: 0.35, 3: 0.5, 4: 0.6, 8: 0.9}
+COLUMN_SCALE_POWER = 0.5
 FEEDBACK_COLUMNS = 64  # columns between two full updates of the error feedback
 
 
@@ -140,6 +141,24 @@ def feedback_codes(
     codes_MD = torch.empty(weight_MD.shape, dtype=torch.uint8)
     codes_MD[:, order] = codes_DM.T
     return codes_MD
+
+
+def fitted_codes(
+    weight_MD: torch.Tensor, form: GridFormat, moment_DD: torch.Tensor, *, column_scale: bool
+) -> tuple[torch.Tensor, Grid, torch.Tensor]:
+    """(codes [M, D], grid, scales [D]) of W times its columns' scales, fitted to inputs' moment.
+
+    With `column_scale` loud inputs get finer grids (the root of their size, as AWQ has it); else
+    all scales are 1. The decoded copy divided by the scales stands for W.
+    """
+    scale_D = torch.ones(weight_MD.shape[1])
+    if column_scale:
+        size_D = moment_DD.diagonal().clamp_min(1e-20).pow(COLUMN_SCALE_POWER / 2)
+        scale_D = (size_D / size_D.log().mean().exp()).clamp(1e-3, 1e3).float()
+    scaled_MD = weight_MD * scale_D
+    scaled_DD = moment_DD / torch.outer(scale_D, scale_D)
+    grid = fit_grid(scaled_MD, form, importance_D=scaled_DD.diagonal())
+    return feedback_codes(scaled_MD, grid, scaled_DD), grid, scale_D
 
 
 def encode_matrix(codes_MD: torch.Tensor, grid: Grid) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from hireconvert.accounting import token_bytes
 from hireconvert.allocation import Allocation, Keeps
 from hireconvert.budget import Bytes, Found, Memo, Trials, evenly, search_budget
 from hireconvert.data import TokenData
-from hireconvert.lowbit import LiveCopies, live_copies
+from hireconvert.lowbit import LiveCopies, ffn_inputs, live_copies
 from hireconvert.masked import MaskedModel
 from hireconvert.memory import SEARCH_WINDOW
 from hireconvert.planning import Skeleton, planned_hire
@@ -96,7 +96,8 @@ def _masked(
     """The dense model on each text, selecting by exact scores; the rest as the recipe says."""
     copies: Sequence[LiveCopies] = ()
     if ffn.unselected is not None:
-        copies = live_copies(run.model, run.layout, ffn)
+        inputs = ffn_inputs(run.model, run.layout, texts[0])
+        copies = live_copies(run.model, run.layout, ffn, inputs=inputs)
     with ExitStack() as stack:
         models = [
             MaskedModel(run.model, run.layout, ids_WT, score=ffn.score, copies=copies)

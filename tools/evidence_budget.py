@@ -25,7 +25,7 @@ from hireconvert.allocation import Allocation, Keeps, Trades
 from hireconvert.budget import Memo, Trials, descend, evolve
 from hireconvert.data import evaluation_windows
 from hireconvert.families import find_layout
-from hireconvert.lowbit import live_copies
+from hireconvert.lowbit import ffn_inputs, live_copies
 from hireconvert.masked import MaskedModel
 from hireconvert.paired import block_mean, perplexity_ratio
 from hireconvert.schema import FfnRecipe
@@ -104,7 +104,9 @@ def compare(args: argparse.Namespace) -> None:
     scored = {"tokens": [args.tokens, args.held_tokens], "unselected": args.unselected}
     memo = Memo(args.out.with_suffix(".scores"), scored)
     ffn = FfnRecipe(keep_fraction=args.keep[0], **fields)
-    copies = live_copies(model, layout, ffn) if args.unselected else ()
+    copies = ()
+    if args.unselected:
+        copies = live_copies(model, layout, ffn, inputs=ffn_inputs(model, layout, texts["search"]))
     with ExitStack() as stack:
         masked = {
             name: stack.enter_context(MaskedModel(model, layout, ids_WT, copies=copies))

@@ -148,6 +148,7 @@ STANDARD: tuple[tuple[str, Any, str], ...] = (
     ("is_encoder_decoder", True, "is_encoder_decoder is true"),
     ("output_hidden_states", "q", "output_hidden_states is 'q'"),
     ("layer_types", ["linear_attention"] * 2, "which llama has not"),
+    ("sliding_window", -16, "sliding_window is -16"),
     ("attention_dropout", 97, "attention_dropout is 97"),
     ("model_type", "x" * 5000, "model type"),
     ("hire", {"format_version": "x" * 5000}, "format_version"),

@@ -8,7 +8,7 @@ import torch
 from hireconvert import planning
 from hireconvert.errors import InputError, UsageError
 from hireconvert.families import ffn_parts, find_layout
-from hireconvert.lowbit import Estimate, LiveCopies, estimates_of
+from hireconvert.lowbit import Estimate, Inputs, LiveCopies, estimates_of, ffn_inputs
 from hireconvert.planning import make_skeleton, plan
 from hireconvert.quantize import GridFormat, decode_codes, fit_grid, round_codes
 from hireconvert.recipe import load_recipe
@@ -93,6 +93,62 @@ def test_weights_that_are_not_finite_are_refused() -> None:
         model.model.layers[0].mlp.down_proj.weight[3, 4] = torch.nan
     with pytest.raises(InputError, match="NaN"):
         LiveCopies(ffn_parts(model, layout, 0), Estimate(FIRST, DOWN))
+
+
+# --------------------------------------------------------------------------- fitted to a text
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_bias", "phi3", "opt", "gpt2"])
+@pytest.mark.parametrize("centre", [True, False])
+@torch.no_grad()
+def test_copies_fitted_to_a_text_estimate_it_better(family: str, centre: bool) -> None:
+    """What an FFN receives lies along few directions, and off zero."""
+    model = tiny_model(family)
+    layout = find_layout(model)
+    parts = ffn_parts(model, layout, 1)
+    width = parts.down_FD().shape[1]
+    generator = torch.Generator().manual_seed(3)
+    few_ND = torch.randn(400, 4, generator=generator) @ torch.randn(4, width, generator=generator)
+    x_ND = few_ND + 0.1 * torch.randn(400, width, generator=generator)
+    x_ND = x_ND + torch.randn(width, generator=generator)
+    inputs = Inputs(x_ND.mean(0), x_ND.T @ x_ND / len(x_ND))
+
+    def error(copies: LiveCopies) -> float:
+        exact_NF = parts.act(parts.up.run(x_ND))
+        if parts.gate is not None:
+            gate_NF, up_NF = (x_ND @ part.weight_out_in().T for part in (parts.gate, parts.up))
+            biases = [part.bias() for part in (parts.gate, parts.up)]
+            if biases[0] is not None:
+                gate_NF, up_NF = gate_NF + biases[0], up_NF + biases[1]
+            exact_NF = parts.act(gate_NF) * up_NF
+        return float((copies.values(x_ND) - exact_NF).square().mean())
+
+    estimate = Estimate(FIRST, centre=centre)
+    fitted = LiveCopies(parts, estimate, inputs)
+    assert error(fitted) < 0.6 * error(LiveCopies(parts, estimate))
+    before = fitted.values(x_ND)
+    fitted.refresh()  # the weights are what they were: only the feedback of errors is gone
+    assert not torch.equal(fitted.values(x_ND), before)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "opt"])
+@torch.no_grad()
+def test_inputs_are_those_of_the_up_projection(family: str) -> None:
+    model = tiny_model(family)
+    layout = find_layout(model)
+    ids_WT = torch.randint(3, 90, (3, 7), generator=torch.Generator().manual_seed(0))
+    seen: list[torch.Tensor] = []
+    part = ffn_parts(model, layout, 1).up
+    hook = part.module.register_forward_pre_hook(
+        lambda _m, args: seen.append(args[0].flatten(0, -2))
+    )
+    inputs = ffn_inputs(model, layout, ids_WT)
+    hook.remove()
+    x_ND = torch.cat(seen)
+    assert len(seen) == len(ids_WT)
+    torch.testing.assert_close(inputs[1].mean_D, x_ND.mean(0))
+    torch.testing.assert_close(inputs[1].moment_DD, x_ND.T @ x_ND / 21)
+    assert not part.module._forward_pre_hooks
 
 
 # --------------------------------------------------------------------------- recipes
