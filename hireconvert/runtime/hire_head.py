@@ -280,10 +280,11 @@ class SparseHead(nn.Module):
 
     def _needed(self, x_D: torch.Tensor, z_V: torch.Tensor, top: int) -> torch.Tensor:
         """Mask [V] of the rows that may be among the best `top` of the reference."""
-        first_C = top_k_indices(z_V[None], min(top, z_V.shape[0]))[0]
+        first_C = top_k_indices(z_V.nan_to_num()[None], min(top, z_V.shape[0]))[0]
         threshold = soft_cap(self._rescore(x_D, first_C), self.cap).min()
         upper_V = soft_cap(self._upper(x_D, z_V), self.cap)
-        needed_V = upper_V >= threshold - _MARGIN * (threshold.abs() + 1e-30)
+        # An estimate beyond float32 is NaN: all that is not surely below the threshold is needed.
+        needed_V = ~(upper_V < threshold - _MARGIN * (threshold.abs() + 1e-30))
         return needed_V.index_fill(0, first_C, True)
 
     def certified_row(
@@ -309,9 +310,8 @@ class SparseHead(nn.Module):
         room = min(room, z_V.shape[0])
         finite = x_D.isfinite().all()
         overflow = finite & (needed_V.sum() > room)
-        index_C = top_k_indices(
-            torch.where(needed_V, z_V, torch.full_like(z_V, -3e38))[None], room
-        )[0]
+        order_V = torch.where(needed_V, z_V.nan_to_num().clamp_min(-2e38), -3e38)
+        index_C = top_k_indices(order_V[None], room)[0]
         scored_V = z_V.index_put((index_C,), self._rescore(x_D, index_C))
         self.count(overflow_rows=overflow, dense_rows=~finite)
         weight_VD, bias_V = self.prepared.weight_VD, self.prepared.bias_V
@@ -328,7 +328,8 @@ class SparseHead(nn.Module):
         self, x_D: torch.Tensor, z_V: torch.Tensor, num: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits float32 [V], the best `num` exact and all others clamped below them."""
-        index_C = top_k_indices(z_V.nan_to_num()[None], min(num, z_V.shape[0]))[0]
+        z_V = z_V.nan_to_num()
+        index_C = top_k_indices(z_V[None], min(num, z_V.shape[0]))[0]
         exact_C = self._rescore(x_D, index_C)
         lowest = exact_C.min()
         below = torch.nextafter(lowest, torch.full_like(lowest, -torch.inf))

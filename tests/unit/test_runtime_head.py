@@ -220,6 +220,23 @@ def test_a_row_with_nan_runs_dense_and_is_counted():
     assert int(head.counts[3]) == 1
 
 
+@pytest.mark.parametrize("head_kind", HEADS)
+def test_logits_beyond_float32_are_the_references(head_kind):
+    """Infinite ones rank alike; an estimate may be NaN where they meet."""
+    weight = draw("plain", torch.Generator().manual_seed(1))
+    weight[:, 3] *= 1e12
+    weight[:, 9] *= 1e12
+    head, linear = sparse_head(weight, **HEADS[head_kind])
+    x_ND = states(20, 3, torch.float32).sign() * torch.logspace(24, 28, 20)[:, None]
+    expected_NV = reference_logits(x_ND, linear, None)
+    assert expected_NV.isinf().any(1).sum() > 5
+    with torch.no_grad():
+        got_NV = head(x_ND, linear, True)
+        estimated_NV = head(x_ND, linear, False)
+    assert torch.equal(ranked(got_NV, TOP), ranked(expected_NV, TOP))
+    assert not estimated_NV.isnan().any()
+
+
 def test_exact_rows_round_once():
     weight = torch.tensor([[1.0, 2.0**-24, 2.0**-24]])
     assert float(exact_rows(torch.ones(3), weight, None)) == 1.0 + 2.0**-23
