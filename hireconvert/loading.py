@@ -104,9 +104,10 @@ def _check_outputs(config: Any) -> None:
         raise ValueError("is_encoder_decoder is true, expected a model that is a decoder alone")
     _check_wanted_outputs(config)
     _check_layer_types(text)
-    scalar = getattr(text, "query_pre_attn_scalar", None)
-    if scalar is not None and not scalar > 0:
-        raise ValueError(f"query_pre_attn_scalar is {scalar!r}, expected a number above 0")
+    for name in ("num_attention_heads", "num_key_value_heads", "query_pre_attn_scalar"):
+        number = getattr(text, name, None)
+        if number is not None and not number > 0:
+            raise ValueError(f"{name} is {number!r}, expected a number above 0")
     windows = "sliding_attention" in (getattr(text, "layer_types", None) or ())
     window = getattr(text, "sliding_window", None)
     if (windows and (type(window) is not int or window < 1)) or (window or 0) < 0:
@@ -197,8 +198,13 @@ def load(
     model_class = getattr(modeling_hire, name, None)
     if not name.startswith("Hire") or model_class is None:
         raise InputError(
-            f"{folder / 'config.json'}: auto_map names {name!r}, which the installed runtime does "
-            "not have. Upgrade hireconvert, or load with trust_remote_code."
+            f"{folder / 'config.json'}: auto_map names {name!r:.99}, which the installed runtime "
+            "does not have. Upgrade hireconvert, or load with trust_remote_code."
+        )
+    if not isinstance(config, model_class.config_class):
+        raise InputError(
+            f"{folder / 'config.json'}: model_type is {config.model_type!r:.99}, which "
+            f"{name} of its auto_map does not read."
         )
     try:
         model, info = model_class.from_pretrained(
@@ -226,7 +232,7 @@ def _check_generation(folder: Path, settings: Any) -> None:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         found = getattr(settings, name, None)
         ids = found if isinstance(found, list) else [found]
-        if not all(one is None or type(one) is int for one in ids):
+        if not all(one is None or (type(one) is int and abs(one) < 2**31) for one in ids):
             shown = f"{name} is {found!r:.99}"
             raise InputError(f"{path}: {shown}, expected numbers.")
 

@@ -135,6 +135,9 @@ STANDARD: tuple[tuple[str, Any, str], ...] = (
     ("intermediate_size", -64, "negative dimension"),
     ("num_attention_heads", 12, "not a multiple"),
     ("num_attention_heads", 8, "mismatched keys"),
+    ("num_attention_heads", -4, "num_attention_heads is -4"),
+    ("model_type", "mamba", "model_type is 'mamba'"),
+    ("auto_map", {"AutoModelForCausalLM": "x" * 5000}, "auto_map names"),
     ("num_key_value_heads", 1, "mismatched keys"),
     ("vocab_size", 7, "mismatched keys"),
     ("num_hidden_layers", -2, "num_hidden_layers|ffn.layers"),
@@ -170,7 +173,12 @@ def test_changed_standard_fields(folder: Path) -> None:
 def test_special_tokens_that_are_no_numbers(folder: Path) -> None:
     path = folder / "generation_config.json"
     original = json.loads(path.read_text())
-    for name, value in (("eos_token_id", "8"), ("eos_token_id", [1, "8"]), ("bos_token_id", 0.5)):
+    for name, value in (
+        ("eos_token_id", "8"),
+        ("eos_token_id", [1, "8"]),
+        ("bos_token_id", 0.5),
+        ("bos_token_id", 2**63),
+    ):
         path.write_text(json.dumps({**original, name: value}))
         with pytest.raises(InputError, match=name):
             load(folder)
