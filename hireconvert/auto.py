@@ -158,8 +158,9 @@ def _tried(
     priced = [one for one in priced if one[2] < limit]
     model: Any = checkpoint.load_model(dtype=torch.float32)
     ids_WT, layout = _windows(checkpoint, model, first), find_layout(model)
-    inputs = ffn_inputs(model, layout, ids_WT)
-    copies = live_copies(model, layout, first.ffn, selects=True, inputs=inputs)
+    copies = live_copies(
+        model, layout, first.ffn, selects=True, inputs=ffn_inputs(model, layout, ids_WT)
+    )
     masks = MaskedModel(model, layout, ids_WT, score=first.ffn.score, copies=copies)
     with (
         reporter.stage("trying settings", len(priced) + len(ROUNDINGS)) as advance,

@@ -96,8 +96,10 @@ def _masked(
     """The dense model on each text, selecting by exact scores; the rest as the recipe says."""
     copies: Sequence[LiveCopies] = ()
     if ffn.unselected is not None:
-        inputs = ffn_inputs(run.model, run.layout, texts[0])
-        copies = live_copies(run.model, run.layout, ffn, inputs=inputs)
+        # Moments of every layer's inputs are large: nothing holds them once the copies are made.
+        copies = live_copies(
+            run.model, run.layout, ffn, inputs=ffn_inputs(run.model, run.layout, texts[0])
+        )
     with ExitStack() as stack:
         models = [
             MaskedModel(run.model, run.layout, ids_WT, score=ffn.score, copies=copies)
