@@ -165,7 +165,9 @@ def _apply_values(content: bytes, change: Change, _: Mapping[str, bytes]) -> byt
     tensor = torch.frombuffer(bytearray(data[start:end]), dtype=dtype)
     how, value = change["how"], change["value"]
     if how == "random":
-        noise = torch.frombuffer(bytearray(dice.randbytes(end - start)), dtype=dtype)
+        # Another change may have put the end anywhere: as many bytes as there are.
+        size = tensor.numel() * dtype.itemsize
+        noise = torch.frombuffer(bytearray(dice.randbytes(size)), dtype=dtype)
         # Without one bit of the exponent they are numbers: small ones, or all but the largest.
         unit = {torch.float16: 10, torch.bfloat16: 7, torch.float32: 23, torch.float64: 52}
         if dtype in unit:
