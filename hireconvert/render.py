@@ -23,6 +23,7 @@ from hireconvert.figures import rest, size
 
 # Wide enough for every table, so that nothing is cut off in a file or a pipe.
 PLAIN_WIDTH = 160
+SILENCE_S = 30.0  # after which a log gets a line
 Result = Mapping[str, Any]
 
 
@@ -56,7 +57,8 @@ class PlainReporter:
     def stage(self, title: str, total: int | None = None) -> Iterator[Callable[..., None]]:
         """Announce a stage; the value given is called once for each of `total` steps.
 
-        Steps that come with a detail, such as a loss, are printed now and then.
+        Steps that come with a detail, such as a loss, are printed now and then, others when
+        nothing was for SILENCE_S seconds.
         """
         self.note(title)
         yield _Lines(self.note, title, total or 1)
@@ -66,26 +68,31 @@ class PlainReporter:
 
 
 class _Lines:
-    """Counts the steps of a stage and prints a line for each twentieth of those with a detail."""
+    """Counts the steps of a stage and says now and then how far it is and what time is left.
+
+    A line for each twentieth of the steps with a detail, and for any after a long silence.
+    """
 
     def __init__(self, note: Callable[[str], None], title: str, total: int) -> None:
         self._note, self._title, self._total = note, title, total
         self._done = self._first = 0  # steps in all, steps before the first that took time
-        self._start: float | None = None
+        self._start = self._said = time.monotonic()
+        self._detailed = False
 
     def __call__(self, detail: str = "") -> None:
         self._done += 1
-        if not detail:
-            return
         now = time.monotonic()
-        if self._start is None:
-            self._start, self._first = now, self._done
-        due = self._done * 20 // self._total > (self._done - 1) * 20 // self._total
+        if detail and not self._detailed:  # those before it were done by an earlier run
+            self._start, self._first, self._detailed = now, self._done, True
+        due = now - self._said > SILENCE_S
+        if detail:
+            due |= self._done * 20 // self._total > (self._done - 1) * 20 // self._total
         if due and self._done > self._first:
             pace_s = (now - self._start) / (self._done - self._first)
             left_min = pace_s * (self._total - self._done) / 60
-            count = f"step {self._done} of {self._total}"
-            self._note(f"{self._title}: {count}, {detail}, {left_min:.1f} minutes left")
+            said = [f"step {self._done} of {self._total}", detail, f"{left_min:.1f} minutes left"]
+            self._note(f"{self._title}: {', '.join(filter(None, said))}")
+            self._said = now
 
 
 class BarReporter(PlainReporter):
