@@ -106,7 +106,7 @@ def _check_outputs(config: Any) -> None:
     _check_layer_types(text)
     for name in ("num_attention_heads", "num_key_value_heads", "query_pre_attn_scalar"):
         number = getattr(text, name, None)
-        if number is not None and not number > 0:
+        if isinstance(number, int | float) and not number > 0:
             raise ValueError(f"{name} is {number!r}, expected a number above 0")
     windows = "sliding_attention" in (getattr(text, "layer_types", None) or ())
     window = getattr(text, "sliding_window", None)
