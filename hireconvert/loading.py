@@ -103,6 +103,7 @@ def _check_outputs(config: Any) -> None:
     if config.is_encoder_decoder:
         raise ValueError("is_encoder_decoder is true, expected a model that is a decoder alone")
     _check_wanted_outputs(config)
+    _check_special_tokens(text)
     _check_layer_types(text)
     for name in ("num_attention_heads", "num_key_value_heads", "query_pre_attn_scalar"):
         number = getattr(text, name, None)
@@ -224,17 +225,20 @@ def load(
 
 
 def _check_generation(folder: Path, settings: Any) -> None:
-    path = folder / "generation_config.json"
     try:
         _check_wanted_outputs(settings)
+        _check_special_tokens(settings)
     except ValueError as error:
-        raise InputError(f"{path}: {error}.") from error
+        raise InputError(f"{folder / 'generation_config.json'}: {error}.") from error
+
+
+def _check_special_tokens(settings: Any) -> None:
+    """Raise ValueError where a special token is no number that fits a tensor of ids."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         found = getattr(settings, name, None)
         ids = found if isinstance(found, list) else [found]
         if not all(one is None or (type(one) is int and abs(one) < 2**31) for one in ids):
-            shown = f"{name} is {found!r:.99}"
-            raise InputError(f"{path}: {shown}, expected numbers.")
+            raise ValueError(f"{name} is {found!r:.99}, expected numbers below 2^31")
 
 
 def require_all_keys(folder: Path, loading_info: dict[str, Any]) -> None:

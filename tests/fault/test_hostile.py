@@ -128,6 +128,7 @@ def test_changed_config(folder: Path) -> None:
 
 STANDARD: tuple[tuple[str, Any, str], ...] = (
     ("pad_token_id", 10**6, "Padding_idx"),
+    ("pad_token_id", 10**30, "pad_token_id is 1000"),
     ("dtype", 8, "dtype is 8"),
     ("dtype", float("inf"), "dtype is inf"),
     ("use_cache", "4", "use_cache"),
