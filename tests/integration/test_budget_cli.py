@@ -171,7 +171,7 @@ def test_auto_chooses_by_the_limit_and_says_what_it_tried(
     hireconvert: Cli, inputs: dict[str, str], tmp_path: Path
 ) -> None:
     loose, lines = auto(hireconvert, inputs, tmp_path / "out", "--max-kl", "0.05")
-    tight, _ = auto(hireconvert, inputs, tmp_path / "out", "--max-kl", "0.0008")
+    tight, _ = auto(hireconvert, inputs, tmp_path / "out", "--max-kl", "0.0003")
     kept = [plan["layers"][0]["kept"] for plan in (loose, tight)]
     assert kept[0] < kept[1]
     assert loose["recipe"] == "aggressive" and tight["recipe"] == "balanced"
