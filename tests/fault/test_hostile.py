@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
+from hireconvert import loading
 from hireconvert.errors import InputError
 from hireconvert.loading import load
 from tests.cli import Cli
@@ -204,6 +206,25 @@ def test_fields_of_one_family(tmp_path: Path, model_type: str, key: str, value: 
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     with pytest.raises(InputError, match=key):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kinds", "fits"),
+    [
+        ("lfm2", ["conv", "full_attention"], True),
+        ("qwen3_next", ["linear_attention", "full_attention"], True),
+        ("qwen3", ["linear_attention", "full_attention"], False),
+        ("llama", ["conv", "full_attention"], False),
+    ],
+)
+def test_kinds_of_layers_go_by_family(model_type: str, kinds: list[str], fits: bool) -> None:
+    config: Any = AutoConfig.for_model(model_type, num_hidden_layers=2)
+    config.layer_types = kinds
+    if fits:
+        loading._check_layer_types(config)
+    else:
+        with pytest.raises(ValueError, match=f"which {model_type} has not"):
+            loading._check_layer_types(config)
 
 
 def test_windows_without_a_size(tmp_path: Path) -> None:
