@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from twin import save_plain
 
 BLOCK, ROWS = 32, 4096
 
@@ -42,8 +43,7 @@ def main() -> None:
         if weight.dim() == 2:
             for rows in weight.split(ROWS):  # a vocabulary at once would need gigabytes
                 rows.copy_(dithered(rows, generator))
-    model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(source).save_pretrained(out)
+    save_plain(model, AutoTokenizer.from_pretrained(source), out)
 
 
 if __name__ == "__main__":

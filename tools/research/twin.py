@@ -152,12 +152,19 @@ def read_results(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
+def save_plain(model: Any, tokenizer: Any, out: Path) -> None:
+    """Write a dense model, even where it was read from a converted folder, which none converts."""
+    for name in ("hire", "auto_map"):
+        vars(model.config).pop(name, None)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
 def main() -> None:
     """Write the twin of a folder as a folder: `python tools/research/twin.py MODEL OUT`."""
     source, out = (Path(name) for name in sys.argv[1:])
     model, tokenizer = load_twin(source)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    save_plain(model, tokenizer, out)
 
 
 if __name__ == "__main__":
