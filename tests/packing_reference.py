@@ -92,13 +92,17 @@ def _by_tile(rows: torch.Tensor, parts: int) -> torch.Tensor:
 def _tiles(
     codes: torch.Tensor, scales: list[torch.Tensor], parts: int, bits: int, block: int
 ) -> torch.Tensor:
-    """uint8 [T, bytes]: for each block the codes of every part, then scales, then offsets."""
+    """uint8 [T, bytes]: for each block the codes, then scales, then offsets.
+
+    Units of the parts' codes take turns.
+    """
     code_TPLD = _by_tile(codes, parts)
     scale_TPLG = [_by_tile(scale, parts) for scale in scales]
     pieces = []
     for index, start in enumerate(range(0, codes.shape[1], block)):
         lanes = code_TPLD[..., start : start + block].transpose(-1, -2)
-        pieces.append(pack_quads(lanes, bits).flatten(1))
+        unit_TPUB = pack_quads(lanes, bits).unflatten(-1, (-1, 3 * 64 if bits == 3 else 64))
+        pieces.append(unit_TPUB.transpose(1, 2).flatten(1))
         pieces += [_octets(scale[..., index]).flatten(1) for scale in scale_TPLG]
     return torch.cat(pieces, dim=1).contiguous()
 

@@ -1,9 +1,10 @@
 /* Estimates of gate and up for all neurons, in tiles of sixteen; part of kernels_body.h. */
 
-enum { PREFETCH = 4096 }; /* bytes ahead in a tile's codes */
+enum { PREFETCH = 0 }; /* bytes ahead in a tile's codes */
 
 /* Codes come in units: one word a lane of 4-bit or 2-bit codes, three words of 3-bit ones (two of
- * their low bits, one of their high bits). A quad is four neighbouring inputs, a byte each. */
+ * their low bits, one of their high bits). A quad is four neighbouring inputs, a byte each. Units of
+ * gate and up take turns, so that memory is read in the order in which it lies. */
 INLINE int unit_codes(const int bits) { return bits == 4 ? 8 : bits == 2 ? 16 : 32; }
 INLINE int unit_bytes(const int bits) { return bits == 3 ? 3 * 64 : 64; }
 
@@ -50,15 +51,14 @@ INLINE void estimate_tile(const hire_layer *layer, const hire_run *run, int64_t 
     for (int64_t begin = 0, b = 0; begin < width; begin += block, b++, digits += digit_bytes) {
         const int64_t left = width - begin, n = left < block ? left : block;
         const int64_t units = (n + unit_codes(bits) - 1) / unit_codes(bits);
-        const int64_t bytes = units * unit_bytes(bits);
         w16 gate_sum[DIGITS], up_sum[DIGITS];
         for (int d = 0; d < DIGITS; d++) gate_sum[d] = up_sum[d] = w_set1(run->u_first[4 * b + d]);
         for (int64_t i = 0; i < units; i++) {
             const int8_t *own = digits + i * 4 * unit_codes(bits);
-            if (gated) add_unit(p + i * unit_bytes(bits), own, bits, gate_sum);
-            add_unit(p + gated * bytes + i * unit_bytes(bits), own, bits, up_sum);
+            if (gated) add_unit(p, own, bits, gate_sum);
+            add_unit(p + gated * unit_bytes(bits), own, bits, up_sum);
+            p += (1 + gated) * unit_bytes(bits);
         }
-        p += (1 + gated) * bytes;
         const v16 total = v_set1(run->u_sum[b]), scale = v_set1(run->u_scale[b]);
         const uint8_t *offsets = p + 32 * (1 + gated);
         const v16 up_scale = v_load_f16(p + 32 * gated);

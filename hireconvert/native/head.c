@@ -7,7 +7,11 @@
 #include <stddef.h>
 #include <string.h>
 
-enum { MOST_Q = 32639, TILES_AT_ONCE = 32 }; /* 127 * 256 + 127 */
+enum {
+    MOST_Q = 32639, /* 127 * 256 + 127 */
+    TILES_AT_ONCE = 32,
+    ROWS_AHEAD = 8 /* asked for before they are read */
+};
 #define FLOAT32_UNIT 0x1p-24
 #define MARGIN (16 * 0x1p-23) /* as in runtime/hire_head.py */
 
@@ -204,6 +208,34 @@ static void order_spares(hire_head_run *run, int64_t spares, int64_t count)
     }
 }
 
+/* Rows of tiles [from, to) that may reach `least`; returns how many. */
+static int64_t may_reach(const hire_head *head, const hire_head_run *run, int64_t from, int64_t to,
+                         float least, int32_t *row)
+{
+    int64_t n = 0;
+    for (int64_t tile = from; tile < to; tile++) {
+        if (run->tile_upper[tile] < least) continue;
+        const int64_t end = tile * 16 + 16 < head->num_rows ? tile * 16 + 16 : head->num_rows;
+        for (int64_t i = tile * 16; i < end; i++)
+            if (!(run->upper[i] < least)) row[n++] = (int32_t)i;
+    }
+    return n;
+}
+
+/* Asks for what the second reading of a row reads: rows lie apart, and each would be waited for. A
+ * macro: GCC drops calls of a function that only prefetches. */
+#if defined(__GNUC__)
+#define ASK_FOR(head, row) \
+    do { \
+        const int64_t bytes = hire_head_low_bytes((head)->width - (head)->num_loud); \
+        for (int64_t at = 0; at < bytes; at += 64) \
+            __builtin_prefetch((head)->low + (row) * bytes + at, 0, 2); \
+        __builtin_prefetch((head)->low_error + (row), 0, 2); \
+    } while (0)
+#else
+#define ASK_FOR(head, row) ((void)(row))
+#endif
+
 /* Reads on where a row may reach `least`; returns how many stored rows were read. */
 static int64_t read_tiles(const hire_head *head, const hire_head_kernels *kernels,
                           const hire_head_run *run, int64_t from, float least, float *y,
@@ -212,22 +244,24 @@ static int64_t read_tiles(const hire_head *head, const hire_head_kernels *kernel
     const int64_t tiles = hire_whole(head->num_rows, 16) / 16;
     const int64_t to = from + TILES_AT_ONCE < tiles ? from + TILES_AT_ONCE : tiles;
     const int64_t end = to * 16 < head->num_rows ? to * 16 : head->num_rows;
+    int32_t reading[16 * TILES_AT_ONCE];
+    const int64_t n = may_reach(head, run, from, to, least, reading);
     int64_t num_exact = 0;
     memcpy(y + from * 16, run->estimate + from * 16, (size_t)(end - from * 16) * sizeof *y);
-    for (int64_t tile = from; tile < to; tile++) {
-        if (run->tile_upper[tile] < least) continue;
-        for (int64_t row = tile * 16; row < tile * 16 + 16 && row < end; row++) {
-            if (run->upper[row] < least) continue;
-            if (head->low != NULL) {
-                double upper;
-                y[row] = refined(head, kernels, run, row, &upper);
-                ++*num_refined;
-                if (upper < least) continue;
-            }
-            y[row] = reference(head, kernels, run, row);
-            if (rescored != NULL) rescored[row] = 1;
-            num_exact++;
+    for (int64_t i = 0; head->low != NULL && i < n && i < ROWS_AHEAD; i++)
+        ASK_FOR(head, reading[i]);
+    for (int64_t i = 0; i < n; i++) {
+        const int64_t row = reading[i];
+        if (head->low != NULL) {
+            double upper;
+            if (i + ROWS_AHEAD < n) ASK_FOR(head, reading[i + ROWS_AHEAD]);
+            y[row] = refined(head, kernels, run, row, &upper);
+            ++*num_refined;
+            if (upper < least) continue;
         }
+        y[row] = reference(head, kernels, run, row);
+        if (rescored != NULL) rescored[row] = 1;
+        num_exact++;
     }
     return num_exact;
 }

@@ -49,9 +49,11 @@ INLINE int64_t low_part(const hire_layer *layer)
     return layer->stride / 2 + 2 * ((layer->width + layer->block - 1) / layer->block);
 }
 
+enum { ROWS_AHEAD = 3 };
+
 INLINE void ask_for(const uint8_t *row, int64_t bytes)
 {
-    for (int64_t at = 0; at < bytes; at += 64) prefetch(row + at);
+    for (int64_t at = 0; at < bytes; at += 64) prefetch_far(row + at);
 }
 
 /* Hidden values and scores of up to 16 candidates. */
@@ -62,7 +64,7 @@ INLINE int refined_group(const hire_layer *layer, hire_run *run, int64_t at, int
     float gate[16] = {0}, up[16] = {0}, norm[16] = {0};
     for (int64_t i = 0; i < num; i++) {
         const int64_t neuron = run->index[at + i];
-        const int64_t ahead = at + i + 2 < last ? at + i + 2 : last;
+        const int64_t ahead = at + i + ROWS_AHEAD < last ? at + i + ROWS_AHEAD : last;
         const uint8_t *row = layer->low + neuron * layer->low_bytes;
         ask_for(layer->low + run->index[ahead] * layer->low_bytes, layer->low_bytes);
         low_dots(layer, run, row, row + part, gated, lowest, &gate[i], &up[i]);

@@ -11,6 +11,7 @@
 #include "rest_float_body.h"
 
 enum {
+    FAR = 8192, /* bytes ahead, for the second cache */
     QUADS = HIRE_LANES / 4,
     UNIT = 64 * QUADS, /* bytes of a tile for 32 outputs */
     SPAN = 64          /* vectors of outputs that a table serves, of as many blocks at most */
@@ -32,7 +33,7 @@ INLINE w16 from_lowest(const w16 *sum, const int lowest)
 INLINE void fill_table(v16 value, const uint8_t *scales, rest_table *table, int64_t at,
                        const int lowest)
 {
-    prefetch(scales + PREFETCH);
+    prefetch_far(scales + FAR);
     const v16 factor = v_mul(value, v_load_f16(scales));
     const float most = v_most(v_max(v_abs(factor), v_set1(HIRE_SMALLEST)));
     const w16 whole = w_round(v_mul(factor, v_set1(HIRE_LARGEST / most)));
@@ -45,7 +46,7 @@ INLINE void add_offset(const hire_layer *layer, v16 value, const uint8_t *scales
 {
     const int64_t blocks = (layer->width + layer->rest_block - 1) / layer->rest_block;
     const uint8_t *offsets = scales + 32 * blocks;
-    prefetch(offsets + PREFETCH);
+    prefetch_far(offsets + FAR);
     const v16 least = layer->rest_symmetric ? v_mul(v_load_f16(scales), v_set1(-7.5f))
                                             : v_load_f16(offsets);
     v_store(offset, v_fma(value, least, v_load(offset)));
@@ -60,7 +61,7 @@ INLINE void add_rest_unit(const uint8_t *codes, const rest_table *table, const i
 HIRE_UNROLL
     for (int q = 0; q < QUADS; q++) {
         word[q] = w_load4(codes + 64 * q);
-        prefetch(codes + 64 * q + PREFETCH);
+        prefetch_far(codes + 64 * q + FAR);
     }
 HIRE_UNROLL
     for (int half = 0; half < 2; half++) {

@@ -266,5 +266,6 @@ static inline int32_t *w_places(int32_t *out, unsigned bits, int32_t first)
 }
 
 #define prefetch(p) __builtin_prefetch(p)
+#define prefetch_far(p) __builtin_prefetch(p, 0, 2)
 
 #endif

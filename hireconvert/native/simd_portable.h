@@ -231,8 +231,10 @@ static inline int32_t *w_places(int32_t *out, unsigned bits, int32_t first)
 /* A macro: GCC takes a function that only prefetches for one without effect and drops its calls. */
 #if defined(__GNUC__)
 #define prefetch(p) __builtin_prefetch(p)
+#define prefetch_far(p) __builtin_prefetch(p, 0, 2)
 #else
 #define prefetch(p) ((void)(p))
+#define prefetch_far(p) ((void)(p))
 #endif
 
 #endif

@@ -86,7 +86,6 @@ INLINE void few_columns(const hire_matrix *m, const float *x, int64_t x_stride, 
     int64_t at = from;
     switch (num_x) {
     case 1:
-        for (; at + 4 <= to; at += 4) some_rows(m, at, x, x_stride, y, y_stride, 4, 1, type);
         for (; at < to; at++) some_rows(m, at, x, x_stride, y, y_stride, 1, 1, type);
         break;
     case 2:
