@@ -1,8 +1,13 @@
 """Fixtures that several folders of tests share."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
+
+# Bits that depend on nothing but the numbers: on AMD's processors MKL's sums otherwise depend on
+# where in memory a tensor lies. Read when torch is first used, here or in a process below.
+os.environ.setdefault("MKL_CBWR", "AUTO")
 
 from tests.cli import Cli
 

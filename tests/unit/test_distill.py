@@ -145,7 +145,9 @@ def test_training_never_ends_worse_than_it_began_and_is_deterministic(loss):
     training = DistillRecipe(loss=loss, steps=120, batch_rows=256, learning_rate=0.01)
     start = made(kind="lr", rank=6)
     once, again = (made(kind="lr", rank=6, distill=training) for _ in range(2))
-    assert once.report["recall"] > start.report["recall"]
+    gain = once.report["recall"] - start.report["recall"]
+    # Regression fits values, not their order: whether that helps here is up to rounding.
+    assert gain >= 0 if loss == "regression" else gain > 0.003
     assert once.report["recall"] == pytest.approx(max(once.report["distill_recalls"]))
     assert len(once.report["distill_losses"]) == 8
     for name, tensor in once.tensors.items():
