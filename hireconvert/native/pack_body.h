@@ -45,9 +45,8 @@ static inline uint32_t quads(const uint8_t *code, int num, int first, int bits)
     return word;
 }
 
-/* n codes of one lane in whole units of words that lie 64 bytes apart; those of the other part, if
- * there is one, come in between. */
-static inline void put_lane(uint8_t *out, const uint8_t *code, int64_t n, int bits, int64_t parts)
+/* n codes of one lane in whole units, `apart` bytes from one to the next, of words 64 bytes apart. */
+static inline void put_lane(uint8_t *out, const uint8_t *code, int64_t n, int bits, int64_t apart)
 {
     const int64_t unit = bits == 3 ? 32 : 32 / bits;
     for (int64_t k = 0; k < n; k += unit) {
@@ -63,7 +62,7 @@ static inline void put_lane(uint8_t *out, const uint8_t *code, int64_t n, int bi
             put(out + 64, quads(from + 16, 4, 0, 2));
             put(out + 128, quads(from, 8, 2, 1));
         }
-        out += parts * (bits == 3 ? 192 : 64);
+        out += apart;
     }
 }
 
@@ -122,7 +121,7 @@ static void put_tile(const hire_packing *packing, const pack_run *run, int64_t t
         const int64_t size = bits == 3 ? 192 : 64;
         for (int64_t lane = 0; lane < HIRE_LANES; lane++)
             put_lane(out + part * size + 4 * lane, run->codes + lane * packing->stride + start,
-                     num, (int)bits, parts);
+                     num, (int)bits, parts * size);
         out += parts * size * ((num + unit - 1) / unit);
         uint8_t *own = out + part * SIXTEEN;
         put_sixteen(own, copy->scale + first * blocks + block, n, blocks);

@@ -137,7 +137,7 @@ static inline int32_t *w_places(int32_t *out, unsigned bits, int32_t first)
 
 /* A macro: GCC takes a function that only prefetches for one without effect and drops its calls. */
 #define prefetch(p) _mm_prefetch((const char *)(p), _MM_HINT_T0)
-/* A row picked here and there, rows before it is used: the second cache has room for more misses. */
+/* For what much else is read before: the second cache has room for more misses. */
 #define prefetch_far(p) _mm_prefetch((const char *)(p), _MM_HINT_T1)
 
 #endif

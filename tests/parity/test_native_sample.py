@@ -84,6 +84,12 @@ def same(one: Any, other: Any) -> bool:
     return one == other
 
 
+def assert_same_cache(one: Any, another: Any) -> None:
+    for layer, other in zip(one.layers, another.layers, strict=True):
+        assert same(layer.keys, other.keys) and same(layer.values, other.values)
+        assert layer.get_seq_length() == other.get_seq_length()
+
+
 def compare(model: Any, monkeypatch: Any, **settings: Any) -> int:
     """Assert that both loops give the same; how many tokens went in one call by ours."""
     ours = Found(model, True, monkeypatch, **settings)
@@ -92,10 +98,7 @@ def compare(model: Any, monkeypatch: Any, **settings: Any) -> int:
     assert list(ours.output.keys()) == list(theirs.output.keys())
     for name in set(ours.output.keys()) - {"past_key_values"}:
         assert same(ours.output[name], theirs.output[name]), name
-    caches = ours.output.past_key_values, theirs.output.past_key_values
-    for layer, other in zip(caches[0].layers, caches[1].layers, strict=True):
-        assert same(layer.keys, other.keys) and same(layer.values, other.values)
-        assert layer.get_seq_length() == other.get_seq_length()
+    assert_same_cache(ours.output.past_key_values, theirs.output.past_key_values)
     lowered = {"repetition_penalty", "min_new_tokens", "top_k"} & set(settings)
     if lowered and theirs.stats["head"]:  # ours are certified, theirs dense or of more rows
         for stats in (ours.stats, theirs.stats):
@@ -185,9 +188,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(monkeypatch):
     assert min(one.short for one in found) > 0
     for other in found[1:]:
         assert torch.equal(found[0].output.sequences, other.output.sequences)
-        caches = found[0].output.past_key_values, other.output.past_key_values
-        for layer, its in zip(caches[0].layers, caches[1].layers, strict=True):
-            assert torch.equal(layer.keys, its.keys) and torch.equal(layer.values, its.values)
+        assert_same_cache(found[0].output.past_key_values, other.output.past_key_values)
 
 
 def test_a_cache_that_grows_out_of_its_room_is_opened_anew(monkeypatch):
