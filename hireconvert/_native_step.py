@@ -3,7 +3,8 @@
 Weights are not copied: what is described here points at the tensors given, and holds them. The
 file of a checkpoint that imports this is `runtime/hire_step.py`.
 
-Shape suffixes: Q new positions, D width, H heads, J key/value heads, E head size, F neurons,
+Shape suffixes: T tiles of L = 16 outputs, W words of B = 64 bytes, G blocks of a row,
+Q new positions, D width, H heads, J key/value heads, E head size, F neurons,
 B decoder layers, R ropes.
 """
 
@@ -15,13 +16,15 @@ from typing import Any
 import torch
 
 from hireconvert._native import LEVELS, LIBRARY, FfnLayer, level, scratch
-from hireconvert._packing import ACTIVATIONS, TYPES
+from hireconvert._packing import ACTIVATIONS, LANES, TYPES
 from hireconvert._pages import placed
 
 MOST_ROWS = 32  # HIRE_STEP_ROWS of native/step.h
 PAST_FIELDS = ("keys", "values", "head_stride", "first", "length")
 SLACK = 64  # bytes that may be read behind the last key or value
 _INT8 = len(TYPES)
+_ZERO_CODE = 128  # HIRE_ZERO_CODE of native/step.h
+_MOST_BLOCK = 1 << 16  # products of codes and digits that fit a sum of 32 bits
 _MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 _NORMS = ("attention_norm", "attended_norm", "ffn_norm", "ffn_out_norm", "q_norm", "k_norm")
 _NUMBERS = (
@@ -57,6 +60,8 @@ LIBRARY.hire_step_scratch.restype = _SIZE
 LIBRARY.hire_step.argtypes = [*[_POINTER] * 1, _SIZE, *[_POINTER] * 3, _SIZE, _POINTER, _SIZE,
                               _POINTER, ctypes.c_double, _NUMBER, _NUMBER]  # fmt: skip
 LIBRARY.hire_step.restype = _SIZE
+LIBRARY.hire_matvec_scratch.argtypes = [_POINTER, _SIZE]
+LIBRARY.hire_matvec_scratch.restype = _SIZE
 LIBRARY.hire_matvec.argtypes = [*[_POINTER] * 3, _SIZE, _POINTER, _NUMBER, _NUMBER]
 LIBRARY.hire_matvec.restype = None
 LIBRARY.hire_pack_codes.argtypes = [_POINTER, _POINTER, _NUMBER, _NUMBER]
@@ -68,16 +73,10 @@ LIBRARY.hire_pack_codes.restype = _NUMBER
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight [outputs, inputs] where it lies, and its bias.
-
-    int8 codes come with float32 `scale_OG` [outputs, blocks]: a row has one, or one for each
-    `block` inputs, a multiple of 32.
-    """
+    """A weight [outputs, inputs] where it lies, and its bias."""
 
     weight_OI: torch.Tensor
     bias_O: torch.Tensor | None = None
-    scale_OG: torch.Tensor | None = None
-    block: int = 0
 
     def described(self, held: list[torch.Tensor]) -> _Matrix:
         """The library's view; tensors it points at are added to `held`. Raises ValueError."""
@@ -88,29 +87,46 @@ class Matrix:
         stride = weight.stride(0) if outputs > 1 else inputs
         if (inputs > 1 and weight.stride(1) != 1) or stride < inputs:
             raise ValueError(f"native: a matrix has strides {list(weight.stride())}")
-        described = _Matrix(outputs=outputs, inputs=inputs, stride=stride, block=inputs)
-        if weight.dtype in TYPES:
-            described.type = TYPES.index(weight.dtype)
-        elif weight.dtype == torch.int8 and self.scale_OG is not None:
-            described.type, described.block = _INT8, self.block or inputs
-            described.scale = self._scales(outputs, inputs, held)
-        else:
+        if weight.dtype not in TYPES:
             raise ValueError(f"native: a matrix is {weight.dtype}")
+        described = _Matrix(outputs=outputs, inputs=inputs, stride=stride, block=inputs)
+        described.type = TYPES.index(weight.dtype)
         held.append(weight)
         described.rows = weight.data_ptr()
         if self.bias_O is not None:
             described.bias = _floats("bias", self.bias_O, outputs, held)
         return described
 
-    def _scales(self, outputs: int, inputs: int, held: list[torch.Tensor]) -> int:
-        assert self.scale_OG is not None
-        block = self.block or inputs
-        if block < 1 or (block % 32 and block < inputs):
-            raise ValueError(f"native: blocks of {block}, expected a multiple of 32")
-        expected = (outputs, -(-inputs // block))
-        if tuple(self.scale_OG.shape) != expected:
-            raise ValueError(f"native: scales are {list(self.scale_OG.shape)}, not {expected}")
-        return _floats("scales", self.scale_OG.flatten(), expected[0] * expected[1], held)
+
+@dataclass(frozen=True)
+class Codes:
+    """The same as codes of 8 bits, laid out for the kernels (hire_matrix of native/step.h)."""
+
+    outputs: int
+    inputs: int
+    block: int
+    tiles_TWB: torch.Tensor
+    scale_TGL: torch.Tensor
+    bias_O: torch.Tensor | None = None
+
+    def described(self, held: list[torch.Tensor]) -> _Matrix:
+        """The library's view; tensors it points at are added to `held`. Raises ValueError."""
+        described = _Matrix(
+            outputs=self.outputs, inputs=self.inputs, stride=self.inputs, block=self.block
+        )
+        described.type = _INT8
+        held += [self.tiles_TWB, self.scale_TGL]
+        described.rows, described.scale = self.tiles_TWB.data_ptr(), self.scale_TGL.data_ptr()
+        if self.bias_O is not None:
+            described.bias = _floats("bias", self.bias_O, self.outputs, held)
+        return described
+
+
+def code_shapes(outputs: int, inputs: int, block: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What `tiles_TWB` and `scale_TGL` of such a matrix measure."""
+    tiles, blocks = -(-outputs // LANES), -(-inputs // block)
+    words = inputs // block * -(-block // 4) + -(-(inputs % block) // 4)
+    return (tiles, words, 4 * LANES), (tiles, blocks, LANES)
 
 
 class _Coding(ctypes.Structure):
@@ -125,8 +141,8 @@ class _Coding(ctypes.Structure):
     ]  # fmt: skip
 
 
-def coded(matrices: Sequence[Matrix], block: int) -> list[Matrix]:
-    """The same matrices as int8 codes, in one piece of memory, where they lie on the grid.
+def coded(matrices: Sequence[Matrix], block: int) -> list[Matrix | Codes]:
+    """The same matrices as codes of 8 bits, in one piece of memory, where they lie on the grid.
 
     That is code * m / 127, m the largest magnitude among `block` neighbours of a row, rounded to
     the weights' type (docs/format.md, `attention`). A matrix with other weights stays as it is.
@@ -135,41 +151,44 @@ def coded(matrices: Sequence[Matrix], block: int) -> list[Matrix]:
     for index, matrix in enumerate(matrices):
         outputs, inputs = matrix.weight_OI.shape
         if _may_be_coded(matrix.weight_OI, block):
-            shapes[f"codes{index}"] = (torch.int8, (outputs, inputs))
-            shapes[f"scale{index}"] = (torch.float32, (outputs, -(-inputs // block)))
+            tiles, scales = code_shapes(outputs, inputs, min(block, inputs))
+            shapes[f"tiles{index}"] = (torch.uint8, tiles)
+            shapes[f"scale{index}"] = (torch.float32, scales)
     held, _ = placed(shapes)
-    return [
-        Matrix(held[f"codes{index}"], matrix.bias_O, held[f"scale{index}"], block)
-        if f"codes{index}" in held
-        and _encode(matrix, block, held[f"codes{index}"], held[f"scale{index}"])
-        else matrix
-        for index, matrix in enumerate(matrices)
-    ]
+    found: list[Matrix | Codes] = list(matrices)
+    for index, matrix in enumerate(matrices):
+        if f"tiles{index}" in held:
+            outputs, inputs = matrix.weight_OI.shape
+            codes = Codes(outputs, inputs, min(block, inputs), held[f"tiles{index}"],
+                          held[f"scale{index}"], matrix.bias_O)  # fmt: skip
+            if _encode(matrix, codes):
+                found[index] = codes
+    return found
 
 
 def _may_be_coded(weight_OI: torch.Tensor, block: int) -> bool:
     inputs = weight_OI.shape[1]
     known = weight_OI.dtype in TYPES and weight_OI.device.type == "cpu" and weight_OI.numel() > 0
-    return (
-        known and weight_OI.stride(1) == 1 and block >= 1 and (block % 32 == 0 or block >= inputs)
-    )
+    whole = block >= 1 and (block % 32 == 0 or block >= inputs)
+    return known and weight_OI.stride(1) == 1 and whole and min(block, inputs) <= _MOST_BLOCK
 
 
-def _encode(matrix: Matrix, block: int, codes_OI: torch.Tensor, scale_OG: torch.Tensor) -> bool:
+def _encode(matrix: Matrix, codes: Codes) -> bool:
     """Write the codes and scales; whether every weight lies on its grid."""
     weight_OI, threads = matrix.weight_OI.detach(), torch.get_num_threads()
-    outputs, inputs = weight_OI.shape
+    codes.tiles_TWB.fill_(_ZERO_CODE)
+    codes.scale_TGL.zero_()
     coding = _Coding(
         weight=weight_OI.data_ptr(),
         row_stride=weight_OI.stride(0),
-        outputs=outputs,
-        inputs=inputs,
-        block=min(block, inputs),
+        outputs=codes.outputs,
+        inputs=codes.inputs,
+        block=codes.block,
         weight_type=TYPES.index(weight_OI.dtype),
-        codes=codes_OI.data_ptr(),
-        scales=scale_OG.data_ptr(),
+        codes=codes.tiles_TWB.data_ptr(),
+        scales=codes.scale_TGL.data_ptr(),
     )
-    scratch_TI = torch.empty(threads, inputs)
+    scratch_TI = torch.empty(threads, codes.inputs)
     number = LEVELS.index(level() or LEVELS[0])
     return bool(
         LIBRARY.hire_pack_codes(ctypes.addressof(coding), scratch_TI.data_ptr(), threads, number)
@@ -194,7 +213,7 @@ class Block:
     sparse FFN runs in place of the dense one.
     """
 
-    matrices: Mapping[str, Matrix]
+    matrices: Mapping[str, Matrix | Codes]
     norms: Mapping[str, torch.Tensor]
     head_dim: int
     rotary: int
@@ -248,6 +267,9 @@ class Block:
         }  # fmt: skip
         if "gate" in self.matrices:
             expected["gate"] = (neurons, width)
+        blocks = {m.block for m in (block.q, block.k, block.v) if m.type == _INT8}
+        if len(blocks) > 1 or _INT8 in (block.gate.type, block.up.type, block.down.type):
+            raise ValueError(f"native: codes in blocks of {sorted(blocks)}, or of an FFN")
         for name, shape in expected.items():
             matrix = getattr(block, name)
             if (matrix.outputs, matrix.inputs) != shape:
@@ -360,7 +382,7 @@ class Step:
         struct.level = self._level
 
 
-def matvec(matrix: Matrix, x_QI: torch.Tensor) -> torch.Tensor:
+def matvec(matrix: Matrix | Codes, x_QI: torch.Tensor) -> torch.Tensor:
     """float32 [Q, outputs]: up to MOST_ROWS rows of float32 times the matrix. Raises ValueError."""
     held: list[torch.Tensor] = []
     described = matrix.described(held)
@@ -373,9 +395,10 @@ def matvec(matrix: Matrix, x_QI: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"native: x is {x_QI.dtype} {list(x_QI.shape)}")
     x_QI = x_QI.contiguous()
     y_QO = torch.empty(num_rows, described.outputs)
-    memory = scratch(4 * num_rows * (described.inputs + 32) + 64)
+    address = ctypes.addressof(described)
+    memory = scratch(LIBRARY.hire_matvec_scratch(address, num_rows))
     LIBRARY.hire_matvec(
-        ctypes.addressof(described), x_QI.data_ptr(), y_QO.data_ptr(), num_rows,
+        address, x_QI.data_ptr(), y_QO.data_ptr(), num_rows,
         memory.data_ptr(), torch.get_num_threads(), LEVELS.index(level() or LEVELS[0]),
     )  # fmt: skip
     return y_QO

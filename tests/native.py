@@ -19,10 +19,11 @@ from hireconvert.quantize import (
     round_codes,
 )
 from hireconvert.runtime.hire_predict import top_k_indices
+from tests import packing_reference
 from tests.decoding import decode_matrix
 
 try:
-    from hireconvert import _native
+    from hireconvert import _native, _native_step
 except ImportError:
     # A machine without a compiler has no library; one with a compiler must have built it.
     assert shutil.which("cc") is None and shutil.which("gcc") is None
@@ -37,6 +38,12 @@ ACTS: dict[str, Any] = {
     "relu2": lambda z: F.relu(z).square(),
     "gelu_quick": lambda z: z * torch.sigmoid(1.702 * z),
 }
+
+
+def codes_of(codes_OI: torch.Tensor, scale_OG: torch.Tensor, block: int) -> Any:
+    """A matrix of the native step, from codes of 8 bits and their scales."""
+    tiles, scales = packing_reference.code_tiles(codes_OI, scale_OG, block)
+    return _native_step.Codes(*codes_OI.shape, block, tiles, scales)
 
 
 @dataclass(frozen=True)

@@ -348,6 +348,21 @@ TOP_CODE = 127
 _CODE_ROUNDED = {torch.float32: 2.0**-21, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9}
 
 
+def code_tiles(
+    codes_OI: torch.Tensor, scale_OG: torch.Tensor, block: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(uint8 [tiles, words, 64], float32 [tiles, G, 16]): codes and scales as kernels read them."""
+    more = -len(codes_OI) % LANES
+    shifted_OI = torch.nn.functional.pad(codes_OI.to(torch.int16), (0, 0, 0, more)) + 128
+    words = [
+        torch.nn.functional.pad(part_OB, (0, -part_OB.shape[1] % 4), value=128)
+        for part_OB in shifted_OI.split(block, dim=1)
+    ]
+    tiles = torch.cat(words, dim=1).unflatten(1, (-1, 4)).unflatten(0, (-1, LANES))
+    scales = torch.nn.functional.pad(scale_OG, (0, 0, 0, more)).unflatten(0, (-1, LANES))
+    return tiles.transpose(1, 2).flatten(2).to(torch.uint8), scales.transpose(1, 2).contiguous()
+
+
 def codes(weight_OI: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor] | None:
     """(int8 codes [O, I], float32 scales [O, G]); None where weights do not lie on their grid."""
     inputs = weight_OI.shape[1]

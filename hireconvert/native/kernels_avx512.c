@@ -27,5 +27,6 @@
 const hire_kernels hire_kernels_avx512 = {
     start, estimate, exact, kept, rest, top_k, finish};
 const hire_step_kernels hire_step_avx512 = {
-    matrix, norm, rotate, store_at, attend, sum_segments, activate_all, add_to, all_finite};
+    split_rows, matrix, norm, rotate, store_at, attend, sum_segments, activate_all, add_to,
+    all_finite};
 #endif

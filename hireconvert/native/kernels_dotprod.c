@@ -28,5 +28,6 @@
 const hire_kernels hire_kernels_dotprod = {
     start, estimate, exact, kept, rest, top_k, finish};
 const hire_step_kernels hire_step_dotprod = {
-    matrix, norm, rotate, store_at, attend, sum_segments, activate_all, add_to, all_finite};
+    split_rows, matrix, norm, rotate, store_at, attend, sum_segments, activate_all, add_to,
+    all_finite};
 #endif

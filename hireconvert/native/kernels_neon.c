@@ -10,5 +10,6 @@
 const hire_kernels hire_kernels_neon = {
     start, estimate, exact, kept, rest, top_k, finish};
 const hire_step_kernels hire_step_neon = {
-    matrix, norm, rotate, store_at, attend, sum_segments, activate_all, add_to, all_finite};
+    split_rows, matrix, norm, rotate, store_at, attend, sum_segments, activate_all, add_to,
+    all_finite};
 #endif

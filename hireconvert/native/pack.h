@@ -9,6 +9,7 @@
 #define HIRE_PACK_H
 
 #include "head.h"
+#include "step.h"
 
 /* A low-bit copy. */
 typedef struct {
@@ -58,8 +59,8 @@ typedef struct {
     int64_t inputs;
     int64_t block; /* <= inputs */
     int64_t weight_type;
-    int8_t *codes; /* [outputs, inputs] */
-    float *scales; /* [outputs, G] */
+    uint8_t *codes; /* tiles, all HIRE_ZERO_CODE before */
+    float *scales;  /* [tiles, G, 16], zeros before */
 } hire_coding;
 
 /* What a level packs; bytes are the same at all of them. */

@@ -90,13 +90,6 @@ static inline v16 v_load_bf16(const void *p)
     const __m128i *halves = p;
     return (v16){v_bf16_half(halves), v_bf16_half(halves + 1)};
 }
-static inline v16 v_load_i8(const int8_t *p)
-{
-    const __m128i *codes = (const __m128i *)p;
-    return (v16){
-        _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(codes))),
-        _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p + 8))))};
-}
 static inline w16 w_load4(const uint8_t *p)
 {
     return (w16){_mm256_loadu_si256((const __m256i *)p),
@@ -166,6 +159,14 @@ static inline w16 w_dot(w16 sum, w16 codes, const int8_t *p)
     const __m256i a = _mm256_madd_epi16(_mm256_maddubs_epi16(codes.a, signed4), one);
     const __m256i b = _mm256_madd_epi16(_mm256_maddubs_epi16(codes.b, signed4), one);
     return (w16){_mm256_add_epi32(sum.a, a), _mm256_add_epi32(sum.b, b)};
+}
+/* Adds to every lane the products of its four bytes, each less BYTE_TAKEN, with the four signed ones
+ * at p. The highest bit goes by itself: sums of two products fit 16 bits. */
+enum { BYTE_TAKEN = 0 };
+static inline w16 w_dot_bytes(w16 sum, w16 bytes, const int8_t *p)
+{
+    sum = w_dot(sum, w_and(bytes, w_set1(0x7f7f7f7f)), p);
+    return w_dot(sum, w_and(bytes, w_set1((int32_t)0x80808080)), p);
 }
 /* The same where every lane has four signed bytes of its own, at p + 4 l. */
 static inline w16 w_dot_each(w16 sum, w16 codes, const int8_t *p)

@@ -50,10 +50,6 @@ static inline v16 v_load_bf16(const void *p)
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
-static inline v16 v_load_i8(const int8_t *p)
-{
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
-}
 static inline w16 w_load4(const uint8_t *p) { return _mm512_loadu_si512(p); }
 static inline w16 w_load2(const uint8_t *p)
 {
@@ -110,6 +106,10 @@ static inline w16 w_dot_each(w16 sum, w16 codes, const int8_t *p)
 {
     return _mm512_dpbusd_epi32(sum, codes, _mm512_loadu_si512(p));
 }
+/* Adds to every lane the products of its four bytes, each less BYTE_TAKEN, with the four signed ones
+ * at p. */
+enum { BYTE_TAKEN = 0 };
+static inline w16 w_dot_bytes(w16 sum, w16 bytes, const int8_t *p) { return w_dot(sum, bytes, p); }
 /* Lane `place` of the table, which is less than 8. */
 static inline v16 v_lookup(v16 table, w16 place) { return _mm512_permutexvar_ps(place, table); }
 /* Of each four lanes the lowest bytes side by side, then the next bytes, to the highest. */

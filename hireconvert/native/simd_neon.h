@@ -117,13 +117,6 @@ static inline v16 v_load_bf16(const void *p)
     return (v16){q_bf16(byte), q_bf16(byte + 8), q_bf16(byte + 16), q_bf16(byte + 24)};
 }
 static inline v16 v_from_w(w16 x) { return HIRE_EACH(v16, vcvtq_f32_s32, x); }
-static inline v16 v_load_i8(const int8_t *p)
-{
-    const int8x16_t codes = vreinterpretq_s8_u8(q_load(p));
-    const int16x8_t low = vmovl_s8(vget_low_s8(codes)), high = vmovl_high_s8(codes);
-    return v_from_w((w16){vmovl_s16(vget_low_s16(low)), vmovl_high_s16(low),
-                          vmovl_s16(vget_low_s16(high)), vmovl_high_s16(high)});
-}
 static inline w16 w_load4(const uint8_t *p)
 {
     return (w16){q_word(p), q_word(p + 16), q_word(p + 32), q_word(p + 48)};
@@ -204,6 +197,13 @@ static inline w16 w_dot(w16 sum, w16 codes, const int8_t *p)
     const int32x4_t each = vdupq_n_s32(four);
     return (w16){q_dot(sum.a, codes.a, each), q_dot(sum.b, codes.b, each),
                  q_dot(sum.c, codes.c, each), q_dot(sum.d, codes.d, each)};
+}
+/* Adds to every lane the products of its four bytes, 1 to 255 and each less BYTE_TAKEN, with the
+ * four signed ones at p. */
+enum { BYTE_TAKEN = 128 };
+static inline w16 w_dot_bytes(w16 sum, w16 bytes, const int8_t *p)
+{
+    return w_dot(sum, w_xor(bytes, w_set1((int32_t)0x80808080)), p);
 }
 /* The same where every lane has four signed bytes of its own, at p + 4 l. */
 static inline w16 w_dot_each(w16 sum, w16 codes, const int8_t *p)

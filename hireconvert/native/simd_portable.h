@@ -106,7 +106,6 @@ static inline v16 v_load_bf16(const void *p)
     return r;
 }
 
-static inline v16 v_load_i8(const int8_t *p) { v16 r; HIRE_LOOP r.l[l] = (float)p[l]; return r; }
 static inline w16 w_load4(const uint8_t *p) { w16 r; memcpy(&r, p, sizeof r); return r; }
 static inline w16 w_load2(const uint8_t *p)
 {
@@ -174,6 +173,18 @@ static inline w16 w_dot(w16 sum, w16 codes, const int8_t *p)
     memcpy(&code0, a, sizeof a);
     HIRE_LOOP sum.l[l] += (uint32_t)((int32_t)(code0.l[l] << 16) >> 16);
     HIRE_LOOP sum.l[l] += (uint32_t)((int32_t)code0.l[l] >> 16);
+    return sum;
+}
+/* Adds to every lane the products of its four bytes, each less BYTE_TAKEN, with the four signed ones
+ * at p. */
+enum { BYTE_TAKEN = 0 };
+static inline w16 w_dot_bytes(w16 sum, w16 bytes, const int8_t *p)
+{
+    HIRE_LOOP {
+        int32_t dot = 0;
+        for (int i = 0; i < 4; i++) dot += (int32_t)(bytes.l[l] >> 8 * i & 255) * p[i];
+        sum.l[l] += (uint32_t)dot;
+    }
     return sum;
 }
 /* The same where every lane has four signed bytes of its own, at p + 4 l. */

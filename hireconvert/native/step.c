@@ -52,7 +52,7 @@ static int64_t type_bytes(int64_t type) { return type == HIRE_FLOAT32 ? 4 : 2; }
 /* One head of queries, keys or values: its rows, its norm, its angles; keys and values go to the
  * cache. */
 static void project(const hire_job *job, const hire_block *b, const hire_past *past,
-                    const float *const *angles, const float *x, int64_t unit)
+                    const float *const *angles, const hire_inputs *in, int64_t unit)
 {
     const int64_t size = b->head_dim, heads = b->heads, pairs = b->kv_heads;
     const int part = unit < heads ? 0 : unit < heads + pairs ? 1 : 2;
@@ -60,8 +60,7 @@ static void project(const hire_job *job, const hire_block *b, const hire_past *p
     const hire_matrix *matrix = part == 0 ? &b->q : part == 1 ? &b->k : &b->v;
     const float *norm = part == 0 ? b->q_norm : part == 1 ? b->k_norm : NULL;
     float *out = job->projected + (unit - head) * size;
-    job->step->matrix(matrix, x, job->width, job->num_rows, head * size, (head + 1) * size, out,
-                      job->heads);
+    job->step->matrix(matrix, in, head * size, (head + 1) * size, out, job->heads);
     for (int64_t i = 0; i < job->num_rows; i++) {
         float *row = out + i * job->heads + head * size;
         if (norm != NULL) job->step->norm(row, norm, b->eps, size, row);
@@ -116,20 +115,35 @@ static void attend(const hire_job *job, const hire_block *b, const hire_past *pa
     }
 }
 
+/* Rows of x for some matrices. Each thread splits them for itself, which costs less than a barrier.
+ * Matrices of codes among them have the same blocks. */
+static hire_inputs inputs_of(const hire_job *job, const hire_own *own, const float *x,
+                             int64_t stride, const hire_matrix *matrices, int num)
+{
+    const hire_inputs in = inputs_at(x, stride, job->num_rows, own->split);
+    for (int i = 0; i < num; i++)
+        if (matrices[i].type == HIRE_INT8) {
+            job->step->split(matrices + i, &in);
+            break;
+        }
+    return in;
+}
+
 /* Rows [at, at + ROWS_AT_ONCE) of a matrix, where it has them. */
-static void piece(const hire_job *job, const hire_matrix *matrix, const float *x, int64_t x_stride,
+static void piece(const hire_job *job, const hire_matrix *matrix, const hire_inputs *in,
                   int64_t at, float *y, int64_t y_stride)
 {
     const int64_t to = at + ROWS_AT_ONCE < matrix->outputs ? at + ROWS_AT_ONCE : matrix->outputs;
-    job->step->matrix(matrix, x, x_stride, job->num_rows, at, to, y, y_stride);
+    job->step->matrix(matrix, in, at, to, y, y_stride);
 }
 
-static void hidden_piece(const hire_job *job, const hire_block *b, const float *x, int64_t at)
+static void hidden_piece(const hire_job *job, const hire_block *b, const hire_inputs *in,
+                         int64_t at)
 {
     const int64_t left = b->up.outputs - at, num = left < ROWS_AT_ONCE ? left : ROWS_AT_ONCE;
     const int gated = b->gate.rows != NULL;
-    if (gated) piece(job, &b->gate, x, job->width, at, job->gate, job->neurons);
-    piece(job, &b->up, x, job->width, at, job->up, job->neurons);
+    if (gated) piece(job, &b->gate, in, at, job->gate, job->neurons);
+    piece(job, &b->up, in, at, job->up, job->neurons);
     for (int64_t i = 0; i < job->num_rows; i++) {
         const int64_t place = i * job->neurons + at;
         job->step->activate((int)b->activation, gated ? job->gate + place : NULL, job->up + place,
@@ -143,8 +157,10 @@ static void attention(const hire_job *job, const hire_block *b, const hire_past 
                       const float *const *angles, hire_own *own)
 {
     norm_rows(job, own->x, b->width, b->attention_norm, b->eps, own->normed);
+    const hire_matrix of_x[3] = {b->q, b->k, b->v};
+    const hire_inputs x = inputs_of(job, own, own->normed, job->width, of_x, 3);
     TEAM_FOR(unit, b->heads + 2 * b->kv_heads, 1)
-        project(job, b, past, angles, own->normed, unit);
+        project(job, b, past, angles, &x, unit);
     const int64_t group = b->heads / b->kv_heads, most = heads_together(job, b);
     const int64_t units = b->kv_heads * ((group + most - 1) / most);
     TEAM_FOR(unit, units, 1) {
@@ -153,21 +169,24 @@ static void attention(const hire_job *job, const hire_block *b, const hire_past 
             for (int64_t i = 0; i < job->num_rows; i++)
                 zero_behind(job->attended + i * job->heads, b->heads * b->head_dim);
     }
+    const hire_inputs heads = inputs_of(job, own, job->attended, job->heads, &b->o, 1);
     TEAM_FOR(at, b->o.outputs, ROWS_AT_ONCE)
-        piece(job, &b->o, job->attended, job->heads, at, job->output, job->width);
+        piece(job, &b->o, &heads, at, job->output, job->width);
 }
 
 static void dense_ffn(const hire_job *job, const hire_block *b, const hire_own *own)
 {
     const float *hidden = b->gate.rows != NULL ? job->gate : job->up;
+    const hire_inputs x = {own->normed, job->width, job->num_rows, NULL, NULL, NULL};
+    const hire_inputs h = {hidden, job->neurons, job->num_rows, NULL, NULL, NULL};
     TEAM_FOR(at, b->up.outputs, ROWS_AT_ONCE) {
-        hidden_piece(job, b, own->normed, at);
+        hidden_piece(job, b, &x, at);
         if (at + ROWS_AT_ONCE >= b->up.outputs)
             for (int64_t i = 0; i < job->num_rows; i++)
                 zero_behind((float *)hidden + i * job->neurons, b->up.outputs);
     }
     TEAM_FOR(at, b->down.outputs, ROWS_AT_ONCE)
-        piece(job, &b->down, hidden, job->neurons, at, job->output, job->width);
+        piece(job, &b->down, &h, at, job->output, job->width);
 }
 
 /* What rows [at, at + num) begin with: the predictor's input in its forms. A single row each thread
@@ -328,7 +347,7 @@ int64_t hire_step(const hire_block *blocks, int64_t num_blocks, const hire_past 
 typedef struct {
     hire_job job;
     const hire_matrix *matrix;
-    const float *rows;
+    hire_inputs in;
     float *y;
 } matvec_call;
 
@@ -337,8 +356,13 @@ static void run_matvec(void *context)
     const matvec_call *call = context;
     const hire_matrix *matrix = call->matrix;
     TEAM_FOR(at, matrix->outputs, ROWS_AT_ONCE)
-        piece(&call->job, matrix, call->rows, padded(matrix->inputs), at, call->y,
-              matrix->outputs);
+        piece(&call->job, matrix, &call->in, at, call->y, matrix->outputs);
+}
+
+int64_t hire_matvec_scratch(const hire_matrix *matrix, int64_t num_rows)
+{
+    const int64_t stride = padded(matrix->inputs);
+    return 64 + num_rows * stride * (int64_t)sizeof(float) + split_bytes(stride, num_rows);
 }
 
 void hire_matvec(const hire_matrix *matrix, const float *x, float *y, int64_t num_rows,
@@ -346,12 +370,14 @@ void hire_matvec(const hire_matrix *matrix, const float *x, float *y, int64_t nu
 {
     const int64_t stride = padded(matrix->inputs);
     float *rows = (float *)aligned(scratch);
-    matvec_call call = {{.num_rows = num_rows}, matrix, rows, y};
+    matvec_call call = {.matrix = matrix, .y = y};
+    call.in = inputs_at(rows, stride, num_rows, (char *)(rows + num_rows * stride));
     call.job.step = hire_step_kernels_of(hire_level_at_most(level));
     for (int64_t i = 0; i < num_rows; i++) {
         memcpy(rows + i * stride, x + i * matrix->inputs,
                (size_t)matrix->inputs * sizeof(float));
         zero_behind(rows + i * stride, matrix->inputs);
     }
+    if (matrix->type == HIRE_INT8) call.job.step->split(matrix, &call.in);
     team_run(num_threads, run_matvec, &call);
 }

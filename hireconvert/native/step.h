@@ -11,11 +11,15 @@
 #define HIRE_STEP_ROWS 32
 #define HIRE_STEP_HEADS 4 /* queries that go over keys and values together */
 #define HIRE_INT8 3 /* of a hire_matrix: codes with scales, beside enum hire_type */
+#define HIRE_ZERO_CODE 128
 
-/* A matrix that is read where it lies: rows [outputs, stride] of one of the types. */
+/* A matrix that is read where it lies: rows [outputs, stride] of one of the types.
+ *
+ * HIRE_INT8: tiles of sixteen outputs, the last one filled up. A tile holds, block after block,
+ * words of four inputs for each of its outputs, a byte each, HIRE_ZERO_CODE more than the code. */
 typedef struct {
     const void *rows;
-    const float *scale; /* HIRE_INT8: [outputs, blocks of a row]; else NULL */
+    const float *scale; /* HIRE_INT8: [tiles, blocks of a row, 16]; else NULL */
     const float *bias;  /* [outputs] or NULL */
     int64_t outputs;
     int64_t inputs;
@@ -23,6 +27,29 @@ typedef struct {
     int64_t type;
     int64_t block; /* HIRE_INT8: inputs to a scale, `inputs` or a multiple of 32 */
 } hire_matrix;
+
+static inline int64_t hire_matrix_blocks(const hire_matrix *m)
+{
+    return (m->inputs + m->block - 1) / m->block;
+}
+
+/* Words of a tile of HIRE_INT8. */
+static inline int64_t hire_matrix_words(int64_t inputs, int64_t block)
+{
+    return inputs / block * ((block + 3) / 4) + (inputs % block + 3) / 4;
+}
+
+/* Rows of x, zeros up to a multiple of 32. For HIRE_INT8 they come as whole numbers as well, which
+ * share a scale for each block: digits in base 256, four inputs of a digit side by side, and what
+ * the codes' zero adds to the sums over each digit, taken away. */
+typedef struct {
+    const float *x;
+    int64_t stride; /* floats from row to row, a multiple of 32 */
+    int64_t num_rows;
+    int8_t *digits; /* [num_rows, 4 stride] */
+    float *scale;   /* [num_rows, stride / 32] of the blocks */
+    int32_t *first; /* [num_rows, stride / 32, 4] */
+} hire_inputs;
 
 /* One decoder layer: x += norm(o(attention(norm(x)))); x += norm(ffn(norm(x))). Norms are of the
  * root mean square, their weights what x is multiplied by; the optional ones may be NULL. */
@@ -62,9 +89,11 @@ typedef struct {
 } hire_past;
 
 typedef struct {
-    /* y[i] = rows [from, to) of the matrix times x[i]; x is zeros up to a multiple of 32. */
-    void (*matrix)(const hire_matrix *, const float *x, int64_t x_stride, int64_t num_x,
-                   int64_t from, int64_t to, float *y, int64_t y_stride);
+    /* Fills digits, scale and first for a matrix of HIRE_INT8 and those of the same blocks. */
+    void (*split)(const hire_matrix *, const hire_inputs *);
+    /* y[i] = rows [from, to) of the matrix times row i. */
+    void (*matrix)(const hire_matrix *, const hire_inputs *, int64_t from, int64_t to, float *y,
+                   int64_t y_stride);
     /* out may be x. */
     void (*norm)(const float *x, const float *weight, double eps, int64_t num, float *out);
     /* A head's first `rotary` numbers; cos and sin [rotary]. */
@@ -107,7 +136,9 @@ HIRE_API int64_t hire_step(const hire_block *blocks, int64_t num_blocks, const h
                            const float *const *angles, float *x, int64_t num_rows, void *scratch,
                            int64_t most, const float *last_norm, double eps, int32_t num_threads,
                            int32_t level);
-/* y [num_rows, outputs] from x [num_rows, inputs]; up to HIRE_STEP_ROWS rows. */
+/* y [num_rows, outputs] from x [num_rows, inputs]; up to HIRE_STEP_ROWS rows. Scratch holds
+ * hire_matvec_scratch bytes. */
+HIRE_API int64_t hire_matvec_scratch(const hire_matrix *matrix, int64_t num_rows);
 HIRE_API void hire_matvec(const hire_matrix *matrix, const float *x, float *y, int64_t num_rows,
                           void *scratch, int32_t num_threads, int32_t level);
 

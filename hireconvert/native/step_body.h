@@ -3,79 +3,56 @@
 
 /* ------------------------------------------------------------------ matrices */
 
-INLINE int64_t element_size(const int type) { return type == HIRE_INT8 ? 1 : type_size(type); }
-
-INLINE v16 load_row(const void *row, int64_t place, const int type)
-{
-    if (type == HIRE_INT8) return v_load_i8((const int8_t *)row + place);
-    return load_as(row, place, type);
-}
-
 /* The last elements of a row, and zeros behind them. */
 INLINE void load_tail(const void *row, int64_t from, int64_t to, const int type, v16 *a, v16 *b)
 {
     unsigned char tail[128] = {0};
-    const int64_t size = element_size(type);
+    const int64_t size = type_size(type);
     memcpy(tail, (const char *)row + from * size, (size_t)((to - from) * size));
-    *a = load_row(tail, 0, type);
-    *b = load_row(tail, 16, type);
+    *a = load_as(tail, 0, type);
+    *b = load_as(tail, 16, type);
 }
 
 /* Some rows times some x; even and odd vectors of a row are summed apart, so that no sum waits. */
 INLINE void some_rows(const hire_matrix *m, int64_t at, const float *x, int64_t x_stride, float *y,
                       int64_t y_stride, const int rows, const int columns, const int type)
 {
-    const int64_t bytes = m->stride * element_size(type), whole = m->inputs / 32 * 32;
-    const int64_t block = type == HIRE_INT8 ? m->block : m->inputs;
-    const int64_t blocks = (m->inputs + block - 1) / block;
+    const int64_t bytes = m->stride * type_size(type), whole = m->inputs / 32 * 32;
     const char *row = (const char *)m->rows + at * bytes;
     const char *next = at + 2 * rows <= m->outputs ? row + rows * bytes : row;
-    v16 total[16];
-    for (int i = 0; i < rows * columns; i++) total[i] = v_set1(0.0f);
-    for (int64_t b = 0; b < blocks; b++) {
-        const int64_t end = (b + 1) * block < m->inputs ? (b + 1) * block : m->inputs;
-        v16 even[16], odd[16];
+    v16 even[16], odd[16];
 HIRE_UNROLL
-        for (int i = 0; i < rows * columns; i++) even[i] = odd[i] = v_set1(0.0f);
-        int64_t j = b * block;
-        for (; j < end && j < whole; j += 32) {
+    for (int i = 0; i < rows * columns; i++) even[i] = odd[i] = v_set1(0.0f);
+    for (int64_t j = 0; j < whole; j += 32) {
 HIRE_UNROLL
-            for (int r = 0; r < rows; r++) {
-                const v16 w0 = load_row(row + r * bytes, j, type);
-                const v16 w1 = load_row(row + r * bytes, j + 16, type);
-                prefetch(next + r * bytes + j * element_size(type));
-                if (type == HIRE_FLOAT32) prefetch(next + r * bytes + j * 4 + 64);
+        for (int r = 0; r < rows; r++) {
+            const v16 w0 = load_as(row + r * bytes, j, type);
+            const v16 w1 = load_as(row + r * bytes, j + 16, type);
+            prefetch(next + r * bytes + j * type_size(type));
+            if (type == HIRE_FLOAT32) prefetch(next + r * bytes + j * 4 + 64);
 HIRE_UNROLL
-                for (int c = 0; c < columns; c++) {
-                    const int i = r * columns + c;
-                    even[i] = v_fma(w0, v_load(x + c * x_stride + j), even[i]);
-                    odd[i] = v_fma(w1, v_load(x + c * x_stride + j + 16), odd[i]);
-                }
+            for (int c = 0; c < columns; c++) {
+                const int i = r * columns + c;
+                even[i] = v_fma(w0, v_load(x + c * x_stride + j), even[i]);
+                odd[i] = v_fma(w1, v_load(x + c * x_stride + j + 16), odd[i]);
             }
         }
-        if (j < end) {
-            for (int r = 0; r < rows; r++) {
-                v16 w0, w1;
-                load_tail(row + r * bytes, j, end, type, &w0, &w1);
-                for (int c = 0; c < columns; c++) {
-                    const int i = r * columns + c;
-                    even[i] = v_fma(w0, v_load(x + c * x_stride + j), even[i]);
-                    odd[i] = v_fma(w1, v_load(x + c * x_stride + j + 16), odd[i]);
-                }
+    }
+    if (whole < m->inputs) {
+        for (int r = 0; r < rows; r++) {
+            v16 w0, w1;
+            load_tail(row + r * bytes, whole, m->inputs, type, &w0, &w1);
+            for (int c = 0; c < columns; c++) {
+                const int i = r * columns + c;
+                even[i] = v_fma(w0, v_load(x + c * x_stride + whole), even[i]);
+                odd[i] = v_fma(w1, v_load(x + c * x_stride + whole + 16), odd[i]);
             }
-        }
-HIRE_UNROLL
-        for (int i = 0; i < rows * columns; i++) {
-            const v16 sum = v_add(even[i], odd[i]);
-            if (type == HIRE_INT8)
-                total[i] = v_fma(v_set1(m->scale[(at + i / columns) * blocks + b]), sum, total[i]);
-            else
-                total[i] = sum;
         }
     }
     for (int i = 0; i < rows * columns; i++) {
         const int64_t r = at + i / columns;
-        y[i % columns * y_stride + r] = v_sum(total[i]) + (m->bias != NULL ? m->bias[r] : 0.0f);
+        const float sum = v_sum(v_add(even[i], odd[i]));
+        y[i % columns * y_stride + r] = sum + (m->bias != NULL ? m->bias[r] : 0.0f);
     }
 }
 
@@ -104,49 +81,144 @@ INLINE void few_columns(const hire_matrix *m, const float *x, int64_t x_stride, 
 }
 
 /* [from, to) are few rows, which stay in the cache for the next four x. */
-INLINE void matrix_as(const hire_matrix *m, const float *x, int64_t x_stride, int64_t num_x,
-                      int64_t from, int64_t to, float *y, int64_t y_stride, const int type)
+INLINE void matrix_as(const hire_matrix *m, const hire_inputs *in, int64_t from, int64_t to,
+                      float *y, int64_t y_stride, const int type)
 {
-    for (int64_t c = 0; c < num_x; c += 4)
-        few_columns(m, x + c * x_stride, x_stride, num_x - c < 4 ? num_x - c : 4, from, to,
-                    y + c * y_stride, y_stride, type);
+    for (int64_t c = 0; c < in->num_rows; c += 4)
+        few_columns(m, in->x + c * in->stride, in->stride,
+                    in->num_rows - c < 4 ? in->num_rows - c : 4, from, to, y + c * y_stride,
+                    y_stride, type);
 }
 
-static NOINLINE void matrix_f32(const hire_matrix *m, const float *x, int64_t x_stride,
-                                int64_t num_x, int64_t from, int64_t to, float *y,
-                                int64_t y_stride)
+static NOINLINE void matrix_f32(const hire_matrix *m, const hire_inputs *in, int64_t from,
+                                int64_t to, float *y, int64_t y_stride)
 {
-    matrix_as(m, x, x_stride, num_x, from, to, y, y_stride, HIRE_FLOAT32);
+    matrix_as(m, in, from, to, y, y_stride, HIRE_FLOAT32);
 }
 
-static NOINLINE void matrix_bf16(const hire_matrix *m, const float *x, int64_t x_stride,
-                                 int64_t num_x, int64_t from, int64_t to, float *y,
-                                 int64_t y_stride)
+static NOINLINE void matrix_bf16(const hire_matrix *m, const hire_inputs *in, int64_t from,
+                                 int64_t to, float *y, int64_t y_stride)
 {
-    matrix_as(m, x, x_stride, num_x, from, to, y, y_stride, HIRE_BFLOAT16);
+    matrix_as(m, in, from, to, y, y_stride, HIRE_BFLOAT16);
 }
 
-static NOINLINE void matrix_f16(const hire_matrix *m, const float *x, int64_t x_stride,
-                                int64_t num_x, int64_t from, int64_t to, float *y,
-                                int64_t y_stride)
+static NOINLINE void matrix_f16(const hire_matrix *m, const hire_inputs *in, int64_t from,
+                                int64_t to, float *y, int64_t y_stride)
 {
-    matrix_as(m, x, x_stride, num_x, from, to, y, y_stride, HIRE_FLOAT16);
+    matrix_as(m, in, from, to, y, y_stride, HIRE_FLOAT16);
 }
 
-static NOINLINE void matrix_i8(const hire_matrix *m, const float *x, int64_t x_stride,
-                               int64_t num_x, int64_t from, int64_t to, float *y, int64_t y_stride)
+/* ------------------------------------------------------------------ matrices of codes */
+
+/* A block of x, zeros up to a multiple of 32: digits, scale (NaN where an input is NaN or inf), and
+ * for each digit what the codes' zero adds to its sums, less that. */
+static void split_block(const float *x, int64_t num, int8_t *digits, float *scale, int32_t *first)
 {
-    matrix_as(m, x, x_stride, num_x, from, to, y, y_stride, HIRE_INT8);
+    v16 most = v_set1(HIRE_SMALLEST), nothing = v_set1(0.0f);
+    for (int64_t j = 0; j < num; j += 16) {
+        most = v_max(v_abs(v_load(x + j)), most);
+        nothing = v_fma(v_load(x + j), v_set1(0.0f), nothing);
+    }
+    const float largest = v_most(most);
+    const v16 factor = v_set1(HIRE_LARGEST / largest);
+    w16 sum = w_set1(0); /* lane l: of digit l % 4 */
+    for (int64_t j = 0; j < num; j += 16) {
+        w_store(digits + 4 * j, w_by_byte(digits_of(w_round(v_mul(v_load(x + j), factor)))));
+        sum = w_dot_each(sum, w_set1(0x01010101), digits + 4 * j);
+    }
+    int32_t lane[16];
+    w_store(lane, sum);
+    for (int d = 0; d < 4; d++)
+        first[d] = (BYTE_TAKEN - HIRE_ZERO_CODE) *
+                   (lane[d] + lane[d + 4] + lane[d + 8] + lane[d + 12]);
+    *scale = largest / HIRE_LARGEST + v_sum(nothing);
 }
 
-static void matrix(const hire_matrix *m, const float *x, int64_t x_stride, int64_t num_x,
-                   int64_t from, int64_t to, float *y, int64_t y_stride)
+static void split_rows(const hire_matrix *m, const hire_inputs *in)
+{
+    const int64_t blocks = hire_matrix_blocks(m), most = in->stride / 32;
+    for (int64_t i = 0; i < in->num_rows; i++)
+        for (int64_t b = 0; b < blocks; b++) {
+            const int64_t begin = b * m->block, left = m->inputs - begin;
+            const int64_t num = left < m->block ? left : m->block;
+            split_block(in->x + i * in->stride + begin, (num + 31) / 32 * 32,
+                        in->digits + 4 * (i * in->stride + begin), in->scale + i * most + b,
+                        in->first + 4 * (i * most + b));
+        }
+}
+
+/* A tile of outputs for up to four x. */
+INLINE void tile_of_codes(const hire_matrix *m, const hire_inputs *in, int64_t tile, int64_t at,
+                          v16 *total, const int columns)
+{
+    const int64_t blocks = hire_matrix_blocks(m), most = in->stride / 32;
+    const int64_t tile_bytes = 64 * hire_matrix_words(m->inputs, m->block);
+    const uint8_t *p = (const uint8_t *)m->rows + tile * tile_bytes;
+    const float *scale = m->scale + 16 * tile * blocks;
+HIRE_UNROLL
+    for (int c = 0; c < columns; c++) total[c] = v_set1(0.0f);
+    for (int64_t b = 0; b < blocks; b++) {
+        const int64_t begin = b * m->block, left = m->inputs - begin;
+        const int64_t words = ((left < m->block ? left : m->block) + 3) / 4;
+        const int8_t *digits = in->digits + 4 * (at * in->stride + begin);
+        const int32_t *first = in->first + 4 * (at * most + b);
+        w16 sum[4][DIGITS];
+HIRE_UNROLL
+        for (int c = 0; c < columns; c++)
+HIRE_UNROLL
+            for (int d = 0; d < DIGITS; d++) sum[c][d] = w_set1(first[4 * c * most + d]);
+        for (int64_t i = 0; i < words; i++, p += 64) {
+            const w16 word = w_load4(p);
+            prefetch(p + PREFETCH);
+HIRE_UNROLL
+            for (int c = 0; c < columns; c++)
+HIRE_UNROLL
+                for (int d = 0; d < DIGITS; d++)
+                    sum[c][d] = w_dot_bytes(sum[c][d], word,
+                                            digits + 4 * c * in->stride + 16 * i + 4 * d);
+        }
+        const v16 unit = v_load(scale + 16 * b);
+HIRE_UNROLL
+        for (int c = 0; c < columns; c++) {
+            const v16 own = v_set1(in->scale[(at + c) * most + b]);
+            total[c] = v_fma(v_mul(from_digits(sum[c]), own), unit, total[c]);
+        }
+    }
+}
+
+static NOINLINE void matrix_i8(const hire_matrix *m, const hire_inputs *in, int64_t from,
+                               int64_t to, float *y, int64_t y_stride)
+{
+    for (int64_t at = 0; at < in->num_rows; at += 4)
+        for (int64_t tile = from / 16; 16 * tile < to; tile++) {
+            const int columns = in->num_rows - at < 4 ? (int)(in->num_rows - at) : 4;
+            v16 total[4];
+            float out[16];
+            switch (columns) {
+            case 1: tile_of_codes(m, in, tile, at, total, 1); break;
+            case 2: tile_of_codes(m, in, tile, at, total, 2); break;
+            case 3: tile_of_codes(m, in, tile, at, total, 3); break;
+            default: tile_of_codes(m, in, tile, at, total, 4); break;
+            }
+            const int64_t start = 16 * tile > from ? 16 * tile : from;
+            const int64_t end = 16 * tile + 16 < to ? 16 * tile + 16 : to;
+            for (int c = 0; c < columns; c++) {
+                v_store(out, total[c]);
+                for (int64_t r = start; r < end; r++)
+                    y[(at + c) * y_stride + r] =
+                        out[r - 16 * tile] + (m->bias != NULL ? m->bias[r] : 0.0f);
+            }
+        }
+}
+
+static void matrix(const hire_matrix *m, const hire_inputs *in, int64_t from, int64_t to, float *y,
+                   int64_t y_stride)
 {
     switch (m->type) {
-    case HIRE_FLOAT32: matrix_f32(m, x, x_stride, num_x, from, to, y, y_stride); break;
-    case HIRE_BFLOAT16: matrix_bf16(m, x, x_stride, num_x, from, to, y, y_stride); break;
-    case HIRE_FLOAT16: matrix_f16(m, x, x_stride, num_x, from, to, y, y_stride); break;
-    default: matrix_i8(m, x, x_stride, num_x, from, to, y, y_stride); break;
+    case HIRE_FLOAT32: matrix_f32(m, in, from, to, y, y_stride); break;
+    case HIRE_BFLOAT16: matrix_bf16(m, in, from, to, y, y_stride); break;
+    case HIRE_FLOAT16: matrix_f16(m, in, from, to, y, y_stride); break;
+    default: matrix_i8(m, in, from, to, y, y_stride); break;
     }
 }
 

@@ -24,6 +24,7 @@ typedef struct {
 typedef struct {
     float *x;      /* [Q, width] the residual stream */
     float *normed; /* [Q, width] */
+    char *split;   /* of the rows that a matrix of HIRE_INT8 is multiplied with */
     float *query;  /* [HIRE_STEP_HEADS, head_dim] */
     float *out;    /* [HIRE_STEP_HEADS, head_dim] */
     float *score;  /* [HIRE_STEP_HEADS, most + 16] */
@@ -45,11 +46,26 @@ static float *floats(char *base, int64_t *used, int64_t count)
     return take(base, used, count * (int64_t)sizeof(float));
 }
 
+/* Rows of x, and where what `split` makes of them goes: split_bytes bytes. */
+static int64_t split_bytes(int64_t stride, int64_t num_rows)
+{
+    return num_rows * (4 * stride + stride / 32 * (int64_t)(sizeof(float) + 4 * sizeof(int32_t)));
+}
+
+static hire_inputs inputs_at(const float *x, int64_t stride, int64_t num_rows, char *split)
+{
+    hire_inputs in = {x, stride, num_rows, (int8_t *)split, NULL, NULL};
+    in.first = (int32_t *)(split + 4 * stride * num_rows);
+    in.scale = (float *)(in.first + 4 * (stride / 32) * num_rows);
+    return in;
+}
+
 static int64_t cut_own(const hire_job *job, char *base, hire_own *own)
 {
     int64_t used = 0;
     own->x = floats(base, &used, HIRE_STEP_ROWS * job->width);
     own->normed = floats(base, &used, HIRE_STEP_ROWS * job->width);
+    own->split = take(base, &used, split_bytes(larger(job->width, job->heads), HIRE_STEP_ROWS));
     own->query = floats(base, &used, HIRE_STEP_HEADS * job->head_dim);
     own->out = floats(base, &used, HIRE_STEP_HEADS * job->head_dim);
     own->score = floats(base, &used, HIRE_STEP_HEADS * (job->most + 16));

@@ -56,7 +56,7 @@ def test_codes_compute_what_dense_weights_do(
 ) -> None:
     monkeypatch.setenv(_native.VARIABLE, level)
     model = made(family, 32, dtype)
-    assert all(matrix.weight_OI.dtype == torch.int8 for matrix in matrices(model))
+    assert {type(matrix).__name__ for matrix in matrices(model)} == {"Codes"}
     found = decoded(model)
     monkeypatch.setenv(_native.VARIABLE, "off")
     model.hire_prepare()
@@ -69,14 +69,14 @@ def test_weights_off_the_grid_are_read_as_they_are() -> None:
     with torch.no_grad():
         base_of(model).layers[0].self_attn.q_proj.weight += 0.01
     model.hire_prepare()
-    kinds = [matrix.weight_OI.dtype for matrix in matrices(model)]
-    assert kinds[0] == torch.float32 and set(kinds[1:]) == {torch.int8}
+    kinds = [type(matrix).__name__ for matrix in matrices(model)]
+    assert kinds[0] == "Matrix" and set(kinds[1:]) == {"Codes"}
     assert relative(decoded(model), before) > 1e-4
 
 
 def test_blocks_that_kernels_do_not_take_are_read_as_they_are() -> None:
     model = made("llama", 16, torch.float32)
-    assert {matrix.weight_OI.dtype for matrix in matrices(model)} == {torch.float32}
+    assert {type(matrix).__name__ for matrix in matrices(model)} == {"Matrix"}
 
 
 def test_a_model_copied_keeps_its_codes() -> None:

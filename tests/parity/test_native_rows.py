@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests import native_head
-from tests.native import CASES, LEVELS, Case, _native, rows_of, settings_of, tensors_of
+from tests.native import CASES, LEVELS, Case, _native, codes_of, rows_of, settings_of, tensors_of
 
 if _native is None:
     pytest.skip("this machine has no compiler", allow_module_level=True)
@@ -91,8 +91,8 @@ def test_a_row_with_nan_or_inf_leaves_the_others_alone(name, level):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_a_matrix_gives_each_row_the_bits_it_gets_alone(dtype, level):
-    weight, scale = torch.randn(37, 71) * 20, torch.rand(37, 3)
-    matrix = Matrix(weight.to(dtype), None, scale if dtype == torch.int8 else None, 32)
+    weight, scale = (torch.randn(37, 71) * 20).to(dtype), torch.rand(37, 3)
+    matrix = codes_of(weight, scale, 32) if dtype == torch.int8 else Matrix(weight)
     x_ND = torch.randn(MOST, 71)
     alone_NO = torch.cat([matvec(matrix, row_1D) for row_1D in x_ND.split(1)])
     for num, threads in [*((num, 1) for num in range(1, MOST + 1)), (2, 2), (MOST, 2)]:

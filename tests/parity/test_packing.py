@@ -172,9 +172,10 @@ def test_codes_of_attention_are_the_twins(
     expected = packing_reference.codes(weight_OI, block)
     for given in (weight_OI, wide):
         found = _native_step.coded([_native_step.Matrix(given)], block)[0]
-        assert expected is not None and found.scale_OG is not None
-        assert torch.equal(found.weight_OI, expected[0])
-        assert torch.equal(found.scale_OG, expected[1])
+        assert expected is not None and isinstance(found, _native_step.Codes)
+        tiles, scales = packing_reference.code_tiles(*expected, min(block, inputs))
+        assert torch.equal(found.tiles_TWB, tiles)
+        assert torch.equal(found.scale_TGL, scales)
 
 
 @pytest.mark.parametrize("change", [torch.nan, torch.inf, 0.3])
@@ -182,7 +183,8 @@ def test_one_weight_off_its_grid_leaves_a_matrix_as_it_is(change: float) -> None
     weight_OI = on_the_grid(9, 576, 64, torch.float32)
     weight_OI[4, 5] += change
     assert packing_reference.codes(weight_OI, 64) is None
-    assert _native_step.coded([_native_step.Matrix(weight_OI)], 64)[0].weight_OI is weight_OI
+    given = _native_step.Matrix(weight_OI)
+    assert _native_step.coded([given], 64)[0] is given
 
 
 @pytest.mark.parametrize("bits", [4, 8])

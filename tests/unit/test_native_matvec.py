@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.native import LEVELS, _native
+from tests.native import LEVELS, _native, codes_of
 
 if _native is None:
     pytest.skip("this machine has no compiler", allow_module_level=True)
 from hireconvert import _native_step
-from hireconvert._native_step import Block, Matrix, Step, matvec
+from hireconvert._native_step import Block, Codes, Matrix, Step, matvec
 from hireconvert.rounding import round_rows
 
 SHAPES = [(1, 1), (7, 5), (16, 32), (33, 97), (50, 64), (3, 31), (18, 600)]
@@ -44,14 +44,14 @@ def test_products_are_what_float64_says_however_many_rows(shape, dtype, level):
 @pytest.mark.parametrize(("inputs", "block"), [(96, 32), (96, 0), (70, 32), (70, 64), (33, 33)])
 def test_codes_with_scales(inputs, block, level):
     codes = torch.randint(
-        -128, 128, (19, inputs), dtype=torch.int8, generator=torch.Generator().manual_seed(0)
+        -127, 128, (19, inputs), dtype=torch.int8, generator=torch.Generator().manual_seed(0)
     )
     blocks = -(-inputs // (block or inputs))
     scale = torch.rand(19, blocks, generator=torch.Generator().manual_seed(1)) + 0.1
     spread = scale.repeat_interleave(block or inputs, dim=1)[:, :inputs]
     x = normal(3, inputs)
     exact = x.double() @ (codes.double() * spread.double()).t()
-    found = matvec(Matrix(codes, None, scale, block), x)
+    found = matvec(codes_of(codes, scale, block or inputs), x)
     assert (found - exact).abs().max() < 1e-6 * exact.abs().max() * inputs**0.5
 
 
@@ -62,11 +62,23 @@ def test_codes_of_rounded_weights_are_found_again(inputs, block, dtype):
     weight = round_rows(source.float(), block).to(dtype)
     weight[4] = 0.0
     found, other = _native_step.coded([Matrix(weight), Matrix(source, torch.ones(30))], block)
-    assert found.weight_OI.dtype == torch.int8 and other.weight_OI is source
+    assert isinstance(found, Codes) and isinstance(other, Matrix) and other.weight_OI is source
     x = normal(2, inputs, seed=1)
     exact = x.double() @ weight.double().t()
     assert (matvec(found, x) - exact).norm() < 2 * torch.finfo(dtype).eps * exact.norm() + 1e-5
-    assert _native_step.coded([Matrix(weight)], 16)[0].weight_OI is weight  # a block of no kernel
+    given = Matrix(weight)
+    assert _native_step.coded([given], 16)[0] is given  # a block of no kernel
+
+
+def test_what_is_no_number_stays_in_its_row(level):
+    codes, scale = torch.full((5, 70), 3, dtype=torch.int8), torch.ones(5, 3)
+    x = normal(3, 70)
+    matrix = codes_of(codes, scale, 32)
+    before = matvec(matrix, x)
+    x[0, 69], x[2, 1] = float("nan"), float("inf")
+    found = matvec(matrix, x)
+    assert torch.equal(found[1], before[1])
+    assert not found[0].isfinite().any() and not found[2].isfinite().any()
 
 
 def test_threads_change_no_bit(level):
@@ -92,9 +104,6 @@ def test_threads_change_no_bit(level):
         (Matrix(torch.zeros(1, 4).expand(3, 4)), "strides"),
         (Matrix(torch.zeros(4, 4), torch.zeros(3)), "bias"),
         (Matrix(torch.zeros(4, 4), torch.zeros(4, dtype=torch.int64)), "bias"),
-        (Matrix(torch.zeros(4, 64, dtype=torch.int8), None, torch.ones(4, 3), 32), "scales"),
-        (Matrix(torch.zeros(4, 64, dtype=torch.int8), None, torch.ones(4, 4), 16), "blocks"),
-        (Matrix(torch.zeros(4, 64, dtype=torch.int8), None, torch.ones(4, 4), -1), "blocks"),
     ],
 )
 def test_matrices_that_do_not_fit_are_refused(matrix, said):
@@ -120,9 +129,17 @@ def block(**changes: Any) -> Block:
     return Block(**settings)
 
 
+def sixes(outputs: int, block: int) -> Codes:
+    """6 inputs wide."""
+    scale = torch.ones(outputs, -(-6 // block))
+    return codes_of(torch.ones(outputs, 6, dtype=torch.int8), scale, block)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
+        {"matrices": {"q": sixes(8, 6), "v": sixes(4, 4)}},
+        {"matrices": {"gate": sixes(5, 6)}},
         {"matrices": {"o": Matrix(normal(6, 4))}},
         {"matrices": {"k": Matrix(normal(6, 6))}},
         {"matrices": {"down": Matrix(normal(6, 6))}},
@@ -146,6 +163,7 @@ def block(**changes: Any) -> Block:
 )
 def test_layers_that_do_not_fit_are_refused(changes):
     Step([block()])
+    Step([block(matrices={"q": sixes(8, 6), "v": sixes(4, 6)})])
     with pytest.raises(ValueError, match="native: "):
         Step([block(**changes)])
 
