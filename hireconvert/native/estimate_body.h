@@ -17,19 +17,29 @@ INLINE w16 quad_codes(const w16 *word, const int quad, const int bits)
     return w_or(w_and(low, w_set1(0x03030303)), w_and(high, w_set1(0x04040404)));
 }
 
-/* The sums over a block of code times each digit of u. */
-INLINE void add_unit(const uint8_t *codes, const int8_t *digits, const int bits, w16 *sum)
+/* Adds a unit of `parts` matrices, one behind the other: the sums over a block of code times each
+ * digit of u, which is read once for both. */
+INLINE void add_unit(const uint8_t *codes, const int8_t *digits, const int bits, const int parts,
+                     w16 (*sum)[DIGITS])
 {
-    w16 word[3];
-    for (int i = 0; i < unit_bytes(bits) / 64; i++) {
-        word[i] = w_load4(codes + 64 * i);
-        prefetch(codes + 64 * i + PREFETCH);
-    }
+    w16 word[2][3];
+HIRE_UNROLL
+    for (int part = 0; part < parts; part++)
+        for (int i = 0; i < unit_bytes(bits) / 64; i++) {
+            const uint8_t *place = codes + part * unit_bytes(bits) + 64 * i;
+            word[part][i] = w_load4(place);
+            prefetch(place + PREFETCH);
+        }
 HIRE_UNROLL
     for (int quad = 0; quad < unit_codes(bits) / 4; quad++) {
-        const w16 code = quad_codes(word, quad, bits);
+        w16 code[2];
+HIRE_UNROLL
+        for (int part = 0; part < parts; part++) code[part] = quad_codes(word[part], quad, bits);
+HIRE_UNROLL
         for (int d = 0; d < DIGITS; d++)
-            sum[d] = w_dot(sum[d], code, digits + 16 * quad + 4 * d);
+HIRE_UNROLL
+            for (int part = 0; part < parts; part++)
+                sum[part][d] = w_dot(sum[part][d], code[part], digits + 16 * quad + 4 * d);
     }
 }
 
@@ -51,23 +61,20 @@ INLINE void estimate_tile(const hire_layer *layer, const hire_run *run, int64_t 
     for (int64_t begin = 0, b = 0; begin < width; begin += block, b++, digits += digit_bytes) {
         const int64_t left = width - begin, n = left < block ? left : block;
         const int64_t units = (n + unit_codes(bits) - 1) / unit_codes(bits);
-        w16 gate_sum[DIGITS], up_sum[DIGITS];
-        for (int d = 0; d < DIGITS; d++) gate_sum[d] = up_sum[d] = w_set1(run->u_first[4 * b + d]);
-        for (int64_t i = 0; i < units; i++) {
-            const int8_t *own = digits + i * 4 * unit_codes(bits);
-            if (gated) add_unit(p, own, bits, gate_sum);
-            add_unit(p + gated * unit_bytes(bits), own, bits, up_sum);
-            p += (1 + gated) * unit_bytes(bits);
-        }
+        w16 sum[2][DIGITS]; /* of gate and up, or of up */
+HIRE_UNROLL
+        for (int d = 0; d < DIGITS; d++) sum[0][d] = sum[1][d] = w_set1(run->u_first[4 * b + d]);
+        for (int64_t i = 0; i < units; i++, p += (1 + gated) * unit_bytes(bits))
+            add_unit(p, digits + i * 4 * unit_codes(bits), bits, 1 + gated, sum);
         const v16 total = v_set1(run->u_sum[b]), scale = v_set1(run->u_scale[b]);
         const uint8_t *offsets = p + 32 * (1 + gated);
         const v16 up_scale = v_load_f16(p + 32 * gated);
-        up = v_fma(up_scale, v_mul(from_digits(up_sum), scale), up);
+        up = v_fma(up_scale, v_mul(from_digits(sum[gated]), scale), up);
         if (!layer->symmetric)
             up = v_fma(middle_value(up_scale, offsets + 32 * gated, bits), total, up);
         if (gated) {
             const v16 gate_scale = v_load_f16(p);
-            gate = v_fma(gate_scale, v_mul(from_digits(gate_sum), scale), gate);
+            gate = v_fma(gate_scale, v_mul(from_digits(sum[0]), scale), gate);
             if (!layer->symmetric)
                 gate = v_fma(middle_value(gate_scale, offsets, bits), total, gate);
         }
