@@ -4,23 +4,27 @@ Shape suffixes: Q new positions, D width, J key/value heads, P positions, E head
 """
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from hireconvert import _native
-from hireconvert._native_step import MOST_ROWS, SLACK, Block, Matrix, Step, matvec
+from hireconvert._native_step import MOST_ROWS, SLACK, Block, Codes, Matrix, Step, matvec
 from hireconvert._packing import ACTIVATIONS, TYPES
-from tests.native import Case, settings_of, tensors_of
+from tests.native import Case, codes_of, settings_of, tensors_of
 
 
-def weight(dice: random.Random, outputs: int, inputs: int, dtype: torch.dtype) -> Matrix:
+def weight(
+    dice: random.Random, outputs: int, inputs: int, dtype: torch.dtype, block: int | None
+) -> Matrix | Codes:
+    """As stored, or, with a block (0: whole rows), now and then as codes."""
     bias = torch.randn(outputs) if dice.random() < 0.5 else None
-    if dice.random() < 0.2:
-        block = dice.choice([0, 32, 64])
-        scale = torch.rand(outputs, -(-inputs // (block or inputs)))
-        codes = torch.randint(-128, 128, (outputs, inputs), dtype=torch.int8)
-        return Matrix(codes, bias, scale, block)
+    if block is not None and dice.random() < 0.4:
+        block = min(block or inputs, inputs)
+        scale = torch.rand(outputs, -(-inputs // block))
+        codes = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
+        return replace(codes_of(codes, scale, block), bias_O=bias)
     return Matrix(torch.randn(outputs, inputs).to(dtype), bias)
 
 
@@ -46,8 +50,12 @@ def random_block(dice: random.Random, width: int) -> Block:
     optional = {"attended_norm": width, "ffn_out_norm": width, "q_norm": size, "k_norm": size}
     norms = {"attention_norm": torch.rand(width), "ffn_norm": torch.rand(width)}
     norms |= {name: torch.rand(n) for name, n in optional.items() if dice.random() < 0.5}
+    block = dice.choice([None, 0, 32, 64])
     return Block(
-        matrices={name: weight(dice, *shape, dtype) for name, shape in shapes.items()},
+        matrices={
+            name: weight(dice, *shape, dtype, block if name in "qkvo" else None)
+            for name, shape in shapes.items()
+        },
         norms=norms,
         head_dim=size,
         rotary=2,
@@ -64,7 +72,9 @@ def random_block(dice: random.Random, width: int) -> Block:
 
 def cache_of(block: Block, cached: int, new: int) -> tuple[list[Any], list[torch.Tensor]]:
     """A row of `past`, and the memory that it points at: room for the new positions, no more."""
-    pairs, room = block.matrices["k"].weight_OI.shape[0] // block.head_dim, cached + new
+    keys, room = block.matrices["k"], cached + new
+    outputs = keys.outputs if isinstance(keys, Codes) else len(keys.weight_OI)
+    pairs = outputs // block.head_dim
     numel = pairs * room * block.head_dim
     memory = [
         torch.zeros(numel + SLACK // torch.tensor([], dtype=block.cache_type).element_size())
@@ -101,5 +111,5 @@ def main(number: int) -> None:
     for _ in range(number):
         run(dice)
         outputs, inputs = dice.randint(1, 40), dice.randint(1, 100)
-        matrix = weight(dice, outputs, inputs, dice.choice(TYPES))
+        matrix = weight(dice, outputs, inputs, dice.choice(TYPES), dice.choice([None, 0, 32, 64]))
         matvec(matrix, torch.randn(dice.randint(1, MOST_ROWS), inputs))
