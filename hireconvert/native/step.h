@@ -40,8 +40,8 @@ static inline int64_t hire_matrix_words(int64_t inputs, int64_t block)
 }
 
 /* Rows of x, zeros up to a multiple of 32. For HIRE_INT8 they come as whole numbers as well, which
- * share a scale for each block: digits in base 256, four inputs of a digit side by side, and what
- * the codes' zero adds to the sums over each digit, taken away. */
+ * share a scale for each block: digits in base 256, four inputs of a digit side by side, and where
+ * the sums over each digit begin, so that the codes' zero adds nothing. */
 typedef struct {
     const float *x;
     int64_t stride; /* floats from row to row, a multiple of 32 */

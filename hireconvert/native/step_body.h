@@ -111,7 +111,7 @@ static NOINLINE void matrix_f16(const hire_matrix *m, const hire_inputs *in, int
 /* ------------------------------------------------------------------ matrices of codes */
 
 /* A block of x, zeros up to a multiple of 32: digits, scale (NaN where an input is NaN or inf), and
- * for each digit what the codes' zero adds to its sums, less that. */
+ * where the sums over each digit begin, so that the codes' zero adds nothing. */
 static void split_block(const float *x, int64_t num, int8_t *digits, float *scale, int32_t *first)
 {
     v16 most = v_set1(HIRE_SMALLEST), nothing = v_set1(0.0f);
