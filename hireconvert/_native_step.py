@@ -122,7 +122,7 @@ class Codes:
         return described
 
 
-def code_shapes(outputs: int, inputs: int, block: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _code_shapes(outputs: int, inputs: int, block: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """What `tiles_TWB` and `scale_TGL` of such a matrix measure."""
     tiles, blocks = -(-outputs // LANES), -(-inputs // block)
     words = inputs // block * -(-block // 4) + -(-(inputs % block) // 4)
@@ -151,7 +151,7 @@ def coded(matrices: Sequence[Matrix], block: int) -> list[Matrix | Codes]:
     for index, matrix in enumerate(matrices):
         outputs, inputs = matrix.weight_OI.shape
         if _may_be_coded(matrix.weight_OI, block):
-            tiles, scales = code_shapes(outputs, inputs, min(block, inputs))
+            tiles, scales = _code_shapes(outputs, inputs, min(block, inputs))
             shapes[f"tiles{index}"] = (torch.uint8, tiles)
             shapes[f"scale{index}"] = (torch.float32, scales)
     held, _ = placed(shapes)
@@ -176,8 +176,9 @@ def _may_be_coded(weight_OI: torch.Tensor, block: int) -> bool:
 def _encode(matrix: Matrix, codes: Codes) -> bool:
     """Write the codes and scales; whether every weight lies on its grid."""
     weight_OI, threads = matrix.weight_OI.detach(), torch.get_num_threads()
-    codes.tiles_TWB.fill_(_ZERO_CODE)
-    codes.scale_TGL.zero_()
+    if codes.tiles_TWB.numel() > weight_OI.numel():  # else every byte is written
+        codes.tiles_TWB.fill_(_ZERO_CODE)
+        codes.scale_TGL.zero_()
     coding = _Coding(
         weight=weight_OI.data_ptr(),
         row_stride=weight_OI.stride(0),

@@ -133,19 +133,26 @@ INLINE v16 centred(const hire_layer *layer, const float *x, int64_t at, int64_t 
     return v_load(some);
 }
 
-/* The digits of n inputs u (n in whole 32s) times `inverse`; returns the numbers' sum. */
-static int64_t split(const float *u, int64_t n, float inverse, int8_t *digits)
+/* A block of n inputs (n in whole 16s): their digits, the scale (NaN where one is NaN or inf), and the
+ * sums of the digits. */
+static void split_block(const float *u, int64_t n, int8_t *digits, float *scale, int32_t *sums)
 {
-    const v16 factor = v_set1(inverse);
-    int64_t total = 0;
-    for (int64_t j = 0; j < n; j += 32) {
-        const w16 a = w_round(v_mul(v_load(u + j), factor));
-        const w16 b = w_round(v_mul(v_load(u + j + 16), factor));
-        w_store(digits + 4 * j, w_by_byte(digits_of(a)));
-        w_store(digits + 4 * j + 64, w_by_byte(digits_of(b)));
-        total += w_total(w_add(a, b));
+    v16 most = v_set1(HIRE_SMALLEST), nothing = v_set1(0.0f);
+    for (int64_t j = 0; j < n; j += 16) {
+        most = v_max(v_abs(v_load(u + j)), most);
+        nothing = v_fma(v_load(u + j), v_set1(0.0f), nothing);
     }
-    return total;
+    const float largest = v_most(most);
+    const v16 factor = v_set1(HIRE_LARGEST / largest);
+    w16 sum = w_set1(0); /* lane l: of digit l % 4 */
+    for (int64_t j = 0; j < n; j += 16) {
+        w_store(digits + 4 * j, w_by_byte(digits_of(w_round(v_mul(v_load(u + j), factor)))));
+        sum = w_dot_each(sum, w_set1(0x01010101), digits + 4 * j);
+    }
+    int32_t lane[16];
+    w_store(lane, sum);
+    for (int d = 0; d < 4; d++) sums[d] = lane[d] + lane[d + 4] + lane[d + 8] + lane[d + 12];
+    *scale = largest / HIRE_LARGEST + v_sum(nothing);
 }
 
 /* The predictor's inputs as digits, four inputs at a time, and for every block the scale, the sum
@@ -156,18 +163,12 @@ static void split_inputs(const hire_layer *layer, hire_run *run)
     const int64_t width = layer->width, padded = (layer->block + 31) / 32 * 32;
     for (int64_t begin = 0, b = 0; begin < width; begin += layer->block, b++) {
         const int64_t end = begin + layer->block < width ? begin + layer->block : width;
-        v16 most = v_set1(HIRE_SMALLEST), nothing = v_set1(0.0f);
-        for (int64_t j = 0; j < padded; j += 16) {
-            const v16 u = centred(layer, run->x, begin + j, end);
-            v_store(run->u + j, u);
-            most = v_max(v_abs(u), most);
-            nothing = v_fma(u, v_set1(0.0f), nothing);
-        }
-        const float largest = v_most(most);
-        const int64_t total = split(run->u, padded, HIRE_LARGEST / largest,
-                                    run->u_digits + 4 * padded * b);
+        int32_t sums[4];
+        for (int64_t j = 0; j < padded; j += 16)
+            v_store(run->u + j, centred(layer, run->x, begin + j, end));
+        split_block(run->u, padded, run->u_digits + 4 * padded * b, &run->u_scale[b], sums);
+        const int64_t total = sums[0] + 256 * (int64_t)sums[1] + 65536 * (int64_t)sums[2];
         const int64_t first = (total * (1 - (1 << layer->bits)) - 1) / 2;
-        run->u_scale[b] = largest / HIRE_LARGEST + v_sum(nothing);
         run->u_sum[b] = (float)total * run->u_scale[b];
         run->u_first[4 * b] = (int32_t)(first & 255);
         run->u_first[4 * b + 1] = (int32_t)(first >> 8 & 255);

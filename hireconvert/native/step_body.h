@@ -110,30 +110,6 @@ static NOINLINE void matrix_f16(const hire_matrix *m, const hire_inputs *in, int
 
 /* ------------------------------------------------------------------ matrices of codes */
 
-/* A block of x, zeros up to a multiple of 32: digits, scale (NaN where an input is NaN or inf), and
- * where the sums over each digit begin, so that the codes' zero adds nothing. */
-static void split_block(const float *x, int64_t num, int8_t *digits, float *scale, int32_t *first)
-{
-    v16 most = v_set1(HIRE_SMALLEST), nothing = v_set1(0.0f);
-    for (int64_t j = 0; j < num; j += 16) {
-        most = v_max(v_abs(v_load(x + j)), most);
-        nothing = v_fma(v_load(x + j), v_set1(0.0f), nothing);
-    }
-    const float largest = v_most(most);
-    const v16 factor = v_set1(HIRE_LARGEST / largest);
-    w16 sum = w_set1(0); /* lane l: of digit l % 4 */
-    for (int64_t j = 0; j < num; j += 16) {
-        w_store(digits + 4 * j, w_by_byte(digits_of(w_round(v_mul(v_load(x + j), factor)))));
-        sum = w_dot_each(sum, w_set1(0x01010101), digits + 4 * j);
-    }
-    int32_t lane[16];
-    w_store(lane, sum);
-    for (int d = 0; d < 4; d++)
-        first[d] = (BYTE_TAKEN - HIRE_ZERO_CODE) *
-                   (lane[d] + lane[d + 4] + lane[d + 8] + lane[d + 12]);
-    *scale = largest / HIRE_LARGEST + v_sum(nothing);
-}
-
 static void split_rows(const hire_matrix *m, const hire_inputs *in)
 {
     const int64_t blocks = hire_matrix_blocks(m), most = in->stride / 32;
@@ -141,9 +117,11 @@ static void split_rows(const hire_matrix *m, const hire_inputs *in)
         for (int64_t b = 0; b < blocks; b++) {
             const int64_t begin = b * m->block, left = m->inputs - begin;
             const int64_t num = left < m->block ? left : m->block;
+            int32_t *first = in->first + 4 * (i * most + b);
             split_block(in->x + i * in->stride + begin, (num + 31) / 32 * 32,
                         in->digits + 4 * (i * in->stride + begin), in->scale + i * most + b,
-                        in->first + 4 * (i * most + b));
+                        first);
+            for (int d = 0; d < 4; d++) first[d] *= BYTE_TAKEN - HIRE_ZERO_CODE;
         }
 }
 
