@@ -9,6 +9,7 @@ Shape suffixes: W windows, T tokens of a window, N rows (scored positions), D wi
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pydoc_data import topics
 from typing import Any
 
@@ -35,6 +36,7 @@ from hireconvert.measures import (
 )
 
 Progress = Callable[[int, int], None]
+SELECTING = 2  # times a dense window's work that one takes whose rows all select (docs/log.md)
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,29 @@ class EvalReport:
 
 
 # --------------------------------------------------------------------------- running a view
+
+
+class _Work:
+    """What an evaluation takes in multiply-adds, so that the time left is told from its share."""
+
+    def __init__(self, model: Any, shape_WT: torch.Size, *, unseen: bool, progress: Progress):
+        body = sum(weight.numel() for weight in base_model(model).parameters())
+        body -= model.get_input_embeddings().weight.numel()
+        num_windows, length = shape_WT
+        num_rows, selecting = num_windows * (length - 1), 2 if hire_layers(model) else 0
+        chunks = len(_chunks(num_rows, model))
+        views = 1 + selecting + unseen
+        head = num_rows * model.get_output_embeddings().weight.numel()
+        self.window = length * body
+        self.chunk = views * head // chunks
+        self._total = num_windows * self.window * (1 + unseen + selecting * SELECTING)
+        self._total += chunks * self.chunk
+        self._progress, self._done = progress, 0
+
+    def add(self, amount: int) -> None:
+        """So much more of it is done."""
+        self._done += amount
+        self._progress(self._done, self._total)
 
 
 def hidden_states(
@@ -120,7 +145,7 @@ def _compare(
     model: Any,
     hidden: dict[str, torch.Tensor],
     target_N: torch.Tensor,
-    tick: Callable[[], None],
+    work: _Work,
 ) -> tuple[PairedFigures, dict[str, PairedFigures]]:
     """Figures of the baseline and of each view's hidden states [N, D], through the dense head."""
     own, sums = PairedFigures(), {name: PairedFigures() for name in hidden}
@@ -132,7 +157,7 @@ def _compare(
             same = hidden_ND is baseline[1]
             view_NV = dense_NV if same else head_logits(model, hidden_ND[chunk]).log_softmax(-1)
             sums[name].add(dense_NV, view_NV, target)
-        tick()
+        work.add(work.chunk)
     return own, sums
 
 
@@ -152,16 +177,16 @@ class _Views:
     selection: SelectionReport | None = None
 
 
-def _run_views(
-    model: Any, ids_WT: torch.Tensor, dense_prefix: int, tick: Callable[[], None]
-) -> _Views:
+def _run_views(model: Any, ids_WT: torch.Tensor, dense_prefix: int, work: _Work) -> _Views:
     views = _Views()
+    tick = partial(work.add, work.window)
     with hire_scope(model, "off"):
         prove_logits(model, ids_WT)
         views.hidden["dense"] = hidden_states(model, ids_WT, tick)
         views.nonfinite["dense"] = 0
     if not hire_layers(model):
         return views
+    tick = partial(work.add, SELECTING * work.window)
     for name, prefix in {"all": 0, "all_prefix": dense_prefix}.items():
         model.hire_stats(reset=True)
         with hire_scope(model, "all", dense_prefix=prefix), layer_inputs(model) as inputs:
@@ -187,7 +212,7 @@ def evaluate_model(
 
     Each row of `windows.ids_WT` is scored from its second token on; `dense_prefix` is cut to half
     a window. `baseline_hidden_ND` is what `hidden_states` gives for the baseline, where that is
-    known already. `progress` is called with steps done and steps in all. The model's scope is
+    known already. `progress` is called with multiply-adds done and in all. The model's scope is
     restored. Raises InputError when the logits are made in an unknown way or a layer is NaN or inf
     in every row, RuntimeError when the sparse path did not run (our bug).
     """
@@ -195,23 +220,16 @@ def evaluate_model(
     dense_prefix = min(dense_prefix, ids_WT.shape[1] // 2)
     target_N = ids_WT[:, 1:].flatten()
     unseen = baseline is not None and baseline_hidden_ND is None
-    passes = (3 if hire_layers(model) else 1) + unseen
-    total = passes * len(ids_WT) + len(_chunks(len(target_N), model))
-    done = 0
-
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        progress(done, total)
-
-    views = _run_views(model, ids_WT, dense_prefix, tick)
+    work = _Work(model, ids_WT.shape, unseen=unseen, progress=progress)
+    views = _run_views(model, ids_WT, dense_prefix, work)
     reference = (model, views.hidden["dense"])
     if baseline is not None:
         if baseline_hidden_ND is None:
+            tick = partial(work.add, work.window)
             baseline_hidden_ND = hidden_states(baseline, ids_WT, tick)
         reference = (baseline, baseline_hidden_ND)
     with hire_scope(model, "off"):
-        own, sums = _compare(reference, model, views.hidden, target_N, tick)
+        own, sums = _compare(reference, model, views.hidden, target_N, work)
     reports = {name: sums[name].report(views.nonfinite[name]) for name in sums}
     reference_report = own.report(0)
     head = None

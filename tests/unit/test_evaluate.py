@@ -319,7 +319,11 @@ def test_report_is_json_and_scope_and_progress_are_kept() -> None:
     )
     state = model.hire_state
     assert (state.scope, state.dense_prefix, state.sparse_head) == ("decode", 0, False)
-    assert seen[-1][0] == seen[-1][1] == len(seen)
+    done = [step[0] for step in seen]
+    assert done == sorted(set(done)) and seen[-1][0] == seen[-1][1]
+    assert len({step[1] for step in seen}) == 1
+    # A window that selects counts as two that do not.
+    assert done[3] - done[2] == 2 * done[0]  # three windows
     tree = json.loads(json.dumps(report.to_dict()))
     assert tree["all"]["perplexity"] == report.all.perplexity if report.all else False
     assert "nll_N" not in tree["dense"] and "baseline_nll_N" not in tree
