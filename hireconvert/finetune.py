@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
+from hireconvert.errors import InputError
 from hireconvert.families import (
     FfnWeights,
     Layout,
@@ -72,7 +73,8 @@ def finetune(
     ones that fill no step are left out. `checkpoint` is an existing folder that keeps the state of
     training: a run that finds one there continues from it. `fit` makes a layer's predictor and is
     needed where predictors select. `progress` is called with steps done, steps in all and the loss.
-    Raises InputError where the loss would be of other logits than the model's.
+    Raises InputError where the loss would be of other logits than the model's, and at the first
+    step whose loss is NaN or inf.
     """
     if recipe.loss.kl or recipe.loss.lm:
         with torch.no_grad():
@@ -246,11 +248,22 @@ class _Trainer:
             loss = self._loss(student, ids_BT.to(self.device)) * (len(ids_BT) / len(batch_BT))
             self.accelerator.backward(loss)
             total += float(loss.detach())
+        if not math.isfinite(total):
+            raise InputError(self._diverged(total))
         self.accelerator.clip_grad_norm_(self.parameters, recipe.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.losses.append(total)
         self.kept.append(student.kept_share())
+
+    def _diverged(self, loss: float) -> str:
+        last = f"was {self.losses[-1]:.4g} a step before" if self.losses else "came at once"
+        return (
+            f"the finetune diverged: its loss is {loss} at step {self.step + 1} of "
+            f"{self.plan.steps} and {last}. Set a lower finetune.learning_rate (now "
+            f"{self.recipe.learning_rate:g})"
+            + (" or finetune.precision=float32." if self.recipe.precision != "float32" else ".")
+        )
 
     def _autocast(self) -> Any:
         narrow = self.recipe.precision == "bfloat16"

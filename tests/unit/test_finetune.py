@@ -365,6 +365,23 @@ def test_training_lowers_the_loss_it_minimises(loss: dict[str, float], ffn: FfnR
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_training_that_diverges_stops(precision: str, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    diverging = recipe(learning_rate=1e30, checkpoint_steps=100, precision=precision)
+    with pytest.raises(InputError, match=r"diverged: .* step 2 of 20 and was .* \(now 1e\+30\)"):
+        finetune(
+            model,
+            find_layout(model),
+            tokens(2, 16).repeat(20, 1),
+            recipe=diverging,
+            ffn=FFN,
+            seed=0,
+            checkpoint=tmp_path,
+        )
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "changes",
     [
