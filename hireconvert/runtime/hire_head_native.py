@@ -3,29 +3,15 @@
 Shape suffixes: N rows (tokens), D width, V vocabulary.
 """
 
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from .hire_native import ABI
+from .hire_native import library
 
-
-def _library() -> tuple[Any, str]:
-    """(the module that calls the kernels, or None; why there is none)."""
-    try:
-        # By name: whoever reads the files of a checkpoint need not have it.
-        found = importlib.import_module("hireconvert._native_head")
-    except ImportError as error:
-        return None, f"no native library ({error})"
-    if found.ABI != ABI:
-        return None, f"the native library has ABI {found.ABI}, this checkpoint needs {ABI}"
-    return found, ""
-
-
-native, _MISSING = _library()
+native, _MISSING = library("_native_head")
 
 
 def obstacle(spec: Mapping[str, Any], head: Any) -> str | None:

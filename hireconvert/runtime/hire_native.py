@@ -22,11 +22,11 @@ MOST_ROWS = 32
 _REST_BLOCK = 16
 
 
-def _library() -> tuple[Any, str]:
-    """(the module that calls the kernels, or None; why there is none)."""
+def library(name: str) -> tuple[Any, str]:
+    """(the module of hireconvert that calls kernels, or None; why there is none)."""
     try:
         # By name: whoever reads the files of a checkpoint need not have it.
-        found = importlib.import_module("hireconvert._native")
+        found = importlib.import_module(f"hireconvert.{name}")
     except ImportError as error:
         return None, f"no native library ({error})"
     if found.ABI != ABI:
@@ -34,7 +34,7 @@ def _library() -> tuple[Any, str]:
     return found, ""
 
 
-native, _MISSING = _library()
+native, _MISSING = library("_native")
 
 
 def activation_name(act: Any) -> str | None:
