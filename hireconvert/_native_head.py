@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hireconvert._native import ABI, LEVELS, LIBRARY, VARIABLE, level, machinery, scratch
+from hireconvert._native import LEVELS, LIBRARY, VARIABLE, level, machinery, scratch
 from hireconvert._packing import LANES, TYPES
 from hireconvert._pages import Shapes, placed
 from hireconvert.runtime.hire_predict import head_copy_bytes, num_loud
 
 __all__ = [
-    "ABI", "MOST_WIDTH", "TYPES", "VARIABLE", "HeadCall", "HeadLayer", "RowCall", "level",
+    "MOST_WIDTH", "TYPES", "VARIABLE", "HeadCall", "HeadLayer", "RowCall", "level",
     "machinery",
 ]  # fmt: skip
 MOST_WIDTH = 16384

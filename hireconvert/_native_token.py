@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from hireconvert._native import ABI, LIBRARY
+from hireconvert._native import LIBRARY
 from hireconvert._native_head import RowCall
 from hireconvert._native_step import PAST_FIELDS, Step
 from hireconvert._packing import TYPES
 
 __all__ = [
-    "ABI", "BEYOND", "HIDDEN", "MOST_LEFT", "STOPPED", "UNSURE", "Embedding", "RowCall", "Token",
+    "BEYOND", "HIDDEN", "MOST_LEFT", "STOPPED", "UNSURE", "Embedding", "RowCall", "Token",
     "draw", "kth_largest", "largest",
 ]  # fmt: skip
 STOPPED, HIDDEN = -1, -2  # of native/token.h

@@ -7,7 +7,6 @@ so. Shape suffixes: Q new positions, D width, J key/value heads, E head size, P 
 """
 
 import copy
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +16,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from .hire_ffn import FfnParts
-from .hire_native import activation_name
+from .hire_native import activation_name, find_library
 from .hire_native import native as library
 from .hire_native import obstacle as ffn_obstacle
 from .hire_predict import keeps_all
@@ -44,14 +43,7 @@ _FIXED_ROPES = {"default", "linear", "llama3", "yarn"}
 _TABLE = 512
 _CLOSE, _CLOSE_HALF = 2e-3, 0.1
 
-
-def _load() -> Any:
-    if library is None:
-        return None
-    return importlib.import_module("hireconvert._native_step")
-
-
-steps = _load()
+steps, _ = find_library("_native_step")
 
 
 class Obstacle(Exception):

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .hire_native import library
+from .hire_native import find_library
 
-native, _MISSING = library("_native_head")
+native, _MISSING = find_library("_native_head")
 
 
 def obstacle(spec: Mapping[str, Any], head: Any) -> str | None:

@@ -22,19 +22,20 @@ MOST_ROWS = 32
 _REST_BLOCK = 16
 
 
-def library(name: str) -> tuple[Any, str]:
+def find_library(name: str) -> tuple[Any, str]:
     """(the module of hireconvert that calls kernels, or None; why there is none)."""
     try:
         # By name: whoever reads the files of a checkpoint need not have it.
+        base = importlib.import_module("hireconvert._native")
         found = importlib.import_module(f"hireconvert.{name}")
     except ImportError as error:
         return None, f"no native library ({error})"
-    if found.ABI != ABI:
-        return None, f"the native library has ABI {found.ABI}, this checkpoint needs {ABI}"
+    if base.ABI != ABI:
+        return None, f"the native library has ABI {base.ABI}, this checkpoint needs {ABI}"
     return found, ""
 
 
-native, _MISSING = library("_native")
+native, _MISSING = find_library("_native")
 
 
 def activation_name(act: Any) -> str | None:

@@ -4,7 +4,6 @@
 happens between a token's id and its logits. Shape suffixes: V vocabulary.
 """
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,19 +11,13 @@ import torch
 from torch import nn
 
 from .hire_cache import Held
+from .hire_native import find_library
 from .hire_native import native as library
 
 # Besides PyTorch's own: a row times the buffer `embed_scale`, rounded to the weight's type.
 _SCALED = "TextScaledWordEmbedding"
 
-
-def _load() -> Any:
-    if library is None:
-        return None
-    return importlib.import_module("hireconvert._native_token")
-
-
-native = _load()
+native, _ = find_library("_native_token")
 
 
 def altered(module: nn.Module) -> bool:

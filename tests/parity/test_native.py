@@ -289,7 +289,7 @@ def test_no_library_is_said_once_at_load(tmp_path, monkeypatch, caplog):
 
 def test_another_abi_means_the_pytorch_path(monkeypatch):
     monkeypatch.setattr(_native, "ABI", 2)
-    found, reason = hire_native.library("_native")
+    found, reason = hire_native.find_library("_native")
     assert found is None and "ABI 2, this checkpoint needs 1" in reason
 
 
