@@ -1,8 +1,7 @@
 """A recipe for a limit on KL: shipped settings tried on the model itself, beside dense rounding.
 
-Neurons are selected as a conversion would select them, by low-bit copies made with plain rounding,
-and count by them where the recipe lets neurons left out count by estimate; fitted copies are
-better, so what is chosen here errs on the side of quality.
+Neurons are selected as a conversion would select them, by low-bit copies fitted to the text that is
+tried, and count by them where the recipe lets neurons left out count by estimate.
 
 Shape suffixes: W windows, T tokens of a window.
 """

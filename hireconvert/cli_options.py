@@ -62,7 +62,9 @@ OverwriteOption = Annotated[
 DryRunOption = Annotated[
     bool,
     typer.Option(
-        "--dry-run", help="Print the plan; read nothing but headers.", rich_help_panel=_RUN
+        "--dry-run",
+        help="Print the plan; without --auto nothing but headers is read.",
+        rich_help_panel=_RUN,
     ),
 ]
 

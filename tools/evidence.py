@@ -1,4 +1,4 @@
-"""Regenerate every measured table of docs/log.md; finished steps are kept, so it can be stopped.
+"""Regenerate the tables between marks in docs/log.md; finished steps are kept: it can be stopped.
 
 python tools/evidence.py --data DIR --out evidence [--only STEP] [--list]
 
@@ -104,12 +104,23 @@ def _tables(results: Path) -> tuple[str, ...]:
     return _python(RESEARCH / "tables.py", results)
 
 
-def write_table(name: str, text: str) -> None:
-    """Put a table between its marks in the log. Raises SystemExit when the marks are missing."""
+def marks(name: str) -> tuple[str, str]:
+    """What stands before and behind a table in the log."""
+    return f"<!-- begin {name} -->", f"<!-- end {name} -->"
+
+
+def check_marks(steps: list[Step]) -> None:
+    """Raise SystemExit, before hours are spent, where the log has no place for a table."""
     page = LOG.read_text(encoding="utf-8")
-    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-    if begin not in page or end not in page:
-        raise SystemExit(f"{LOG} lacks the marks {begin} and {end}")
+    for step in steps:
+        if step.table and any(page.count(mark) != 1 for mark in marks(step.name)):
+            raise SystemExit(f"{LOG} must hold the marks {' and '.join(marks(step.name))} once")
+
+
+def write_table(name: str, text: str) -> None:
+    """Put a table between its marks in the log."""
+    page = LOG.read_text(encoding="utf-8")
+    begin, end = marks(name)
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
     page = pattern.sub(lambda _: f"{begin}\n{text.strip()}\n{end}", page)
     LOG.write_text(page, encoding="utf-8")
@@ -144,10 +155,11 @@ def main() -> None:
     if args.list:
         print("\n".join(step.name for step in wanted))
         return
+    chosen = [step for step in wanted if not args.only or step.name in args.only]
+    check_marks(chosen)
     args.out.mkdir(parents=True, exist_ok=True)
-    for step in wanted:
-        if not args.only or step.name in args.only:
-            run(step)
+    for step in chosen:
+        run(step)
 
 
 if __name__ == "__main__":
