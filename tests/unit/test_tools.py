@@ -1,4 +1,4 @@
-"""The tool that rewrites measured tables: every step finds the place of its table in the log."""
+"""Tools that nothing else runs: tables find their place in the log, one FFN is timed."""
 
 import importlib.util
 import sys
@@ -10,15 +10,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A script of tools/, read from the repository's root."""
     monkeypatch.chdir(ROOT)
-    spec = importlib.util.spec_from_file_location("evidence", ROOT / "tools" / "evidence.py")
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "evidence", module)  # where its dataclass looks for types
+    monkeypatch.setitem(sys.modules, name, module)  # where its dataclasses look for types
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return load("evidence", monkeypatch)
 
 
 def test_every_table_has_its_place(tool: ModuleType) -> None:
@@ -50,3 +55,19 @@ def test_a_missing_place_is_told_before_anything_runs(
     with pytest.raises(SystemExit, match="must hold the marks <!-- begin lossless -->"):
         tool.main()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("refined", [[], ["--refined"]], ids=["stored", "refined"])
+def test_one_ffn_is_timed(
+    refined: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench = load("bench_ffn", monkeypatch)
+    monkeypatch.setattr(bench, "STREAM_BYTES", 2**16)
+    monkeypatch.setattr(bench, "SHAPES", {"smollm2": (64, 96)})
+    arguments = ["--memory", "1", "--rounds", "2", "--keep", "0.25", *refined]
+    monkeypatch.setattr(sys, "argv", ["bench_ffn.py", *arguments])
+    bench.main()
+    rows = [
+        line.split(" | ") for line in capsys.readouterr().out.splitlines() if "keep 0.25" in line
+    ]
+    assert rows and all(float(row[1]) > 0 and float(row[4]) > 0 for row in rows)
