@@ -81,17 +81,19 @@ class EvalReport:
 class _Work:
     """What an evaluation takes in multiply-adds, so that the time left is told from its share."""
 
-    def __init__(self, model: Any, shape_WT: torch.Size, *, unseen: bool, progress: Progress):
+    def __init__(
+        self, model: Any, shape_WT: torch.Size, *, others: int, unseen: bool, progress: Progress
+    ) -> None:
+        """`others`: models beside this one whose logits are needed; `unseen`: to be run as well."""
         body = sum(weight.numel() for weight in base_model(model).parameters())
         body -= model.get_input_embeddings().weight.numel()
         num_windows, length = shape_WT
-        num_rows, selecting = num_windows * (length - 1), 2 if hire_layers(model) else 0
+        num_rows, sparse_views = num_windows * (length - 1), 2 if hire_layers(model) else 0
         chunks = len(_chunks(num_rows, model))
-        views = 1 + selecting + unseen
         head = num_rows * model.get_output_embeddings().weight.numel()
         self.window = length * body
-        self.chunk = views * head // chunks
-        self._total = num_windows * self.window * (1 + unseen + selecting * SELECTING)
+        self.chunk = (1 + sparse_views + others) * head // chunks
+        self._total = num_windows * self.window * (1 + unseen + sparse_views * SELECTING)
         self._total += chunks * self.chunk
         self._progress, self._done = progress, 0
 
@@ -220,7 +222,8 @@ def evaluate_model(
     dense_prefix = min(dense_prefix, ids_WT.shape[1] // 2)
     target_N = ids_WT[:, 1:].flatten()
     unseen = baseline is not None and baseline_hidden_ND is None
-    work = _Work(model, ids_WT.shape, unseen=unseen, progress=progress)
+    others = int(baseline is not None)
+    work = _Work(model, ids_WT.shape, others=others, unseen=unseen, progress=progress)
     views = _run_views(model, ids_WT, dense_prefix, work)
     reference = (model, views.hidden["dense"])
     if baseline is not None:
