@@ -34,8 +34,8 @@ _NUMBERS = (
     "rest_symmetric", "rest_bytes", "low_bytes",
 )  # fmt: skip
 _POINTERS = (
-    "tiles", "mean", "inverse_scale", "bias", "soft", "norm", "rows", "row_bias", "down_bias",
-    "rest", "low_bias", "low",
+    "tiles", "mean", "inverse_scale", "bias", "soft", "rest_error", "norm", "rows", "row_bias",
+    "down_bias", "rest", "low_bias", "low",
 )  # fmt: skip
 
 

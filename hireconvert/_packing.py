@@ -203,6 +203,8 @@ class _Layer:
         }
         if given.has("soft"):
             tensors["soft"] = _pad_parts(given.floats("soft", parts * neurons), parts)
+            if given.has("rest_error"):
+                tensors["rest_error"] = given.floats("rest_error", 1)
         return tensors
 
     def _biases(self) -> dict[str, torch.Tensor]:

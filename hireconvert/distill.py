@@ -40,6 +40,7 @@ from hireconvert.scoring import (
     ROW_CHUNK,
     candidate_counts,
     cheapest_first,
+    down_error,
     exact_scores,
     hidden,
     layer_counts,
@@ -128,13 +129,18 @@ def distill_layer(
     permutation_F = None if ordered else final_order(weights, fit_ND, recipe, keep_fraction)
     if permutation_F is not None:
         weights, norm_F = permuted(weights, permutation_F), norm_F[permutation_F]
+    down: dict[str, torch.Tensor] = {}
+    if recipe.unselected is not None:
+        form = GridFormat(**recipe.unselected.model_dump())
+        down = encode_down(weights.down_FD, form)
+        if recipe.score == "error":
+            counts["unselected"]["error"] = down_error(weights.down_FD, down, counts["unselected"])
     job = _Job(weights, fit_ND, held_ND, norm_F, counts, seed)
     if predictor.kind == "auto":
         spec, tensors, report = _cheapest(job, predictor)
     else:
         spec, tensors, report = _fitted(job, predictor)
-    if recipe.unselected is not None:
-        tensors |= encode_down(weights.down_FD, GridFormat(**recipe.unselected.model_dump()))
+    tensors |= down
     tensors |= low_scales(weights, spec, tensors)
     return LayerResult(spec, tensors, permutation_F, report)
 
@@ -192,7 +198,7 @@ def _fit(
         for name, factor in zip(("factor_in", "factor_out"), factors, strict=True):
             tensors |= encode_factor(factor, recipe.factor_bits, name)
     tensors = {**tensors, "mean": mean_D, "bias": bias_M.contiguous()}
-    if recipe.soften:
+    if spec.get("soften"):
         hard = Predictor({**spec, "soften": False}, tensors, job.width)
         tensors["soft"] = soft_errors(job.weights, job.fit_ND, hard)
     return spec, tensors, losses

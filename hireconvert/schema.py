@@ -174,8 +174,10 @@ class FfnRecipe(Section):
     over_select: Annotated[float, In(1)] = Field(
         default=1.25, description="candidates per kept neuron, at least 1"
     )
-    score: Literal["norm", "plain"] = Field(
-        default="norm", description="a neuron's score: |h_i| * ||down_i||, or |h_i| alone"
+    score: Literal["norm", "plain", "error"] = Field(
+        default="norm",
+        description="a neuron's score: |h_i| * ||down_i||, or |h_i| alone; `error` names those "
+        "whose estimate, as which they would count when left out, is expected to be furthest off",
     )
     keep: Literal["top_k", "candidates"] = Field(
         default="top_k",
@@ -211,6 +213,8 @@ class FfnRecipe(Section):
                 yield "common_path", f"{self.common_path:g} is not below {key} ({keep:g})"
         if self.budget is not None:
             yield from self._budget_problems(self.budget)
+        if self.score == "error":
+            yield from self._error_problems()
         kinds = (one.kind for _, one in _each("predictor", self.predictor))
         if self.selection != "fixed" and self.over_select == 1 and "auto" not in kinds:
             why = "with as many candidates as are kept on average no row can keep more"
@@ -226,6 +230,13 @@ class FfnRecipe(Section):
                 yield "rows", f"refined needs {key} to be kind q of 4 bits for neurons, not {found}"
         if self.rows == "refined" and (self.unselected is None or self.unselected.bits != 4):
             yield "rows", "refined needs unselected.bits 4: its copy of down is refined as well"
+
+    def _error_problems(self) -> Iterator[Problem]:
+        if self.unselected is None:
+            yield "score", "error ranks by how far estimates are off; it needs ffn.unselected"
+        for key, predictor in _each("predictor", self.predictor):
+            if predictor.kind == "auto":
+                yield "score", f"error finds no top k, whose recall {key}.kind auto aims at"
 
     def not_simulated(self) -> str | None:
         """What forbids trying on the dense model what `unselected` estimates; None: nothing."""

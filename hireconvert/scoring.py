@@ -20,6 +20,7 @@ from hireconvert.recipe import FfnRecipe, HeadRecipe, PredictorRecipe
 from hireconvert.runtime.hire_predict import (
     FFN_PARTS,
     Predictor,
+    decode_down,
     kth_score,
     layer_bytes,
     top_k_mask,
@@ -103,7 +104,7 @@ def predictor_spec(
         "num_inputs": inputs if with_copy else width,
         "groups": recipe.group_scores,
     }
-    return {**spec, "soften": True} if recipe.soften else spec
+    return {**spec, "soften": True} if recipe.soften or counts["score"] == "error" else spec
 
 
 def head_spec(recipe: HeadRecipe, vocabulary: int) -> dict[str, Any]:
@@ -125,7 +126,7 @@ def head_spec(recipe: HeadRecipe, vocabulary: int) -> dict[str, Any]:
 def score_norms(weights: FfnWeights, score: str) -> torch.Tensor:
     """float32 [F]: the length of each neuron's output vector, or ones for the score `plain`."""
     norm_F = weights.down_FD.norm(dim=1)
-    return norm_F if score == "norm" else torch.ones_like(norm_F)
+    return torch.ones_like(norm_F) if score == "plain" else norm_F
 
 
 def hidden(weights: FfnWeights, x_ND: torch.Tensor) -> torch.Tensor:
@@ -158,6 +159,16 @@ def soft_errors(weights: FfnWeights, x_ND: torch.Tensor, predictor: Predictor) -
     mean_M, square_M = sums / x_ND.shape[0]
     soft_M = (square_M - mean_M.square()).clamp_min(0).sqrt().nan_to_num()
     return soft_M.clamp_max(torch.finfo(torch.float16).max).half()
+
+
+def down_error(
+    down_FD: torch.Tensor, tensors: dict[str, torch.Tensor], copy: dict[str, Any]
+) -> float:
+    """Mean over neurons of how far the low-bit output vector is off, as a share of its length."""
+    off_F = (down_FD.float() - decode_down(tensors, copy, down_FD.shape[1])).norm(dim=1)
+    length_F = down_FD.float().norm(dim=1)
+    share_F = (off_F / length_F)[length_F > 0]
+    return float(share_F.mean()) if len(share_F) else 0.0
 
 
 def _sampled(x_ND: torch.Tensor) -> torch.Tensor:
@@ -295,7 +306,8 @@ def estimated_units(
         unit_NS = predictor.estimate(x_ND)[:, spec["num_common"] // spec["group_size"] :]
     else:
         gated = weights.gate_FD is not None
-        score_NF = predictor.magnitudes(x_ND, weights.act, gated=gated) * norm_F
+        z_NM = predictor.estimate(x_ND)
+        score_NF = predictor.ranked(z_NM, weights.act, spec, gated=gated) * norm_F
         unit_NS = unit_scores(score_NF[:, spec["num_common"] :], spec["group_size"])
     return unit_NS.nan_to_num()
 

@@ -104,7 +104,7 @@ class LayerStudent:
     def refresh(self) -> None:
         """Take the norms of the output vectors, and the low-bit copies, as the weights are now."""
         norm_F = self.parts.down_FD().norm(dim=1)
-        self.norm_F = norm_F if self.counts["score"] == "norm" else torch.ones_like(norm_F)
+        self.norm_F = torch.ones_like(norm_F) if self.counts["score"] == "plain" else norm_F
         if self.copies is not None:
             self.copies.refresh()
 
@@ -193,7 +193,7 @@ class LayerStudent:
         z_NM = predictor.estimate(self.input_ND)
         if self.counts["predictor"]["groups"]:
             return z_NM[:, self.counts["num_common"] // self.counts["group_size"] :], None
-        size_NF = predictor.sizes(z_NM, self.parts.act, gated=gated)
+        size_NF = predictor.ranked(z_NM, self.parts.act, self.counts, gated=gated)
         unit_NS = self._units(size_NF * self.norm_F)
         if copies is None:
             return unit_NS, None

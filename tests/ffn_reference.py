@@ -148,7 +148,7 @@ def reference_masks(
     spec, tensors = layer.spec, layer.predictor_tensors
     weights = read_ffn_weights(native, find_layout(native), index)
     group, common = spec["group_size"], spec["num_common"]
-    norm_F = weights.down_FD.norm(dim=1) if spec["score"] == "norm" else torch.ones(NEURONS)
+    norm_F = torch.ones(NEURONS) if spec["score"] == "plain" else weights.down_FD.norm(dim=1)
 
     def units(hidden_NF: torch.Tensor) -> torch.Tensor:
         score_NF = (hidden_NF.abs() * norm_F)[:, common:]
@@ -164,6 +164,11 @@ def reference_masks(
             soft_gate_F, soft_up_F = tensors["soft"].float().view(2, -1)
             above_NF, below_NF = (weights.act(gate_NF + s * soft_gate_F) for s in (1, -1))
             size_NF = torch.hypot(above_NF, below_NF) * 0.5**0.5 * torch.hypot(up_NF, soft_up_F)
+            if spec["score"] == "error":
+                by_gate_NF = (above_NF - below_NF) / 2 * up_NF
+                by_up_NF = torch.hypot(above_NF, below_NF) * 0.5**0.5 * soft_up_F
+                by_down_NF = combined(weights, z_NM) * spec["unselected"]["error"]
+                size_NF = torch.hypot(torch.hypot(by_gate_NF, by_up_NF), by_down_NF)
         estimate_NS = units(size_NF)
     chosen_NS = exact_NS = lowest_first(estimate_NS, (spec["num_candidates"] - common) // group)
     own_NS = estimate_NS

@@ -63,6 +63,7 @@ class Case:
     act: str = "silu"
     bias: bool = False
     soft: bool = False
+    error: float | None = None  # of copied output vectors, where scores are expected errors
     refined: bool = False
 
 
@@ -78,6 +79,10 @@ CASES = {
     "ungated_erf": Case(40, 64, 20, 20, gated=False, act="gelu_erf", bits=3, block=7),
     "soft": Case(60, 90, 45, 30, bits=2, soft=True, rest=(4, 16, False), act="gelu_quick"),
     "soft_ungated": Case(60, 90, 45, 30, bits=2, soft=True, gated=False, act="gelu_erf"),
+    "error": Case(60, 90, 45, 45, soft=True, error=0.1, rest=(4, 16, False)),
+    "error_ungated": Case(
+        60, 90, 45, 30, soft=True, gated=False, error=0.1, rest=(4, 16, True), act="gelu_erf"
+    ),
     "bfloat16": Case(96, 200, 90, 60, dtype=torch.bfloat16, rest=(4, 96, False), bias=True),
     "float16": Case(95, 200, 90, 90, dtype=torch.float16, symmetric=False, rest=(3, 32, False)),
     "wide": Case(576, 320, 150, 150, block=96, rest=(4, 32, False)),
@@ -115,6 +120,8 @@ def tensors_of(case: Case, seed: int = 0) -> dict[str, Any]:
     tensors["norm"] = tensors["down"].float().norm(dim=1)
     if case.soft:
         tensors["soft"] = (torch.rand(len(names) * neurons, generator=dice) * 0.2).half()
+    if case.error is not None:
+        tensors["rest_error"] = torch.tensor([case.error])
     if case.rest is not None:
         tensors |= encode_down(tensors["down"].float(), GridFormat(*case.rest))
     if case.refined:
@@ -183,7 +190,15 @@ def sizes(case: Case, tensors: dict[str, Any], z_M: torch.Tensor) -> torch.Tenso
         return hidden(case, z_M).abs()
     act, soft_M = ACTS[case.act], tensors["soft"].to(z_M.dtype)
     first, s = z_M[: case.neurons], soft_M[: case.neurons]
-    size = ((act(first + s).square() + act(first - s).square()) / 2).sqrt()
+    above, below = act(first + s), act(first - s)
+    size = ((above.square() + below.square()) / 2).sqrt()
+    if case.error is not None:
+        rest = hidden(case, z_M) * case.error
+        if not case.gated:
+            return (((above - below) / 2).square() + rest.square()).sqrt()
+        by_gate = (above - below) / 2 * z_M[case.neurons :]
+        by_up = size * soft_M[case.neurons :]
+        return (by_gate.square() + by_up.square() + rest.square()).sqrt()
     if case.gated:
         size = size * (z_M[case.neurons :].square() + soft_M[case.neurons :].square()).sqrt()
     return size

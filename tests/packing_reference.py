@@ -178,6 +178,8 @@ def _predictor(
     }
     if given.has("soft"):
         tensors["soft"] = _pad_parts(given.floats("soft", outputs), parts)
+        if given.has("rest_error"):
+            tensors["rest_error"] = given.floats("rest_error", 1)
     return tensors
 
 

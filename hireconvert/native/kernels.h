@@ -61,7 +61,9 @@ typedef struct {
     const float *mean;          /* [D] */
     const float *inverse_scale; /* [D] */
     const float *bias;          /* [parts, Fp] of the estimates */
-    const float *soft;          /* [parts, Fp] or NULL */
+    const float *soft;          /* [parts, Fp] or NULL: typical errors of the estimates */
+    const float *rest_error;    /* [1] or NULL: that of a copied output vector, as a share of its
+                                   length; with it scores are expected errors, else sizes */
     const float *norm;          /* [Fp]; ones where scores are plain */
     const void *rows;           /* [F, parts + 1, stride]: gate, up, down of a neuron in turn;
                                    NULL where refined */

@@ -90,6 +90,15 @@ def _check_unselected(layer: Mapping[str, Any], where: str) -> None:
     _choice(spec, "symmetric", (True, False), where)
 
 
+def _check_error(layer: Mapping[str, Any], where: str) -> None:
+    unselected = layer.get("unselected")
+    if unselected is None or layer["predictor"].get("soften") is not True:
+        raise ValueError(
+            f"config.hire: {where}.score is 'error' without unselected and predictor.soften"
+        )
+    _number(unselected, "error", 0.0, _LARGEST, f"{where}.unselected")
+
+
 def _check_rows(layer: Mapping[str, Any], where: str) -> None:
     _choice(layer, "rows", ("stored", "refined"), where)
     if not is_refined(layer):
@@ -125,7 +134,7 @@ def _check_layer(spec: Any, where: str) -> None:
         raise ValueError(
             f"config.hire: {where} has counts that are no multiples of group_size {group}"
         )
-    _choice(spec, "score", ("norm", "plain"), where)
+    _choice(spec, "score", ("norm", "plain", "error"), where)
     _choice(spec, "keep", ("top_k", "candidates"), where)
     if not isinstance(spec.get("predictor"), Mapping):
         raise ValueError(f"config.hire: {where}.predictor is missing")
@@ -134,6 +143,8 @@ def _check_layer(spec: Any, where: str) -> None:
         _check_selection(spec, f"{where}.selection")
     if spec.get("unselected") is not None:
         _check_unselected(spec, f"{where}.unselected")
+    if spec["score"] == "error":
+        _check_error(spec, where)
     if "rows" in spec:
         _check_rows(spec, where)
 

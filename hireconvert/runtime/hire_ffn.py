@@ -234,9 +234,9 @@ class SparseFfn(nn.Module):
         return found
 
     def scores(self, h_NF: torch.Tensor, norm_F: torch.Tensor) -> torch.Tensor:
-        """Neuron scores |h| * ||down_i|| (recipe `norm`) or |h| (`plain`), float32."""
+        """Neuron scores |h| * ||down_i||, or |h| (recipe `plain`), float32."""
         magnitude_NF = h_NF.detach().abs().float()
-        return magnitude_NF * norm_F if self.spec["score"] == "norm" else magnitude_NF
+        return magnitude_NF if self.spec["score"] == "plain" else magnitude_NF * norm_F
 
     def estimated(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(scores of the selectable units, the common neurons left out; hidden values [N, F]).
@@ -252,7 +252,7 @@ class SparseFfn(nn.Module):
         if widened.estimate_FD is not None:
             value_NF = predictor.values(z_NM, self.parts.act, gated=gated)
         if value_NF is None or predictor.softens:
-            size_NF = predictor.sizes(z_NM, self.parts.act, gated=gated)
+            size_NF = predictor.ranked(z_NM, self.parts.act, spec, gated=gated)
         else:
             size_NF = value_NF  # scores take its absolute value
         score_NF = self.scores(size_NF, prepared.norm_F)

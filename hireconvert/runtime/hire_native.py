@@ -126,8 +126,10 @@ def pack(
         "up_bias": parts.up.bias(),
         "down": parts.down_FD(),
         "down_bias": parts.down.bias(),
-        "norm": norm_F if spec["score"] == "norm" else torch.ones_like(norm_F),
+        "norm": torch.ones_like(norm_F) if spec["score"] == "plain" else norm_F,
     }
+    if spec["score"] == "error":
+        named["rest_error"] = torch.tensor([spec["unselected"]["error"]])
     return native.FfnLayer.pack(settings, {**tensors, **named})
 
 

@@ -219,9 +219,33 @@ class Predictor:
         gate_NF, up_NF = z_NM.chunk(2, dim=-1)
         return act(gate_NF) * up_NF
 
-    def magnitudes(self, x_ND: torch.Tensor, act: Any, *, gated: bool) -> torch.Tensor:
-        """Estimated sizes float32 [N, F] of the hidden values of neurons."""
-        return self.sizes(self.estimate(x_ND), act, gated=gated)
+    def ranked(
+        self, z_NM: torch.Tensor, act: Any, layer: Mapping[str, Any], *, gated: bool
+    ) -> torch.Tensor:
+        """What candidates are ranked by, before output vectors' lengths: sizes, or errors."""
+        if layer["score"] == "error":
+            return self.errors(z_NM, act, layer["unselected"]["error"], gated=gated)
+        return self.sizes(z_NM, act, gated=gated)
+
+    def errors(
+        self, z_NM: torch.Tensor, act: Any, rest_error: float, *, gated: bool
+    ) -> torch.Tensor:
+        """Typical errors float32 [N, F] of hidden values that count by estimate.
+
+        Root of the sum of squares of what is due to the gate's typical error, to up's, and to the
+        copy of the output vector, which is off by `rest_error` of its length.
+        """
+        value_NF = self.values(z_NM, act, gated=gated)
+        first_NF, soft_F = z_NM, self.soft_M
+        if gated:
+            (first_NF, up_NF), (soft_F, soft_up_F) = z_NM.chunk(2, dim=-1), soft_F.chunk(2)
+        above_NF, below_NF = act(first_NF + soft_F), act(first_NF - soft_F)
+        part_NF = (above_NF - below_NF) / 2
+        if not gated:
+            return (part_NF.square() + (value_NF * rest_error).square()).sqrt()
+        square_NF = (part_NF * up_NF).square()
+        square_NF = square_NF + (_two_point_size(above_NF, below_NF) * soft_up_F).square()
+        return (square_NF + (value_NF * rest_error).square()).sqrt()
 
     def sizes(self, z_NM: torch.Tensor, act: Any, *, gated: bool) -> torch.Tensor:
         """Sizes float32 [N, F] of the hidden values that go with the estimates.

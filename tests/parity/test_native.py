@@ -32,6 +32,7 @@ SPECIAL = {
     "candidates": {"keep": "candidates"},
     "rest": {"keep": "candidates", "unselected": {}},
     "rest_top_k": {"unselected": {"bits": 2, "block": 16}, "predictor": {"soften": True}},
+    "error": {"score": "error", "unselected": {"block": 16}, "over_select": 1.0},
     "offset_plain": {"score": "plain", "predictor": {"symmetric": False, "bits": 3}},
 }
 COVERED = ("llama", "llama_bias", "llama_gelu", "llama_relu2", "gemma2", "phi3", "opt", "gpt2")

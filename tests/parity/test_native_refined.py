@@ -30,6 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "whole rows": {"predictor": LONG, "unselected": LONG, "keep_fraction": 0.2},
     "softened": {"predictor": ASYMMETRIC | {"soften": True}, "unselected": ASYMMETRIC},
     "plain": {"predictor": ASYMMETRIC, "unselected": LONG, "score": "plain"},
+    "error": {"predictor": ASYMMETRIC, "unselected": ASYMMETRIC, "score": "error"},
 }
 FAMILIES = ("llama", "llama_bias", "gemma3_text", "opt")
 

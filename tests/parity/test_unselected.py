@@ -33,6 +33,22 @@ RESTS: dict[str, dict[str, Any]] = {
     "8_bits_long_block": {"unselected": {"bits": 8, "block": 1000}},
     "kept_are_candidates": {"over_select": 1.0, "unselected": {}},
     "nothing_to_choose": {"over_select": 2.0, "unselected": {}},
+    "error": {"score": "error", "unselected": {}, "over_select": 1.0},
+    "error_top_k": {"score": "error", "unselected": {"block": 16}, "predictor": {"bits": 3}},
+    "error_groups_common": {
+        "score": "error",
+        "unselected": {"bits": 2, "block": 16},
+        "group_size": 4,
+        "common_path": 0.125,
+        "keep": "candidates",
+    },
+    "error_threshold": {
+        "score": "error",
+        "unselected": {"block": 16},
+        "selection": "threshold",
+        "keep": "candidates",
+        "over_select": 1.6,
+    },
 } | {
     name: {**settings, "unselected": {"block": 16}}
     for name, settings in VARIANTS.items()

@@ -259,7 +259,7 @@ def test_a_soft_size_is_the_root_mean_square_of_two_values(gated: bool) -> None:
         above_NM, below_NM = act(above_NM), act(below_NM)
     size = ((above_NM.square() + below_NM.square()) / 2).sqrt()
     size = size[:, :F] * size[:, F:] if gated else size
-    assert torch.allclose(predictor.magnitudes(HELD, act, gated=gated).double(), size, rtol=1e-4)
+    assert torch.allclose(predictor.sizes(z_NM, act, gated=gated).double(), size, rtol=1e-4)
 
 
 # --------------------------------------------------------------------------- bytes, config

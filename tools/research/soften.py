@@ -49,9 +49,9 @@ def sizes(
     gate_NF, up_NF = hard.estimate(x_ND).chunk(2, dim=1)
     added = torch.hypot(act(gate_NF), gate_error_F) * torch.hypot(up_NF, up_error_F)
     return {
-        "hard": hard.magnitudes(x_ND, act, gated=True),
+        "hard": hard.sizes(hard.estimate(x_ND), act, gated=True),
         "added": added,
-        "two-point": soft.magnitudes(x_ND, act, gated=True),
+        "two-point": soft.sizes(soft.estimate(x_ND), act, gated=True),
     }
 
 
