@@ -165,8 +165,9 @@ def reference_masks(
             above_NF, below_NF = (weights.act(gate_NF + s * soft_gate_F) for s in (1, -1))
             size_NF = torch.hypot(above_NF, below_NF) * 0.5**0.5 * torch.hypot(up_NF, soft_up_F)
             if spec["score"] == "error":
-                by_gate_NF = (above_NF - below_NF) / 2 * up_NF
-                by_up_NF = torch.hypot(above_NF, below_NF) * 0.5**0.5 * soft_up_F
+                active_NF = weights.act(gate_NF)
+                by_gate_NF = (above_NF - active_NF) * up_NF
+                by_up_NF = active_NF * soft_up_F
                 by_down_NF = combined(weights, z_NM) * spec["unselected"]["error"]
                 size_NF = torch.hypot(torch.hypot(by_gate_NF, by_up_NF), by_down_NF)
         estimate_NS = units(size_NF)

@@ -195,9 +195,9 @@ def sizes(case: Case, tensors: dict[str, Any], z_M: torch.Tensor) -> torch.Tenso
     if case.error is not None:
         rest = hidden(case, z_M) * case.error
         if not case.gated:
-            return (((above - below) / 2).square() + rest.square()).sqrt()
-        by_gate = (above - below) / 2 * z_M[case.neurons :]
-        by_up = size * soft_M[case.neurons :]
+            return ((above - act(first)).square() + rest.square()).sqrt()
+        by_gate = (above - act(first)) * z_M[case.neurons :]
+        by_up = act(first) * soft_M[case.neurons :]
         return (by_gate.square() + by_up.square() + rest.square()).sqrt()
     if case.gated:
         size = size * (z_M[case.neurons :].square() + soft_M[case.neurons :].square()).sqrt()

@@ -94,18 +94,17 @@ INLINE v16 two_points(v16 above, v16 below)
 /* Typical error of an estimated value with its copied output vector (docs/format.md, `error`): by
  * the gate's error, times up; by up's error, times the gate; by that of the output vector. */
 INLINE v16 expected_error(const hire_layer *layer, int64_t at, const int gated, v16 first, v16 up,
-                          v16 value)
+                          v16 active)
 {
     const int64_t padded = (layer->num_neurons + 15) / 16 * 16;
-    const int act = (int)layer->activation;
-    const v16 s = v_load(layer->soft + at);
-    const v16 above = activate(v_add(first, s), act), below = activate(v_sub(first, s), act);
-    v16 part = v_mul(v_sub(above, below), v_set1(0.5f));
+    const v16 above = activate(v_add(first, v_load(layer->soft + at)), (int)layer->activation);
+    v16 part = v_sub(above, active), value = active;
     if (gated) part = v_mul(part, up);
     v16 sum = v_mul(part, part);
     if (gated) {
-        part = v_mul(two_points(above, below), v_load(layer->soft + padded + at));
+        part = v_mul(active, v_load(layer->soft + padded + at));
         sum = v_fma(part, part, sum);
+        value = v_mul(value, up);
     }
     part = v_mul(value, v_set1(*layer->rest_error));
     return v_sqrt(v_fma(part, part, sum));
@@ -119,12 +118,12 @@ INLINE int finish_tile(const hire_layer *layer, hire_run *run, int64_t tile, con
     v_store(run->z + at, gated ? gate : up);
     if (gated) v_store(run->z + padded + at, up);
     const v16 first = gated ? gate : up;
-    v16 value = activate(first, act), size;
-    if (gated) value = v_mul(value, up);
+    const v16 active = activate(first, act), value = gated ? v_mul(active, up) : active;
+    v16 size;
     if (layer->soft == NULL) {
         size = v_abs(value);
     } else if (layer->rest_error != NULL) {
-        size = expected_error(layer, at, gated, first, up, value);
+        size = expected_error(layer, at, gated, first, up, active);
     } else {
         const v16 s = v_load(layer->soft + at);
         size = two_points(activate(v_add(first, s), act), activate(v_sub(first, s), act));

@@ -235,17 +235,15 @@ class Predictor:
         Root of the sum of squares of what is due to the gate's typical error, to up's, and to the
         copy of the output vector, which is off by `rest_error` of its length.
         """
-        value_NF = self.values(z_NM, act, gated=gated)
-        first_NF, soft_F = z_NM, self.soft_M
-        if gated:
-            (first_NF, up_NF), (soft_F, soft_up_F) = z_NM.chunk(2, dim=-1), soft_F.chunk(2)
-        above_NF, below_NF = act(first_NF + soft_F), act(first_NF - soft_F)
-        part_NF = (above_NF - below_NF) / 2
         if not gated:
-            return (part_NF.square() + (value_NF * rest_error).square()).sqrt()
-        square_NF = (part_NF * up_NF).square()
-        square_NF = square_NF + (_two_point_size(above_NF, below_NF) * soft_up_F).square()
-        return (square_NF + (value_NF * rest_error).square()).sqrt()
+            active_NF = act(z_NM)
+            part_NF = act(z_NM + self.soft_M) - active_NF
+            return (part_NF.square() + (active_NF * rest_error).square()).sqrt()
+        (gate_NF, up_NF), (soft_F, soft_up_F) = z_NM.chunk(2, dim=-1), self.soft_M.chunk(2)
+        active_NF = act(gate_NF)
+        by_gate_NF = (act(gate_NF + soft_F) - active_NF) * up_NF
+        square_NF = by_gate_NF.square() + (active_NF * soft_up_F).square()
+        return (square_NF + (active_NF * up_NF * rest_error).square()).sqrt()
 
     def sizes(self, z_NM: torch.Tensor, act: Any, *, gated: bool) -> torch.Tensor:
         """Sizes float32 [N, F] of the hidden values that go with the estimates.
