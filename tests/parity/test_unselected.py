@@ -76,6 +76,21 @@ def test_neurons_left_out_count_by_estimate(variant):
         assert (expected - dense).norm() < (without - dense).norm()
 
 
+def test_expected_errors_name_better_candidates_than_sizes():
+    native = tiny_model("llama")
+    inputs = layer_inputs(native)
+    off = {}
+    for score in ("norm", "error"):
+        settings = {"score": score, "unselected": {"block": 16}, "predictor": {"bits": 3}}
+        model = hire_model(native, ffn={"keep_fraction": 0.3, "over_select": 1.0, **settings})
+        off[score] = 0.0
+        for index, layer in enumerate(sparse_layers(model)):
+            with torch.no_grad():
+                gap_ND = layer.masked(inputs[index]) - layer.dense(inputs[index])
+            off[score] += float(gap_ND.square().sum())
+    assert 0 < off["error"] < 0.95 * off["norm"]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_neurons_left_out_count_in_every_family(family):
     native = tiny_model(family)

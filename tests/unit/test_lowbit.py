@@ -184,7 +184,7 @@ LEFT_OUT = "ffn.unselected={}"
 def test_what_rounded_copies_cannot_stand_for_is_refused(
     simulates: str, predictor: str, message: str
 ) -> None:
-    settings = [simulates, f"ffn.predictor={predictor}"]
+    settings = [simulates, f"ffn.predictor={predictor}", "ffn.score=norm"]
     with pytest.raises(UsageError) as caught:
         load_recipe("balanced", [LEFT_OUT, *settings])
     what = "budget.mode search" if simulates is SEARCH else "finetune"
@@ -192,7 +192,7 @@ def test_what_rounded_copies_cannot_stand_for_is_refused(
     assert message in str(caught.value)
     as_zero = [*settings, "ffn.unselected=null"]
     assert load_recipe("balanced", as_zero).ffn is not None
-    assert load_recipe("balanced", [LEFT_OUT, f"ffn.predictor={predictor}"]).ffn is not None
+    assert load_recipe("balanced", [LEFT_OUT, *settings[1:]]).ffn is not None
 
 
 @pytest.mark.parametrize("kind", ["q", "qlr"])

@@ -349,6 +349,22 @@ def test_hostile_forms_are_refused(config: Any) -> None:
         other.hire["ffn"]["layers"][0]["predictor"]["soften"] = value
         with pytest.raises(ValueError, match=r"predictor\.soften"):
             check_hire_config(other)
+    for kind, soften, unselected in (
+        ("score", True, None),
+        ("score", False, {"error": 0.1}),
+        ("error", True, {}),
+        ("error", True, {"error": -0.1}),
+        ("error", True, {"error": float("nan")}),
+    ):
+        other = copy.deepcopy(config)
+        layer = other.hire["ffn"]["layers"][0]
+        layer["predictor"]["soften"] = soften
+        copied = {"bits": 4, "block": 16, "symmetric": True}
+        layer |= {"score": "error", "unselected": unselected and copied | unselected}
+        if unselected == {}:
+            layer["unselected"] = copied
+        with pytest.raises(ValueError, match=rf"layers\[0\]\.(unselected\.)?{kind} is"):
+            check_hire_config(other)
     for key, value in (("soften", True), ("soften", False)):
         other = copy.deepcopy(config)
         layer = other.hire["ffn"]["layers"][0]
@@ -364,6 +380,11 @@ def test_hostile_forms_are_refused(config: Any) -> None:
         (["ffn.selection=sometimes"], "ffn.selection"),
         (["ffn.selection=threshold", "ffn.over_select=1"], r"ffn\.over_select: .* more than 1"),
         (["ffn.predictor.soften=1"], "ffn.predictor.soften"),
+        (["ffn.unselected=null"], r"ffn\.score: error .* needs ffn\.unselected"),
+        (
+            ["ffn.predictor={kind: auto, target_recall: 0.9}"],
+            r"ffn\.score: error .* predictor\.kind auto",
+        ),
         (
             ["ffn.group_size=4", "ffn.predictor.group_scores=true", "ffn.predictor.soften=true"],
             "ffn.predictor.soften",
