@@ -195,7 +195,8 @@ def _with_keep(recipe: Recipe, keep: float) -> Recipe:
     assert ffn is not None
     if found := ffn.not_simulated():
         raise UsageError(
-            f"ffn.unselected: --auto {found}. Change that, or set ffn.unselected=null."
+            f"ffn.unselected: --auto {found}. Change that, or set "
+            "ffn.unselected=null and ffn.score=norm."
         )
     searchable = ffn.group_size == 1 and ffn.common_path == 0
     budget = ffn.budget or (BudgetRecipe(mode="search") if searchable else None)

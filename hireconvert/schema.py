@@ -233,7 +233,10 @@ class FfnRecipe(Section):
 
     def _error_problems(self) -> Iterator[Problem]:
         if self.unselected is None:
-            yield "score", "error ranks by how far estimates are off; it needs ffn.unselected"
+            yield (
+                "score",
+                "error ranks by how far estimates are off; it needs ffn.unselected, else use norm",
+            )
         for key, predictor in _each("predictor", self.predictor):
             if predictor.kind == "auto":
                 yield "score", f"error finds no top k, whose recall {key}.kind auto aims at"

@@ -545,7 +545,8 @@ def test_auto_tries_neurons_left_out_by_estimate(
     model, text = source
     kl = []
     for left_out in ("null", "{block: 16}"):
-        settings = [text, "ffn.predictor.block=16", f"ffn.unselected={left_out}"]
+        settings = [text, "ffn.predictor.block=16", "ffn.score=norm"]
+        settings.append(f"ffn.unselected={left_out}")
         found = choose(model, settings, Silent(), max_kl=10.0, out=tmp_path / "out")
         kl.append({one.keep: one.kl for one in found.tried if one.keep})
         assert found.chosen.recipe is not None and found.chosen.recipe.ffn is not None
