@@ -35,7 +35,7 @@ from hireconvert.quantize import (
 )
 from hireconvert.recipe import FfnRecipe, PredictorRecipe
 from hireconvert.rounding import low_scales
-from hireconvert.runtime.hire_predict import Predictor, kth_score, varies
+from hireconvert.runtime.hire_predict import Predictor, decode_down, kth_score, varies
 from hireconvert.scoring import (
     ROW_CHUNK,
     candidate_counts,
@@ -134,7 +134,8 @@ def distill_layer(
         form = GridFormat(**recipe.unselected.model_dump())
         down = encode_down(weights.down_FD, form)
         if recipe.score == "error":
-            counts["unselected"]["error"] = down_error(weights.down_FD, down, counts["unselected"])
+            copy_FD = decode_down(down, counts["unselected"], weights.down_FD.shape[1])
+            counts["unselected"]["error"] = down_error(weights.down_FD, copy_FD)
     job = _Job(weights, fit_ND, held_ND, norm_F, counts, seed)
     if predictor.kind == "auto":
         spec, tensors, report = _cheapest(job, predictor)

@@ -7,6 +7,7 @@ the first refresh; without, they are rounded plainly, which loses about three ti
 Shape suffixes: N rows (tokens), D width, F neurons, W windows, T tokens of a window.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,10 @@ from hireconvert.quantize import (
 )
 from hireconvert.recipe import FfnRecipe, per_layer
 from hireconvert.runtime.hire_ffn import FfnParts
+from hireconvert.runtime.hire_predict import Predictor, expected_errors
+from hireconvert.scoring import down_error
+
+ERROR_ROWS = 64  # of a batch, that typical errors of copies in training are taken on
 
 
 @dataclass(frozen=True)
@@ -35,14 +40,17 @@ class Estimate:
 
     `first` cuts gate and up; `down` the output vectors, through which neurons left out count by
     estimate (None: they count as zero). `over_select` candidates for every active neuron are
-    computed exactly; at 1 all of them are active. The copies name them where `selects`, else the
-    exact scores do. `centre` and `column_scale` are the recipe's, for copies fitted to inputs.
+    computed exactly; at 1 all of them are active. The copies name them `by_error` (the score
+    `error`: by how far estimates are expected to be off), or where `selects`, by estimated sizes;
+    else the exact scores do. `centre` and `column_scale` are the recipe's, for copies fitted to
+    inputs.
     """
 
     first: GridFormat
     down: GridFormat | None = None
     over_select: float = 1.0
     selects: bool = False
+    by_error: bool = False
     centre: bool = True
     column_scale: bool = True
 
@@ -100,6 +108,7 @@ def estimates_of(ffn: FfnRecipe, count: int, *, selects: bool = False) -> list[E
             down,
             over_select,
             selects,
+            ffn.score == "error",
             centre=own.centre,
             column_scale=own.column_scale,
         )
@@ -121,8 +130,10 @@ class LiveCopies:
         self._grids: dict[str, Grid] = {}
         self._scales: dict[str, torch.Tensor] = {}  # of columns, 1 without inputs
         self._copies: dict[str, torch.Tensor] = {}
+        self._soft: dict[str, torch.Tensor] = {}  # typical errors [F], of copies fitted to inputs
+        self._rest_error = 0.0  # of the output vectors' copy, as a share of their length
         self._constants: dict[str, torch.Tensor] = {}  # what the mean adds
-        for name in ("up",) if parts.gate is None else ("gate", "up"):
+        for name in self._first:
             self._fit(name, estimate.first, inputs)
         if estimate.down is not None:
             self._fit("down", estimate.down, None)
@@ -130,6 +141,7 @@ class LiveCopies:
     @torch.no_grad()
     def refresh(self) -> None:
         """Round the weights as they are now to the grids."""
+        self._soft.clear()  # of other copies
         for name, grid in self._grids.items():
             scaled_FD = self._weight(name).float() * self._scales[name]
             self._hold(name, decode_codes(round_codes(scaled_FD, grid), grid))
@@ -140,20 +152,38 @@ class LiveCopies:
             self._grids.pop(name, None)
             self._copies.pop(name, None)
 
-    def values(self, x_ND: torch.Tensor) -> torch.Tensor:
-        """Estimated hidden values float32 [N, F] for inputs [N, D]."""
-        parts, x_ND = self.parts, x_ND.float()
-        if self._mean_D is not None:
-            x_ND = x_ND - self._mean_D
-        up_NF = self._estimated("up", x_ND)
-        if parts.gate is None:
-            return parts.act(up_NF)
-        return parts.act(self._estimated("gate", x_ND)) * up_NF
+    def estimated(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(hidden values, how far each is expected to be off or None) for inputs [N, D].
 
-    def _estimated(self, name: str, x_ND: torch.Tensor) -> torch.Tensor:
+        Both float32 [N, F]; errors where the copies name candidates by them.
+        """
+        act, gated, x_ND = self.parts.act, self.parts.gate is not None, x_ND.float()
+        z_NM = torch.cat([self._product(name, x_ND) for name in self._first], dim=-1)
+        value_NF = Predictor.values(z_NM, act, gated=gated)
+        if not self.estimate.by_error:
+            return value_NF, None
+        with torch.no_grad():
+            soft_M = torch.cat([self._typical_error(name, x_ND) for name in self._first])
+            return value_NF, expected_errors(z_NM, soft_M, act, self._rest_error, gated=gated)
+
+    @property
+    def _first(self) -> tuple[str, ...]:
+        return ("up",) if self.parts.gate is None else ("gate", "up")
+
+    def _product(self, name: str, x_ND: torch.Tensor) -> torch.Tensor:
         part: Any = getattr(self.parts, name)
-        y_NF = F.linear(x_ND, self._copies[name], part.bias())
-        return y_NF if self._mean_D is None else y_NF + self._constants[name]
+        if self._mean_D is None:
+            return F.linear(x_ND, self._copies[name], part.bias())
+        y_NF = F.linear(x_ND - self._mean_D, self._copies[name], part.bias())
+        return y_NF + self._constants[name]
+
+    def _typical_error(self, name: str, x_ND: torch.Tensor) -> torch.Tensor:
+        """Standard deviation [F] of a product's error: over the inputs fitted to, or these."""
+        if name in self._soft:
+            return self._soft[name]
+        rows_ND = x_ND[:: math.ceil(len(x_ND) / ERROR_ROWS)]
+        off_FD = self._weight(name).float() - self._copies[name]
+        return F.linear(rows_ND, off_FD).std(dim=0, correction=0)
 
     @property
     def down_FD(self) -> torch.Tensor | None:
@@ -184,10 +214,17 @@ class LiveCopies:
         self._grids[name] = Grid(form, grid.scale.to(device), offset)
         self._scales[name] = scale_D.to(device)
         self._hold(name, decode_codes(codes_FD, grid).to(device))
+        if inputs is not None and self.estimate.by_error:
+            off_FD = weight_FD.to(device) - self._copies[name]
+            spread_DD = inputs.moment_DD - torch.outer(inputs.mean_D, inputs.mean_D)
+            square_F = ((off_FD @ spread_DD.to(device)) * off_FD).sum(dim=1)
+            self._soft[name] = square_F.clamp_min(0).sqrt()
 
     def _hold(self, name: str, scaled_FD: torch.Tensor) -> None:
         """Keep a decoded copy, and what goes with it."""
         self._copies[name] = scaled_FD / self._scales[name]
+        if name == "down" and self.estimate.by_error:
+            self._rest_error = down_error(self._weight(name), self._copies[name])
         if name != "down" and self._mean_D is not None:
             self._constants[name] = self._weight(name).float() @ self._mean_D
 

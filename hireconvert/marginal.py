@@ -15,31 +15,33 @@ from hireconvert.runtime.hire_predict import best
 class Pass:
     """One layer in one pass: hidden values of all neurons, and what of them goes into the output.
 
-    By estimate: `value_NF` are the estimated values, `rest_NF` those of the neurons left out (exact
-    where they were candidates), which count through the copy of the output vectors.
+    `order_NF` is what those kept are the best by, `named_NF` what candidates are. By estimate:
+    `value_NF` are the estimated values, `rest_NF` those of the neurons left out (exact where they
+    were candidates), which count through the copy of the output vectors.
     """
 
     h_NF: torch.Tensor
     kept_NF: torch.Tensor
-    value_NF: torch.Tensor | None
-    rest_NF: torch.Tensor | None
+    order_NF: torch.Tensor
+    named_NF: torch.Tensor
+    value_NF: torch.Tensor | None = None
+    rest_NF: torch.Tensor | None = None
 
 
 class Marginal:
     """Sums over tokens of what the last `step` neurons of each layer save, from gradients.
 
-    `score` gives the exact scores [N, F] of a layer's hidden values, `num_candidates` how many of
-    its neurons are computed exactly where so many are active.
+    `num_candidates` tells how many neurons of a layer are computed exactly where so many are
+    active.
     """
 
     def __init__(
         self,
-        score: Callable[[int, torch.Tensor], torch.Tensor],
         num_candidates: Callable[[int, int], int],
         active: Sequence[int],
         step: Sequence[int],
     ) -> None:
-        self._score, self._num_candidates = score, num_candidates
+        self._num_candidates = num_candidates
         self._active, self._step = active, step
         self._seen: dict[int, Pass] = {}
         self.saved = [0.0] * len(active)
@@ -64,8 +66,8 @@ class Marginal:
             gain_NF = made.kept_NF.grad
             if gain_NF is None:
                 continue
-            score_NF, named = self._score(index, made.h_NF), 0.0
-            more = min(self._active[index] + self._step[index], score_NF.shape[1])
+            named, neurons = 0.0, made.h_NF.shape[1]
+            more = min(self._active[index] + self._step[index], neurons)
             fewer = max(self._active[index] - self._step[index], 1)
             if made.rest_NF is not None and made.value_NF is not None:
                 by_copy_NF = made.rest_NF.grad
@@ -73,8 +75,9 @@ class Marginal:
                 gain_NF = gain_NF - by_copy_NF
                 edges = (self._num_candidates(index, count) for count in (more, fewer))
                 error_NF = made.h_NF - made.value_NF
-                named = _total(by_copy_NF * error_NF * _band(score_NF, *edges))
-            self.saved[index] -= _total(gain_NF * made.h_NF * _band(score_NF, more, fewer)) + named
+                named = _total(by_copy_NF * error_NF * _band(made.named_NF, *edges))
+            kept = _total(gain_NF * made.h_NF * _band(made.order_NF, more, fewer))
+            self.saved[index] -= kept + named
         self._seen.clear()
 
 

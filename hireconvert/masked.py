@@ -70,9 +70,9 @@ class MaskedModel:
     """A dense model whose FFNs keep, for every token, the `active` best neurons of each layer.
 
     Use as a context: hooks are removed when it ends. Best is by exact score, unless `copies` (one
-    a layer, which several models of the same weights may share) select; neurons left out count as
-    zero, unless the copies hold output vectors. A layer with `active` equal to its neurons runs
-    dense. Windows run one at a time, so a window's figures do not depend on which others are
+    a layer, which several models of the same weights may share) name candidates; neurons left out
+    count as zero, unless the copies hold output vectors. A layer with `active` equal to its neurons
+    runs dense. Windows run one at a time, so a window's figures do not depend on which others are
     measured.
     """
 
@@ -157,7 +157,7 @@ class MaskedModel:
         is summed over the `step` best that are left out and the `step` worst that are kept, and
         halved. One pass forward and back serves every layer.
         """
-        marginal = Marginal(self._score, self._num_candidates, active, step)
+        marginal = Marginal(self._num_candidates, active, step)
         wanted = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.model.requires_grad_(False)
         self._watch = marginal.note
@@ -251,20 +251,26 @@ class MaskedModel:
     ) -> Pass:
         score_NF = self._score(index, h_NF)
         if x_ND is None:
-            return Pass(h_NF, zeroed(h_NF, best(score_NF, num_kept)), None, None)
-        copies = self.copies[index]
-        value_NF, estimate = copies.values(x_ND), copies.estimate
-        named_NF = self._score(index, value_NF) if estimate.selects else score_NF
+            return Pass(h_NF, zeroed(h_NF, best(score_NF, num_kept)), score_NF, score_NF)
+        estimate = self.copies[index].estimate
+        value_NF, error_NF = self.copies[index].estimated(x_ND)
+        named_NF = score_NF
+        if error_NF is not None:
+            named_NF = self._score(index, error_NF)
+        elif estimate.selects:
+            named_NF = self._score(index, value_NF)
         keep_NF = candidate_NF = best(named_NF, self._num_candidates(index, num_kept))
+        order_NF = named_NF
         if estimate.over_select > 1:
+            order_NF = score_NF
             keep_NF = best(score_NF.masked_fill(~candidate_NF, -1.0), num_kept)
         kept_NF = zeroed(h_NF, keep_NF)
         if estimate.down is None:
-            return Pass(h_NF, kept_NF, None, None)
+            return Pass(h_NF, kept_NF, order_NF, named_NF)
         rest_NF = zeroed(value_NF, ~candidate_NF)
         if keep_NF is not candidate_NF:
             rest_NF = rest_NF + zeroed(h_NF, candidate_NF & ~keep_NF)
-        return Pass(h_NF, kept_NF, value_NF, rest_NF)
+        return Pass(h_NF, kept_NF, order_NF, named_NF, value_NF, rest_NF)
 
     def _num_candidates(self, index: int, num_kept: int) -> int:
         over_select = self.copies[index].estimate.over_select if self.copies else 1.0

@@ -20,7 +20,6 @@ from hireconvert.recipe import FfnRecipe, HeadRecipe, PredictorRecipe
 from hireconvert.runtime.hire_predict import (
     FFN_PARTS,
     Predictor,
-    decode_down,
     kth_score,
     layer_bytes,
     top_k_mask,
@@ -161,11 +160,9 @@ def soft_errors(weights: FfnWeights, x_ND: torch.Tensor, predictor: Predictor) -
     return soft_M.clamp_max(torch.finfo(torch.float16).max).half()
 
 
-def down_error(
-    down_FD: torch.Tensor, tensors: dict[str, torch.Tensor], copy: dict[str, Any]
-) -> float:
+def down_error(down_FD: torch.Tensor, copy_FD: torch.Tensor) -> float:
     """Mean over neurons of how far the low-bit output vector is off, as a share of its length."""
-    off_F = (down_FD.float() - decode_down(tensors, copy, down_FD.shape[1])).norm(dim=1)
+    off_F = (down_FD.float() - copy_FD).norm(dim=1)
     length_F = down_FD.float().norm(dim=1)
     share_F = (off_F / length_F)[length_F > 0]
     return float(share_F.mean()) if len(share_F) else 0.0

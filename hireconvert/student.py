@@ -76,7 +76,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class LayerStudent:
-    """The selection of one layer; by exact scores, or by `predictor` once there is one.
+    """The selection of one layer; by exact scores or copies' expected errors, then by `predictor`.
 
     A rule that keeps another number at each row needs its predictor and the end of the annealing;
     until then every row keeps the mean number. With `copies`, neurons left out count by estimate,
@@ -151,7 +151,8 @@ class LayerStudent:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """bool [N, F] each: the neurons kept, and those computed exactly."""
         counts, selection = self.counts, self.selection
-        if unit_NS is not None and varies(counts) and selection.progress == 1:
+        if self.predictor is not None and varies(counts) and selection.progress == 1:
+            assert unit_NS is not None
             candidate_NF = candidate_mask(counts, unit_NS)
             return kept_mask(counts, candidate_NF, unit_NS, score_NF), candidate_NF
         kept = selection.count(num_active(counts), counts["num_neurons"])
@@ -189,7 +190,8 @@ class LayerStudent:
         assert self.input_ND is not None
         if predictor is None:
             assert copies is not None
-            return None, copies.values(self.input_ND)
+            value_NF, error_NF = copies.estimated(self.input_ND)
+            return None if error_NF is None else self._units(error_NF * self.norm_F), value_NF
         z_NM = predictor.estimate(self.input_ND)
         if self.counts["predictor"]["groups"]:
             return z_NM[:, self.counts["num_common"] // self.counts["group_size"] :], None

@@ -4,9 +4,9 @@
         [--unselected]
 
 FOLDER is a dense model, DIR holds calib.txt, heldout_wiki.txt and heldout_c4.txt. Neurons are kept
-by exact score; those left out count as zero, or (`--unselected`) by 4-bit estimate. Intervals are
-95 %, paired over windows. OUT.md is written anew after every row; scores are kept in OUT.scores, so
-that it can be stopped and started again.
+by exact size, those left out counting as zero; or (`--unselected`) by expected error, those left
+out counting by 4-bit estimate. Intervals are 95 %, paired over windows. OUT.md is written anew
+after every row; scores are kept in OUT.scores, so that it can be stopped and started again.
 
 Shape suffixes: W windows, T tokens of a window.
 """
@@ -34,7 +34,7 @@ from hireconvert.schema_budget import BudgetRecipe
 HELD = ("heldout_wiki", "heldout_c4")
 # The fields of the shipped recipes, as a simulation needs them.
 FORM: dict[str, Any] = {"bits": 4, "block": 32, "symmetric": False}
-ESTIMATED: dict[str, Any] = {"predictor": FORM, "unselected": FORM}
+ESTIMATED: dict[str, Any] = {"predictor": FORM, "unselected": FORM, "score": "error"}
 HEAD = (
     "| keep | shares | KL searched | perplexity over dense, wiki / c4 | KL, wiki / c4 "
     "| perplexity over equal shares, wiki | c4 | KL less that of equal shares, both "
@@ -102,14 +102,16 @@ def compare(args: argparse.Namespace) -> None:
     )
     fields = ESTIMATED if args.unselected else {}
     scored = {"tokens": [args.tokens, args.held_tokens], "unselected": args.unselected}
-    memo = Memo(args.out.with_suffix(".scores"), scored)
     ffn = FfnRecipe(keep_fraction=args.keep[0], **fields)
+    memo = Memo(args.out.with_suffix(".scores"), {**scored, "score": ffn.score})
     copies = ()
     if args.unselected:
         copies = live_copies(model, layout, ffn, inputs=ffn_inputs(model, layout, texts["search"]))
     with ExitStack() as stack:
         masked = {
-            name: stack.enter_context(MaskedModel(model, layout, ids_WT, copies=copies))
+            name: stack.enter_context(
+                MaskedModel(model, layout, ids_WT, score=ffn.score, copies=copies)
+            )
             for name, ids_WT in texts.items()
         }
         neurons = masked["search"].neurons

@@ -224,26 +224,9 @@ class Predictor:
     ) -> torch.Tensor:
         """What candidates are ranked by, before output vectors' lengths: sizes, or errors."""
         if layer["score"] == "error":
-            return self.errors(z_NM, act, layer["unselected"]["error"], gated=gated)
+            rest_error = layer["unselected"]["error"]
+            return expected_errors(z_NM, self.soft_M, act, rest_error, gated=gated)
         return self.sizes(z_NM, act, gated=gated)
-
-    def errors(
-        self, z_NM: torch.Tensor, act: Any, rest_error: float, *, gated: bool
-    ) -> torch.Tensor:
-        """Typical errors float32 [N, F] of hidden values that count by estimate.
-
-        Root of the sum of squares of what is due to the gate's typical error, to up's, and to the
-        copy of the output vector, which is off by `rest_error` of its length.
-        """
-        if not gated:
-            active_NF = act(z_NM)
-            part_NF = act(z_NM + self.soft_M) - active_NF
-            return (part_NF.square() + (active_NF * rest_error).square()).sqrt()
-        (gate_NF, up_NF), (soft_F, soft_up_F) = z_NM.chunk(2, dim=-1), self.soft_M.chunk(2)
-        active_NF = act(gate_NF)
-        by_gate_NF = (act(gate_NF + soft_F) - active_NF) * up_NF
-        square_NF = by_gate_NF.square() + (active_NF * soft_up_F).square()
-        return (square_NF + (active_NF * up_NF * rest_error).square()).sqrt()
 
     def sizes(self, z_NM: torch.Tensor, act: Any, *, gated: bool) -> torch.Tensor:
         """Sizes float32 [N, F] of the hidden values that go with the estimates.
@@ -292,6 +275,25 @@ class Widened:
                 down_FD.detach().contiguous(),
                 None if rest is None else decode_down(tensors, rest, width),
             )
+
+
+def expected_errors(
+    z_NM: torch.Tensor, soft_M: torch.Tensor, act: Any, rest_error: float, *, gated: bool
+) -> torch.Tensor:
+    """Typical errors float32 [N, F] of hidden values that count by the estimates `z_NM`.
+
+    Root of the sum of squares of what is due to the gate's typical error (`soft_M` [M]), to up's,
+    and to the copy of the output vector, which is off by `rest_error` of its length.
+    """
+    if not gated:
+        active_NF = act(z_NM)
+        part_NF = act(z_NM + soft_M) - active_NF
+        return (part_NF.square() + (active_NF * rest_error).square()).sqrt()
+    (gate_NF, up_NF), (soft_F, soft_up_F) = z_NM.chunk(2, dim=-1), soft_M.chunk(2)
+    active_NF = act(gate_NF)
+    by_gate_NF = (act(gate_NF + soft_F) - active_NF) * up_NF
+    square_NF = by_gate_NF.square() + (active_NF * soft_up_F).square()
+    return (square_NF + (active_NF * up_NF * rest_error).square()).sqrt()
 
 
 def column_norms(weight_DF: torch.Tensor) -> torch.Tensor:

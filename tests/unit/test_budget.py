@@ -24,8 +24,9 @@ from hireconvert.budget import (
 )
 from hireconvert.errors import UsageError
 from hireconvert.families import base_model, ffn_parts, find_layout, num_layers, read_ffn_weights
-from hireconvert.lowbit import Estimate, LiveCopies, live_copies
+from hireconvert.lowbit import Estimate, Inputs, LiveCopies, live_copies
 from hireconvert.masked import MaskedModel, Score
+from hireconvert.measures import hire_scope
 from hireconvert.quantize import GridFormat, encode_matrix, fit_grid, round_codes
 from hireconvert.recipe import FfnRecipe, PredictorRecipe
 from hireconvert.runtime.hire_predict import decode_blocks
@@ -33,7 +34,7 @@ from hireconvert.schema import UnselectedRecipe
 from hireconvert.schema_budget import BudgetRecipe, BudgetTargetRecipe
 from hireconvert.scoring import hidden
 from hireconvert.stage_budget import told
-from tests.tiny import NEURONS, tiny_model, tokens
+from tests.tiny import NEURONS, hire_model, layer_inputs, tiny_model, tokens
 from tests.tiny_files import save_tiny
 
 FAMILIES = ("llama", "gemma3_text", "phi3", "opt", "gpt2")
@@ -257,6 +258,30 @@ def test_slopes_are_the_derivatives_by_the_neurons_at_the_edge(family: str) -> N
     assert more.grad is not None
     assert slopes == pytest.approx((-0.5 * more.grad).tolist(), rel=2e-3, abs=1e-6)
     assert max(map(abs, slopes)) > 1e-4
+
+
+@pytest.mark.parametrize("over", [1.0, 1.5])
+@pytest.mark.parametrize("score", ["norm", "error"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_fitted_copies_cost_what_a_converted_model_does(
+    family: str, score: str, over: float
+) -> None:
+    native, ids_WT = tiny_model(family), tokens(2, 24)
+    rest = {"bits": 4, "block": 16}
+    settings = {"keep_fraction": 0.25, "over_select": over, "score": score, "unselected": rest}
+    settings["predictor"] = {"bits": 3, "block": 16}
+    converted = hire_model(native, ffn=settings)
+    ffn = FfnRecipe(**settings)
+    inputs = [Inputs(x.mean(0), x.T @ x / len(x)) for x in layer_inputs(native)]
+    copies = live_copies(native, find_layout(native), ffn, selects=True, inputs=inputs)
+    with MaskedModel(native, find_layout(native), ids_WT, score=score, copies=copies) as masked:
+        found, _ = masked.measure((round(NEURONS / 4),) * num_layers(native))
+    for number, ids_T in enumerate(ids_WT):
+        with torch.no_grad(), hire_scope(converted, "all"):
+            sparse = converted(ids_T[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+            dense = native(ids_T[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+        kl = float((dense.exp() * (dense - sparse)).sum(-1).mean())
+        assert found.kl_W[number] == pytest.approx(kl, rel=0.03) and kl > 1e-4
 
 
 def test_copies_that_select_estimate_the_rest_too() -> None:

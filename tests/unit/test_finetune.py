@@ -17,6 +17,7 @@ from hireconvert.errors import InputError
 from hireconvert.families import ffn_parts, find_layout, layer_owner, num_layers
 from hireconvert.finetune import CHECKPOINT, PREDICTORS, Fit, finetune
 from hireconvert.lowbit import LiveCopies, live_copies
+from hireconvert.masked import MaskedModel
 from hireconvert.measures import hire_layers, hire_scope
 from hireconvert.objectives import LogitsLoss, feature_loss
 from hireconvert.schema import (
@@ -159,7 +160,7 @@ def twin_ffn(
         return chosen
 
     kept, named = best(counts["num_kept"]), best(counts["num_candidates"])
-    value = torch.where(named > 0, h, copies.values(x.detach()))
+    value = torch.where(named > 0, h, copies.estimated(x.detach())[0])
     value = h + (value - h).detach()
     assert copies.down_FD is not None
     copy_FD = live_FD + (copies.down_FD - live_FD).detach()
@@ -200,6 +201,36 @@ def test_the_rest_counts_by_copies_with_the_gradients_of_the_dense_model(
     for key, gradient in student.items():
         largest = float(twin[key].abs().max())
         torch.testing.assert_close(gradient, twin[key], rtol=1e-3, atol=1e-4 * largest)
+
+
+@pytest.mark.parametrize("over", [1.0, 1.5])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_before_its_predictors_the_student_names_those_expected_to_be_off(
+    family: str, over: float
+) -> None:
+    """As the simulation of a search does, with the same copies."""
+    model, ids, layout = tiny_model(family), tokens(1, 24), find_layout(tiny_model(family))
+    ffn = BY_ESTIMATE.model_copy(update={"score": "error", "over_select": over})
+    counts, copies = layer_counts(NEURONS, ffn, KEPT), live_copies(model, layout, ffn)
+    active = (counts["num_kept"],) * num_layers(model)
+    specs = [counts] * num_layers(model)
+    with (
+        torch.no_grad(),
+        selecting(model, layout, specs, Selection(KEPT, 24), copies=copies) as student,
+    ):
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+    assert student.kept_share() == pytest.approx(counts["num_kept"] / NEURONS)
+    kl = {}
+    for score in ("error", "norm"):
+        by_size = live_copies(model, layout, ffn.model_copy(update={"score": "norm"}))
+        own = copies if score == "error" else by_size
+        with MaskedModel(model, layout, ids, score=score, copies=own) as masked:
+            kl[score] = masked.measure(active)[0].kl
+    with torch.no_grad():
+        dense = model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+    found = float((dense.exp() * (dense - logits)).sum(-1).mean())
+    assert found == pytest.approx(kl["error"], rel=1e-3)
+    assert found != pytest.approx(kl["norm"], rel=1e-2)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import linear
 
 from hireconvert import planning
 from hireconvert.errors import InputError, UsageError
@@ -12,6 +13,7 @@ from hireconvert.lowbit import Estimate, Inputs, LiveCopies, estimates_of, ffn_i
 from hireconvert.planning import make_skeleton, plan
 from hireconvert.quantize import GridFormat, decode_codes, fit_grid, round_codes
 from hireconvert.recipe import load_recipe
+from hireconvert.runtime.hire_predict import expected_errors
 from hireconvert.schema import (
     DataRecipe,
     EvaluateRecipe,
@@ -47,7 +49,7 @@ def test_values_are_those_of_rounded_matrices(family: str) -> None:
     expected = parts.act(product(parts.up))
     if parts.gate is not None:
         expected = parts.act(product(parts.gate)) * product(parts.up)
-    torch.testing.assert_close(copies.values(x_ND), expected)
+    torch.testing.assert_close(copies.estimated(x_ND)[0], expected)
     down_FD = parts.down_FD().detach()
     grid = fit_grid(down_FD, DOWN)
     assert copies.down_FD is not None
@@ -58,17 +60,17 @@ def test_values_are_those_of_rounded_matrices(family: str) -> None:
 def test_refreshing_follows_the_weights_on_the_grids_of_the_start() -> None:
     parts, copies = copies_of("llama", down=DOWN)
     x_ND = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
-    before_NF, before_FD = copies.values(x_ND), copies.down_FD
+    before_NF, before_FD = copies.estimated(x_ND)[0], copies.down_FD
     grids = [fit_grid(part.weight_out_in(), FIRST) for part in (parts.gate, parts.up)]
     for part in parts.matrices():
         part.weight_out_in().mul_(0.7)
-    assert torch.equal(copies.values(x_ND), before_NF) and copies.down_FD is before_FD
+    assert torch.equal(copies.estimated(x_ND)[0], before_NF) and copies.down_FD is before_FD
     copies.refresh()
     gate, up = (
         decode_codes(round_codes(part.weight_out_in(), grid), grid)
         for part, grid in zip((parts.gate, parts.up), grids, strict=True)
     )
-    torch.testing.assert_close(copies.values(x_ND), parts.act(x_ND @ gate.T) * (x_ND @ up.T))
+    torch.testing.assert_close(copies.estimated(x_ND)[0], parts.act(x_ND @ gate.T) * (x_ND @ up.T))
     assert copies.down_FD is not None and before_FD is not None
     torch.testing.assert_close(copies.down_FD, 0.7 * before_FD, atol=0.1, rtol=0)
     assert not torch.equal(copies.down_FD, 0.7 * before_FD)
@@ -121,14 +123,47 @@ def test_copies_fitted_to_a_text_estimate_it_better(family: str, centre: bool) -
             if biases[0] is not None:
                 gate_NF, up_NF = gate_NF + biases[0], up_NF + biases[1]
             exact_NF = parts.act(gate_NF) * up_NF
-        return float((copies.values(x_ND) - exact_NF).square().mean())
+        return float((copies.estimated(x_ND)[0] - exact_NF).square().mean())
 
     estimate = Estimate(FIRST, centre=centre)
     fitted = LiveCopies(parts, estimate, inputs)
     assert error(fitted) < 0.6 * error(LiveCopies(parts, estimate))
-    before = fitted.values(x_ND)
+    before = fitted.estimated(x_ND)[0]
     fitted.refresh()  # the weights are what they were: only the feedback of errors is gone
-    assert not torch.equal(fitted.values(x_ND), before)
+    assert not torch.equal(fitted.estimated(x_ND)[0], before)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_bias", "opt"])
+@pytest.mark.parametrize("centre", [True, False])
+@torch.no_grad()
+def test_errors_expected_are_those_of_the_text(family: str, centre: bool) -> None:
+    """Fitted copies know them from the moments; refreshed ones take them on some of the rows."""
+    model = tiny_model(family)
+    parts = ffn_parts(model, find_layout(model), 1)
+    width = parts.down_FD().shape[1]
+    generator = torch.Generator().manual_seed(5)
+    x_ND = torch.randn(900, width, generator=generator) * torch.rand(width, generator=generator)
+    x_ND = x_ND + torch.randn(width, generator=generator)
+    inputs = Inputs(x_ND.mean(0), x_ND.T @ x_ND / len(x_ND))
+    estimate = Estimate(FIRST, DOWN, by_error=True, centre=centre)
+    copies = LiveCopies(parts, estimate, inputs)
+    gated, down_FD = parts.gate is not None, parts.down_FD()
+    names = ("gate", "up") if gated else ("up",)
+
+    def expected(copies: LiveCopies) -> torch.Tensor:
+        z_NM = torch.cat([copies._product(name, x_ND) for name in names], dim=-1)
+        each = [getattr(parts, name) for name in names]
+        exact = [linear(x_ND, part.weight_out_in(), part.bias()) for part in each]
+        soft_M = (z_NM - torch.cat(exact, dim=-1)).std(dim=0)
+        assert copies.down_FD is not None
+        rest = float(((copies.down_FD - down_FD).norm(dim=1) / down_FD.norm(dim=1)).mean())
+        return expected_errors(z_NM, soft_M, parts.act, rest, gated=gated)
+
+    torch.testing.assert_close(copies.estimated(x_ND)[1], expected(copies), rtol=2e-2, atol=1e-4)
+    copies.refresh()
+    error_NF = copies.estimated(x_ND)[1]
+    assert error_NF is not None
+    assert float((error_NF - expected(copies)).norm() / expected(copies).norm()) < 0.2
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "opt"])

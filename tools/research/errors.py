@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hireconvert.runtime.hire_predict import expected_errors
+
 
 def inputs(model: Any, layers: list[Any], ids_T: torch.Tensor) -> list[torch.Tensor]:
     """What each layer's FFN receives, [N, D]; a prompt runs dense."""
@@ -44,7 +46,7 @@ def layer_errors(
     gate_FD, up_FD = layer.prepared.gate_FD.float(), layer.prepared.up_FD.float()
     down_FD, copy_FD = parts.down_FD().float(), widened.estimate_FD
     first_MD = torch.cat([gate_FD, up_FD])
-    widened.predictor.soft_M = (widened.predictor.estimate(fit_ND) - fit_ND @ first_MD.T).std(0)
+    soft_M = (widened.predictor.estimate(fit_ND) - fit_ND @ first_MD.T).std(0)
     norm_F = down_FD.norm(dim=1)
     rest_error = float(((down_FD - copy_FD).norm(dim=1) / norm_F).mean())
     z_NM = widened.predictor.estimate(x_ND)
@@ -53,7 +55,7 @@ def layer_errors(
     true_NF = torch.hypot((h_NF - value_NF) * norm_F, h_NF * (down_FD - copy_FD).norm(dim=1))
     named = {
         "size": value_NF.abs() * norm_F,
-        "expected": widened.predictor.errors(z_NM, act, rest_error, gated=True) * norm_F,
+        "expected": expected_errors(z_NM, soft_M, act, rest_error, gated=True) * norm_F,
         "true": true_NF,
     }
     dense_ND, found = h_NF @ down_FD, {}
