@@ -43,6 +43,7 @@ INLINE void rest_vector(float *sum, const w16 *word, const float *scale, int64_t
                         const int num, const int shift, const int bits)
 {
     v16 a = v_load(sum);
+HIRE_UNROLL
     for (int i = 0; i < num; i++)
         a = v_fma(v_code(word[i], shift, bits), v_set1(scale[i * padded]), a);
     v_store(sum, a);
@@ -61,6 +62,7 @@ INLINE void rest_rows(const hire_layer *layer, const hire_run *run, const uint8_
     int64_t left = layer->stride / 16, at = 0;
     for (; left >= per_word; left -= per_word, at += 4 * HIRE_LANES) {
         w16 word[4];
+HIRE_UNROLL
         for (int i = 0; i < num; i++) word[i] = w_load4(row[i] + at);
 HIRE_UNROLL
         for (int k = 0; k < per_word; k++) {
@@ -71,6 +73,7 @@ HIRE_UNROLL
     if (left > 0) {
         w16 word[4];
         const int64_t bytes = lane_bytes(left, bits);
+HIRE_UNROLL
         for (int i = 0; i < num; i++) word[i] = load_lanes(row[i] + at, bytes);
         for (int k = 0; k < left; k++, partial += 16)
             rest_vector(partial, word, scale + *block++, padded, num, k * bits, bits);
