@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import linear
 
 from hireconvert.allocation import Allocation, Trades
 from hireconvert.auto import Source, choose
@@ -29,7 +30,7 @@ from hireconvert.masked import MaskedModel, Score
 from hireconvert.measures import hire_scope
 from hireconvert.quantize import GridFormat, encode_matrix, fit_grid, round_codes
 from hireconvert.recipe import FfnRecipe, PredictorRecipe
-from hireconvert.runtime.hire_predict import decode_blocks
+from hireconvert.runtime.hire_predict import decode_blocks, expected_errors
 from hireconvert.schema import UnselectedRecipe
 from hireconvert.schema_budget import BudgetRecipe, BudgetTargetRecipe
 from hireconvert.scoring import hidden
@@ -168,12 +169,36 @@ def stored(weight_AB: torch.Tensor, form: GridFormat) -> torch.Tensor:
     return decode_blocks(tensors, dataclasses.asdict(form), weight_AB.shape[1])
 
 
+def expected_to_be_off(
+    weights: Any, rounded: Any, copy_FD: torch.Tensor, x: torch.Tensor
+) -> torch.Tensor:
+    """The score `error` of all neurons for inputs [..., D], from the errors on these."""
+    z, soft = [], []
+    for name in ("gate", "up") if weights.gate_FD is not None else ("up",):
+        bias = getattr(weights, f"{name}_bias_F")
+        z.append(linear(x, getattr(rounded, f"{name}_FD"), bias))
+        off = z[-1] - linear(x, getattr(weights, f"{name}_FD"), bias)
+        soft.append(off.flatten(0, -2).std(0, correction=0))
+    length_F = weights.down_FD.norm(dim=1)
+    rest_error = float(((weights.down_FD - copy_FD).norm(dim=1) / length_F).mean())
+    gated = weights.gate_FD is not None
+    given = torch.cat(z, dim=-1), torch.cat(soft), weights.act, rest_error
+    return (expected_errors(*given, gated=gated) * length_F).detach()
+
+
 def estimated_logits(
-    model: Any, ids_T: torch.Tensor, active: tuple[int, ...], more: torch.Tensor | None = None
+    model: Any,
+    ids_T: torch.Tensor,
+    active: tuple[int, ...],
+    more: torch.Tensor | None = None,
+    *,
+    by_error: bool = False,
 ) -> torch.Tensor:
     """Logits where the best count exactly, candidates by copies of their output vectors, and the
     others by copies of everything; `more` [layers] adds that much of what the 4 next and the 4
-    last neurons bring. With few active ones: a ReLU makes many that tie at zero."""
+    last neurons bring. With few active ones: a ReLU makes many that tie at zero. `by_error` names
+    candidates by expected error, as many as are kept."""
+    over = 1.0 if by_error else 1.5
     layout, hooks = find_layout(model), []
     form, down_form = GridFormat(3, 16, False), GridFormat(4, 16, False)
     for index in range(num_layers(model)):
@@ -192,19 +217,21 @@ def estimated_logits(
                     copy_FD: torch.Tensor = copy_FD) -> torch.Tensor:  # fmt: skip
             h, value = args[0], hidden(rounded, seen["x"])
             score = (h.abs() * weights.down_FD.norm(dim=1)).detach()
+            if by_error:
+                score = expected_to_be_off(weights, rounded, copy_FD, seen["x"])
 
             def best(num: int) -> torch.Tensor:
                 place = score.topk(min(num, NEURONS), dim=-1).indices
                 return torch.zeros_like(score).scatter(-1, place, 1.0)
 
             num = active[index]
-            kept, named = best(num), best(round(1.5 * num))
+            kept, named = best(num), best(round(over * num))
             rest = (1 - kept) * (named * h + (1 - named) * value)
             found = output + (kept * h - h) @ weights.down_FD + rest @ copy_FD
             if more is not None:
                 band = best(num + 4) - best(num - 4)
                 found = found + more[index] * ((band * h) @ (weights.down_FD - copy_FD))
-                band = best(round(1.5 * (num + 4))) - best(round(1.5 * (num - 4)))
+                band = best(round(over * (num + 4))) - best(round(over * (num - 4)))
                 found = found + more[index] * ((band * (h - value)) @ copy_FD)
             return found
 
@@ -238,21 +265,24 @@ def test_neurons_left_out_count_by_copies(family: str) -> None:
         assert score.kl_W[number] == pytest.approx(float(kl), rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.parametrize("score", ["norm", "error"])
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_slopes_are_the_derivatives_by_the_neurons_at_the_edge(family: str) -> None:
+def test_slopes_are_the_derivatives_by_the_neurons_at_the_edge(family: str, score: str) -> None:
     model, ids_WT = tiny_model(family), tokens(2, 16)
     layout, count = find_layout(model), num_layers(model)
     active = (16, 20, 18)[:count]
-    ffn = FfnRecipe(keep_fraction=0.5, unselected=UNSELECTED, **ROUGH)
+    by_error = {"score": "error", "over_select": 1.0} if score == "error" else {}
+    ffn = FfnRecipe(keep_fraction=0.5, unselected=UNSELECTED, **(ROUGH | by_error))
     copies = live_copies(model, layout, ffn)
-    with MaskedModel(model, layout, ids_WT, copies=copies) as masked:
+    with MaskedModel(model, layout, ids_WT, score=score, copies=copies) as masked:
         slopes = masked.slopes(active, (4,) * count)
     model.requires_grad_(False)
     more, kl = torch.zeros(count, requires_grad=True), torch.zeros(())
     for ids_T in ids_WT:
         with torch.no_grad():
             dense = model(ids_T[None], use_cache=False).logits[0, :-1].log_softmax(-1)
-        sparse = estimated_logits(model, ids_T, active, more)[:-1].log_softmax(-1)
+        sparse = estimated_logits(model, ids_T, active, more, by_error=score == "error")
+        sparse = sparse[:-1].log_softmax(-1)
         kl = kl + (dense.exp() * (dense - sparse)).sum(-1).mean() / len(ids_WT)
     kl.backward()
     assert more.grad is not None
