@@ -30,12 +30,12 @@ ROWS_TOGETHER = 8  # HIRE_ROWS of native/kernels.h
 VARIABLE = "HIRE_NATIVE"  # of the environment: `off`, `ffn`, or the highest level to use
 _NUMBERS = (
     "width", "stride", "num_neurons", "num_candidates", "num_kept", "gated", "activation",
-    "weight_type", "bits", "block", "symmetric", "tile_bytes", "rest_bits", "rest_block",
-    "rest_symmetric", "rest_bytes", "low_bytes",
+    "weight_type", "bits", "block", "symmetric", "normal", "tile_bytes", "rest_bits",
+    "rest_block", "rest_symmetric", "rest_normal", "rest_bytes", "low_bytes",
 )  # fmt: skip
 _POINTERS = (
-    "tiles", "mean", "inverse_scale", "bias", "soft", "rest_error", "norm", "rows", "row_bias",
-    "down_bias", "rest", "low_bias", "low",
+    "tiles", "unit", "mean", "inverse_scale", "bias", "soft", "rest_error", "norm", "rows",
+    "row_bias", "down_bias", "rest", "rest_unit", "low_bias", "low",
 )  # fmt: skip
 
 
@@ -143,7 +143,7 @@ class FfnLayer:
         """A layer of weights and predictor tensors (docs/format.md); raises ValueError.
 
         `settings`: `activation`, `num_candidates`, `num_kept` (as many: none is dropped), the
-        predictor's `bits`, `block`, `symmetric`, `rest` (the same three keys, or None), and
+        predictor's `bits`, `block`, `symmetric`, `levels`, `rest` (the same keys, or None), and
         `refined`, whether the weights lie on the grid of `low_scale` and `down_low_scale`; where
         they do not, they are read as they are.
         `tensors`: `gate` (or None), `up` and `down` [F, D]; their biases as `gate_bias`, ...;

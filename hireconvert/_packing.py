@@ -20,15 +20,27 @@ PREDICTOR_BITS, REST_BITS = (2, 3, 4), (2, 3, 4, 8)
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 LANES, STRIDE = 16, 32
 LOW_BITS = 4  # of refined rows below those of the copies
+_LINE = 64  # bytes; HIRE_LINE of native/kernels.h
 _MOST = 2**31 - 64  # indices are 32 bits wide
 _MOST_WIDTH = 2**19  # sums of codes times digits over a row are 32 bits wide
+LONGEST_NORMAL_BLOCK = 2**16  # and of levels times digits over a block
 
 
 class _Copy(ctypes.Structure):
     """hire_copy of native/pack.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("planes", "scale", "offset", "low")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "planes",
+                "scale",
+                "codes",
+                "unit",
+                "offset",
+                "low",
+            )
+        ),
         *((name, ctypes.c_int64) for name in ("rows", "bits", "block")),
     ]
 
@@ -94,10 +106,17 @@ class _Tensors:
 
     def planes(self, name: str, *shape: int) -> torch.Tensor:
         """The bit planes, contiguous."""
-        planes = self.get(name, *shape)
-        if planes.dtype != torch.uint8:
-            raise ValueError(f"native: {name} is {planes.dtype}, expected torch.uint8")
-        return planes.contiguous()
+        return self._bytes(name, torch.uint8, *shape)
+
+    def codes(self, name: str, *shape: int) -> torch.Tensor:
+        """Scales of 8 bits, contiguous."""
+        return self._bytes(name, torch.int8, *shape)
+
+    def _bytes(self, name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        tensor = self.get(name, *shape)
+        if tensor.dtype != dtype:
+            raise ValueError(f"native: {name} is {tensor.dtype}, expected {dtype}")
+        return tensor.contiguous()
 
 
 def _number(settings: Mapping[str, Any], key: str, low: int, high: int) -> int:
@@ -129,9 +148,15 @@ def _quad_bytes(num: int, bits: int) -> int:
     return 4 * LANES * words
 
 
+def _whole_lines(size: int) -> int:
+    return -(-size // _LINE) * _LINE
+
+
 def _tile_bytes(width: int, parts: int, copy: _Copy) -> int:
     whole, last = divmod(width, copy.block)
     codes = whole * _quad_bytes(copy.block, copy.bits) + _quad_bytes(last, copy.bits)
+    if copy.codes:
+        return _whole_lines(parts * LANES * -(-width // copy.block)) + parts * codes
     scales = 2 * LANES * -(-width // copy.block) * (2 if copy.offset else 1)
     return parts * (codes + scales)
 
@@ -145,6 +170,8 @@ def _lane_bytes(stride: int, bits: int) -> int:
 
 def _rest_bytes(width: int, stride: int, copy: _Copy) -> int:
     """Bytes of a neuron's low-bit row with its scales; of 4 bits those of a tile of them."""
+    if copy.codes:
+        return _whole_lines(LANES * -(-width // copy.block)) + LANES * stride // 2
     scales = 2 * -(-width // copy.block) * (2 if copy.offset else 1)
     if copy.bits == 4:
         return LANES * (stride // 2 + scales)
@@ -229,7 +256,8 @@ class _Layer:
         symmetric = self._copy(packing.first, "", self.settings, PREDICTOR_BITS)
         packing.tile_bytes = _tile_bytes(width, parts, packing.first)
         numbers |= {"bits": packing.first.bits, "block": packing.first.block}
-        numbers |= {"symmetric": symmetric, "tile_bytes": packing.tile_bytes}
+        numbers |= {"symmetric": symmetric, "normal": int(bool(packing.first.codes))}
+        numbers["tile_bytes"] = packing.tile_bytes
         shapes: dict[str, Any] = {"tiles": (torch.uint8, (tiles, packing.tile_bytes))}
         if rest is None:
             return shapes
@@ -239,14 +267,18 @@ class _Layer:
             raise ValueError(f"native: block of down rows is {block}, no multiple of {LANES}")
         packing.rest_bytes = _rest_bytes(width, stride, packing.down)
         numbers |= {"rest_bits": bits, "rest_block": block}
-        numbers |= {"rest_symmetric": symmetric, "rest_bytes": packing.rest_bytes}
+        numbers |= {"rest_symmetric": symmetric, "rest_normal": int(bool(packing.down.codes))}
+        numbers["rest_bytes"] = packing.rest_bytes
         rows = tiles if bits == 4 else neurons
         return shapes | {"rest": (torch.uint8, (rows, packing.rest_bytes))}
 
     def _copy(
         self, copy: _Copy, prefix: str, settings: Mapping[str, Any], choices: tuple[int, ...]
     ) -> int:
-        """Tell the library of a copy; returns whether it is symmetric."""
+        """Tell the library of a copy; returns whether it is symmetric.
+
+        The units of the scales of normal levels join the small tensors.
+        """
         width = self.numbers["width"]
         copy.rows = self.numbers["num_neurons"] * (1 if prefix else self.parts)
         copy.bits = choices[_one_of(settings, "bits", choices)]
@@ -254,6 +286,15 @@ class _Layer:
         symmetric, blocks = _one_of(settings, "symmetric", (False, True)), -(-width // copy.block)
         planes = self.given.planes(f"{prefix}planes", copy.bits, copy.rows, -(-width // 8))
         copy.planes = self._address(planes)
+        if _one_of({"levels": "even", **settings}, "levels", ("even", "normal")):
+            if copy.bits != 4 or not symmetric or copy.block > LONGEST_NORMAL_BLOCK:
+                raise ValueError("native: normal levels are of 4 bits, symmetric, in short blocks")
+            codes = self.given.codes(f"{prefix}scale_codes", copy.rows, blocks)
+            unit = self.given.floats(f"{prefix}scale_unit", copy.rows).contiguous()
+            copy.codes, copy.unit = self._address(codes), self._address(unit)
+            name, parts = ("rest_unit", 1) if prefix else ("unit", self.parts)
+            self.small[name] = _pad_parts(unit, parts)
+            return symmetric
         copy.scale = self._address(self.given.halves(f"{prefix}scale", copy.rows, blocks))
         if not symmetric:
             copy.offset = self._address(self.given.halves(f"{prefix}offset", copy.rows, blocks))

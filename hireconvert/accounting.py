@@ -25,6 +25,11 @@ from hireconvert.runtime.hire_predict import (
 )
 
 ITEM_BYTES = {"U8": 1, "I8": 1, "F8_E4M3": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8, "I64": 8}
+_DTYPES = {  # of predictor tensors; others are F32
+    "planes": "U8",
+    **dict.fromkeys(("scale_codes", "factor_in_codes", "factor_out_codes"), "I8"),
+    **dict.fromkeys(("scale", "offset", "factor_in", "factor_out", "soft"), "F16"),
+}
 TensorTable: TypeAlias = dict[str, tuple[str, tuple[int, ...]]]
 
 
@@ -37,17 +42,17 @@ def num_outputs(layer: Mapping[str, Any], *, gated: bool) -> int:
 
 def predictor_table(predictor: Mapping[str, Any], width: int, outputs: int) -> TensorTable:
     """{name: (safetensors dtype, shape)} of one predictor with D = width, M = outputs."""
-    dtypes = {"planes": "U8", "scale": "F16", "offset": "F16", "factor_in": "F16"}
-    dtypes |= {"factor_out": "F16", "factor_in_codes": "I8", "factor_out_codes": "I8"}
-    dtypes |= {"soft": "F16"}
     shapes = expected_tensors(predictor, width, outputs)
-    return {name: (dtypes.get(name, "F32"), shape) for name, shape in shapes.items()}
+    return {name: (_DTYPES.get(name, "F32"), shape) for name, shape in shapes.items()}
 
 
 def down_table(layer: Mapping[str, Any], width: int) -> TensorTable:
     """As `predictor_table`, of the copy that counts for neurons not selected; none without it."""
     shapes = down_tensors(layer.get("unselected"), layer["num_neurons"], width)
-    return {name: ("U8" if "planes" in name else "F16", shape) for name, shape in shapes.items()}
+    return {
+        name: (_DTYPES.get(name.removeprefix("down_"), "F32"), shape)
+        for name, shape in shapes.items()
+    }
 
 
 def low_table(layer: Mapping[str, Any], width: int, outputs: int) -> TensorTable:

@@ -131,7 +131,7 @@ def distill_layer(
         weights, norm_F = permuted(weights, permutation_F), norm_F[permutation_F]
     down: dict[str, torch.Tensor] = {}
     if recipe.unselected is not None:
-        form = GridFormat(**recipe.unselected.model_dump())
+        form = GridFormat.of(recipe.unselected)
         down = encode_down(weights.down_FD, form)
         if recipe.score == "error":
             copy_FD = decode_down(down, counts["unselected"], weights.down_FD.shape[1])
@@ -264,7 +264,7 @@ def _copy(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """(tensors, float32 [M, D] copy of the matrix as plain inputs see it)."""
     channel_major = spec["num_inputs"] < matrix_MD.shape[1]
-    form = GridFormat(recipe.bits, recipe.block, recipe.symmetric, channel_major)
+    form = GridFormat.of(recipe, channel_major=channel_major)
     # Channel-major every channel has its own scales.
     column_scale = recipe.column_scale and not channel_major
     codes, grid, scale_D = fitted_codes(matrix_MD, form, moments.loud_DD, column_scale=column_scale)

@@ -100,11 +100,11 @@ def estimates_of(ffn: FfnRecipe, count: int, *, selects: bool = False) -> list[E
     Raises UsageError where the recipe lists predictors of another number of layers.
     """
     rest = ffn.unselected
-    down = None if rest is None else GridFormat(rest.bits, rest.block, rest.symmetric)
+    down = None if rest is None else GridFormat.of(rest)
     over_select = ffn.over_select if ffn.keep == "top_k" else 1.0
     return [
         Estimate(
-            GridFormat(own.bits, own.block, own.symmetric),
+            GridFormat.of(own),
             down,
             over_select,
             selects,
@@ -210,8 +210,7 @@ class LiveCopies:
             codes_FD, grid, scale_D = fitted_codes(
                 weight_FD, form, moment_DD, column_scale=self.estimate.column_scale
             )
-        offset = None if grid.offset is None else grid.offset.to(device)
-        self._grids[name] = Grid(form, grid.scale.to(device), offset)
+        self._grids[name] = grid.to(device)
         self._scales[name] = scale_D.to(device)
         self._hold(name, decode_codes(codes_FD, grid).to(device))
         if inputs is not None and self.estimate.by_error:

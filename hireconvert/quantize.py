@@ -14,11 +14,22 @@ from dataclasses import dataclass
 import torch
 
 from hireconvert.errors import InputError
+from hireconvert.runtime.hire_predict import NORMAL_LEVELS
+from hireconvert.schema import PredictorRecipe, UnselectedRecipe
 
 HALF_MIN, HALF_MAX = 2.0**-24, 65504.0
 SHRINK_STEPS = 14
 LOWEST_SHRINK = {1: 0.25, 2: 0.35, 3: 0.5, 4: 0.6, 8: 0.9}
 COLUMN_SCALE_POWER = 0.5
+NORMAL_CLIPS = (1.15, 1.085, 1.02, 0.955, 0.89, 0.825, 0.76, 0.7)  # tried of normal levels
+SCALE_TOP = 127  # of their scales' codes
+_LEVELS = torch.tensor(NORMAL_LEVELS, dtype=torch.float32)
+# The code nearest to each stretch of half a step, which no border between levels cuts through:
+# (k / 2, (k + 1) / 2] for k from -127 on. Far faster than torch.bucketize.
+_STRETCHES = 2 * 127
+_CODES = torch.bucketize(
+    (torch.arange(_STRETCHES) - 126) / 2, (_LEVELS[1:] + _LEVELS[:-1]) / 2
+).float()
 FEEDBACK_COLUMNS = 64  # columns between two full updates of the error feedback
 
 
@@ -30,6 +41,14 @@ class GridFormat:
     block: int
     symmetric: bool
     channel_major: bool = False
+    levels: str = "even"
+
+    @classmethod
+    def of(
+        cls, recipe: PredictorRecipe | UnselectedRecipe, *, channel_major: bool = False
+    ) -> GridFormat:
+        """What a recipe says of a copy."""
+        return cls(recipe.bits, recipe.block, recipe.symmetric, channel_major, recipe.levels)
 
     @property
     def top_code(self) -> int:
@@ -46,12 +65,25 @@ class GridFormat:
 class Grid:
     """A grid fitted to one matrix: float16 scales and, unless symmetric, offsets, per block.
 
-    Both are [M, ceil(D/block)], or [D, ceil(M/block)] channel-major.
+    Both are [M, ceil(D/block)], or [D, ceil(M/block)] channel-major. With normal levels scales are
+    int8, in a float32 `unit` of their row, [M] or [D].
     """
 
     format: GridFormat
     scale: torch.Tensor
     offset: torch.Tensor | None
+    unit: torch.Tensor | None = None
+
+    @property
+    def scale_AG(self) -> torch.Tensor:
+        """The scales in float32."""
+        scale = self.scale.float()
+        return scale if self.unit is None else scale * self.unit[:, None]
+
+    def to(self, device: torch.device) -> Grid:
+        """The grid on a device."""
+        offset, unit = (None if t is None else t.to(device) for t in (self.offset, self.unit))
+        return Grid(self.format, self.scale.to(device), offset, unit)
 
 
 def pack_planes(codes_AL: torch.Tensor, bits: int) -> torch.Tensor:
@@ -79,6 +111,8 @@ def fit_grid(
     if not bool(torch.isfinite(weight_MD).all()):
         raise InputError("a weight matrix to be quantized holds NaN or infinite values")
     values_AGB, weights_AGB = _blocks(weight_MD, form, importance_D)
+    if form.levels == "normal":
+        return _normal_grid(values_AGB, weights_AGB, form)
     scale_AG, offset_AG = _widest(values_AGB, weights_AGB, form)
     best = _error(values_AGB, weights_AGB, scale_AG, offset_AG, form)
     lowest = LOWEST_SHRINK.get(form.bits, 0.9)
@@ -134,7 +168,8 @@ def feedback_codes(
         for j in range(start, stop):
             codes = _nearest(open_DM[j], scale_DM[j], offset_DM[j], grid.format)
             codes_DM[j] = codes.to(torch.uint8)
-            error = (open_DM[j] - (codes * scale_DM[j] + offset_DM[j])) / upper_DD[j, j]
+            values = _values(codes, scale_DM[j], offset_DM[j], grid.format)
+            error = (open_DM[j] - values) / upper_DD[j, j]
             lost[j - start] = error
             open_DM[j + 1 : stop].addr_(upper_DD[j, j + 1 : stop], error, alpha=-1.0)
         open_DM[stop:] -= upper_DD[start:stop, stop:].T @ lost
@@ -162,9 +197,14 @@ def fitted_codes(
 
 
 def encode_matrix(codes_MD: torch.Tensor, grid: Grid) -> dict[str, torch.Tensor]:
-    """The tensors `planes`, `scale` and (not symmetric) `offset` of one copy."""
+    """The tensors of one copy: `planes`, and `scale` and (not symmetric) `offset`, or, with normal
+    levels, `scale_codes` and `scale_unit`.
+    """
     codes_AL = codes_MD.T if grid.format.channel_major else codes_MD
-    tensors = {"planes": pack_planes(codes_AL, grid.format.bits), "scale": grid.scale.contiguous()}
+    tensors = {"planes": pack_planes(codes_AL, grid.format.bits)}
+    if grid.unit is not None:
+        return {**tensors, "scale_codes": grid.scale.contiguous(), "scale_unit": grid.unit}
+    tensors["scale"] = grid.scale.contiguous()
     if grid.offset is not None:
         tensors["offset"] = grid.offset.contiguous()
     return tensors
@@ -185,15 +225,18 @@ def encode_down(down_FD: torch.Tensor, form: GridFormat) -> dict[str, torch.Tens
 def decode_codes(codes_MD: torch.Tensor, grid: Grid) -> torch.Tensor:
     """float32 [M, D], the value of every code."""
     scale_MD, offset_MD = expand_grid(grid, codes_MD.shape)
-    return codes_MD.float() * scale_MD + offset_MD
+    return _values(codes_MD, scale_MD, offset_MD, grid.format)
 
 
 def expand_grid(grid: Grid, shape_MD: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 scale and value of code 0, both [M, D] (one entry a weight)."""
+    """float32 scale and what is added to its multiples, both [M, D] (one entry a weight).
+
+    Evenly spaced, that is the value of code 0; normal levels lie around zero, it is nothing.
+    """
     form = grid.format
-    scale_AG = grid.scale.float()
+    scale_AG = grid.scale_AG
     stored = grid.offset
-    offset_AG = -scale_AG * form.middle if stored is None else stored.float()
+    offset_AG = _true_offset(scale_AG, torch.zeros(()) if stored is None else stored.float(), form)
     length = shape_MD[0] if form.channel_major else shape_MD[1]
     block = min(form.block or length, length)
     wide = [t.repeat_interleave(block, dim=1)[:, :length] for t in (scale_AG, offset_AG)]
@@ -255,7 +298,46 @@ def _half_offset(offset: torch.Tensor) -> torch.Tensor:
 def _nearest(
     values: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, form: GridFormat
 ) -> torch.Tensor:
+    if form.levels == "normal":
+        stretch = (values / scale).mul_(2).ceil_().add_(126).clamp_(0, _STRETCHES - 1)
+        return _looked_up(_CODES, stretch)
     return ((values - offset) / scale).round_().clamp_(0, form.top_code)
+
+
+def _values(
+    codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, form: GridFormat
+) -> torch.Tensor:
+    if form.levels == "normal":
+        return _looked_up(_LEVELS, codes) * scale
+    return codes.float() * scale + offset
+
+
+def _looked_up(table: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    found = torch.index_select(table.to(place.device), 0, place.int().flatten())
+    return found.view(place.shape)
+
+
+def _normal_grid(values_AGB: torch.Tensor, weights_AGB: torch.Tensor, form: GridFormat) -> Grid:
+    """Scales of normal levels: clippings of either sign, refitted, then rounded to 8 bits."""
+    largest_AG = values_AGB.abs().amax(-1).clamp_min(HALF_MIN)
+    nothing_AG = torch.zeros_like(largest_AG)
+    best = torch.full_like(largest_AG, torch.inf)
+    scale_AG = largest_AG
+    for clip in NORMAL_CLIPS:
+        for side in (-1.0, 1.0):  # which of them the wide side of the levels goes to
+            trial_AG = largest_AG * (side * clip / _LEVELS.abs().max())
+            codes = _nearest(values_AGB, trial_AG.unsqueeze(-1), nothing_AG, form)
+            level_AGB = _looked_up(_LEVELS, codes)
+            product = (weights_AGB * level_AGB * values_AGB).sum(-1)
+            square = (weights_AGB * level_AGB.square()).sum(-1)
+            new_AG = torch.where(product == 0, trial_AG, product / square.clamp_min(1e-30))
+            error = _error(values_AGB, weights_AGB, new_AG, nothing_AG, form)
+            scale_AG = torch.where(error < best, new_AG, scale_AG)
+            best = torch.minimum(best, error)
+    unit_A1 = scale_AG.abs().amax(1, keepdim=True) / SCALE_TOP
+    codes_AG = (scale_AG / unit_A1).round()
+    codes_AG = torch.where(codes_AG == 0, scale_AG.sign(), codes_AG)
+    return Grid(form, codes_AG.to(torch.int8), None, unit_A1[:, 0].contiguous())
 
 
 def _blocks(
@@ -298,12 +380,14 @@ def _error(
     form: GridFormat,
 ) -> torch.Tensor:
     scale, offset = scale_AG.unsqueeze(-1), _true_offset(scale_AG, offset_AG, form).unsqueeze(-1)
-    rounded = _nearest(values_AGB, scale, offset, form).mul_(scale).add_(offset)
+    rounded = _values(_nearest(values_AGB, scale, offset, form), scale, offset, form)
     return rounded.sub_(values_AGB).square_().mul_(weights_AGB).sum(-1)
 
 
 def _true_offset(scale_AG: torch.Tensor, offset_AG: torch.Tensor, form: GridFormat) -> torch.Tensor:
     """A symmetric grid has no stored offset: its value of code 0 follows from the scale."""
+    if form.levels == "normal":
+        return torch.zeros_like(scale_AG)
     return -scale_AG * form.middle if form.symmetric else offset_AG
 
 

@@ -19,6 +19,14 @@ from hireconvert.sections import Section as Section
 T = TypeVar("T")
 
 Block: TypeAlias = Annotated[int, In(1, 2**24)]  # as long as the format lets one be
+LONGEST_NORMAL_BLOCK = 2**16  # likewise
+Levels: TypeAlias = Annotated[
+    Literal["even", "normal"],
+    Field(
+        description="what codes stand for: even steps, or (4 bits, symmetric) levels spaced as "
+        "weights lie with 8-bit scales, which are as near as even ones with offsets in fewer bytes"
+    ),
+]
 Rows: TypeAlias = Annotated[int, In(1, 2**20)]
 ONE, LIST = "<one>", "<list>"  # tags of a per-layer union, cut out of the key paths of errors
 _BY_SHAPE = Discriminator(lambda value: LIST if isinstance(value, list) else ONE)
@@ -87,6 +95,19 @@ class DistillRecipe(Section):
     )
 
 
+def _level_problems(levels: Levels, bits: int, block: int, symmetric: bool) -> Iterator[Problem]:
+    """What a copy with normal levels cannot have."""
+    if levels == "even":
+        return
+    if bits != 4:
+        yield "levels", f"normal levels are those of 4 bits, not of {bits}"
+    if not symmetric:
+        yield "levels", "normal levels go without offsets; set symmetric=true, or levels=even"
+    if block > LONGEST_NORMAL_BLOCK:
+        most = f"at most {LONGEST_NORMAL_BLOCK} weights"
+        yield "levels", f"blocks of normal levels have {most}, not {block}"
+
+
 class PredictorRecipe(Section):
     """How the scores of the FFN neurons are predicted."""
 
@@ -102,6 +123,7 @@ class PredictorRecipe(Section):
     symmetric: bool = Field(
         default=True, description="codes around zero; otherwise each block has an offset"
     )
+    levels: Levels = "even"
     rank: Count = Field(default=128, description="rank of the factors (lr, qlr)")
     factor_bits: Literal[16, 8, 4] = Field(
         default=16, description="bits per weight of the factors (lr, qlr)"
@@ -130,6 +152,9 @@ class PredictorRecipe(Section):
     )
 
     def _problems(self) -> Iterator[Problem]:
+        yield from _level_problems(self.levels, self.bits, self.block, self.symmetric)
+        if self.kind == "auto" and self.levels == "normal":
+            yield "levels", "kind auto tries copies of several widths, normal levels are of 4 bits"
         if self.kind == "auto" and self.target_recall is None:
             yield "target_recall", "kind auto needs the recall to reach, for example 0.95"
         if self.kind != "auto" and self.target_recall is not None:
@@ -148,6 +173,10 @@ class UnselectedRecipe(Section):
     symmetric: bool = Field(
         default=False, description="codes around zero; otherwise each block has an offset"
     )
+    levels: Levels = "even"
+
+    def _problems(self) -> Iterator[Problem]:
+        yield from _level_problems(self.levels, self.bits, self.block, self.symmetric)
 
 
 def _beyond_refining(predictor: PredictorRecipe) -> str | None:

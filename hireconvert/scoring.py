@@ -27,6 +27,7 @@ from hireconvert.runtime.hire_predict import (
     varies,
 )
 from hireconvert.runtime.hire_select import standings
+from hireconvert.schema import UnselectedRecipe
 
 ROW_CHUNK = 2048
 LEAST_LEVEL = 1e-30  # a neuron of score 0 (ReLU has many) adds nothing and need not be kept
@@ -70,7 +71,7 @@ def layer_counts(num_neurons: int, recipe: FfnRecipe, keep_fraction: float) -> d
         rule = {"rule": recipe.selection, "level": None, "mean_kept": counts["num_kept"]}
         counts["selection"] = rule
     if recipe.unselected is not None:
-        counts["unselected"] = recipe.unselected.model_dump()
+        counts["unselected"] = copy_spec(recipe.unselected)
     if recipe.rows != "stored":
         counts["rows"] = recipe.rows
     return with_candidates(counts, counts["num_candidates"])
@@ -84,6 +85,12 @@ def with_candidates(counts: dict[str, Any], num_candidates: int) -> dict[str, An
     return counts
 
 
+def copy_spec(recipe: PredictorRecipe | UnselectedRecipe) -> dict[str, Any]:
+    """What a spec says of a low-bit copy; even levels go without saying."""
+    spec = {"bits": recipe.bits, "block": recipe.block, "symmetric": recipe.symmetric}
+    return {**spec, "levels": recipe.levels} if recipe.levels != "even" else spec
+
+
 def predictor_spec(
     recipe: PredictorRecipe, width: int, num_matrices: int, counts: dict[str, Any]
 ) -> dict[str, Any]:
@@ -95,9 +102,11 @@ def predictor_spec(
     inputs = min(max(round_half_up(recipe.input_keep * width), 1), width)
     spec = {
         "kind": recipe.kind,
-        "bits": recipe.bits if with_copy else None,
-        "block": recipe.block if with_copy else None,
-        "symmetric": recipe.symmetric,
+        **(
+            copy_spec(recipe)
+            if with_copy
+            else {"bits": None, "block": None, "symmetric": recipe.symmetric}
+        ),
         "rank": min(recipe.rank, width, outputs) if with_factors else None,
         "factor_bits": recipe.factor_bits,
         "num_inputs": inputs if with_copy else width,

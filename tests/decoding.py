@@ -26,8 +26,25 @@ def decode_matrix(
     """float32 [M, D], the matrix that `encode_matrix` wrote."""
     length = shape_MD[0] if form.channel_major else shape_MD[1]
     codes = unpack_planes(tensors["planes"], length)
+    if form.levels == "normal":
+        decoded = _normal(codes, tensors, min(form.block, length))
+        return decoded.T if form.channel_major else decoded
     grid = Grid(form, tensors["scale"], None if form.symmetric else tensors["offset"])
     return decode_codes(codes.T if form.channel_major else codes, grid)
+
+
+def _normal(codes: torch.Tensor, tensors: Mapping[str, torch.Tensor], block: int) -> torch.Tensor:
+    """docs/format.md, `levels`: a code's level times its block's scale and its row's unit."""
+    level = torch.tensor([-63.0, -51, -40, -31, -24, -17, -11, -5, 1, 6, 12, 18, 25, 33, 42, 55])
+    scales = tensors["scale_codes"].float() * tensors["scale_unit"][:, None]
+    rows = [
+        torch.cat([
+            level[part.long()] * scale
+            for part, scale in zip(row.split(block), own, strict=True)
+        ])
+        for row, own in zip(codes, scales, strict=True)
+    ]  # fmt: skip
+    return torch.stack(rows)
 
 
 def decode_factor(

@@ -57,6 +57,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "loud_inputs": {"predictor": {"input_keep": 0.5, "bits": 3}},
     "loud_qlr": {"predictor": {"kind": "qlr", "input_keep": 0.6, "rank": 4, "symmetric": False}},
     "offset": {"predictor": {"symmetric": False}},
+    "normal": {"predictor": {"levels": "normal", "block": 16}},
+    "loud_normal": {"predictor": {"levels": "normal", "input_keep": 0.5}},
     "uncentred": {"predictor": {"centre": False, "column_scale": False}},
     "group_scores": {
         "group_size": 4,
@@ -98,6 +100,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+def form_of(spec: dict[str, Any], *, channel_major: bool = False) -> GridFormat:
+    levels = spec.get("levels", "even")
+    return GridFormat(spec["bits"], spec["block"], spec["symmetric"], channel_major, levels)
+
+
 def predicted(spec: dict[str, Any], tensors: dict[str, torch.Tensor], x_ND: torch.Tensor) -> Any:
     """z [N, M] of docs/design.md, from the tensors by another decoder."""
     own, outputs = spec["predictor"], tensors["bias"].shape[0]
@@ -105,7 +112,7 @@ def predicted(spec: dict[str, Any], tensors: dict[str, torch.Tensor], x_ND: torc
     z_NM = tensors["bias"].expand(x_ND.shape[0], -1)
     if own["kind"] in ("q", "qlr"):
         loud = own["num_inputs"] < WIDTH
-        form = GridFormat(own["bits"], own["block"], own["symmetric"], channel_major=loud)
+        form = form_of(own, channel_major=loud)
         copy_MD = decode_matrix(tensors, form, (outputs, WIDTH))
         scaled_ND = centred_ND / tensors["column_scale"]
         if loud:
@@ -196,8 +203,7 @@ def low_bit_down(layer: Any) -> torch.Tensor:
         for name, tensor in layer.predictor_tensors.items()
         if name.startswith(prefix)
     }
-    form = GridFormat(spec["bits"], spec["block"], spec["symmetric"])
-    return decode_matrix(own, form, (NEURONS, WIDTH))
+    return decode_matrix(own, form_of(spec), (NEURONS, WIDTH))
 
 
 def output_with_rest(native: Any, index: int, x_ND: torch.Tensor, layer: Any) -> torch.Tensor:

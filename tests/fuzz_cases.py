@@ -32,7 +32,11 @@ CASES = {
     "q, the rest by estimate": Case("qwen2", {"unselected": {}}, {}),
     "refined rows, 8-bit attention": Case(
         "mistral",
-        {"predictor": {}, "unselected": {"block": 32}, "rows": "refined"},
+        {
+            "predictor": {"levels": "normal", "block": 32},
+            "unselected": {"levels": "normal", "symmetric": True},
+            "rows": "refined",
+        },
         {"bits": 4},
         attention={
             "bits": 8,

@@ -28,6 +28,7 @@ KNOWN: dict[str, tuple[Any, ...]] = {
     "factor_bits": (4, 8, 16),
     "block": (0, 1, 7, 8, 16, 31, 32, 33, 64, 2**24, None),
     "symmetric": (True, False),
+    "levels": ("even", "normal"),
     "groups": (True, False),
     "soften": (True, False),
     "keep": ("top_k", "candidates"),

@@ -59,12 +59,21 @@ class Case:
     bits: int = 4
     block: int = 32
     symmetric: bool = True
-    rest: tuple[int, int, bool] | None = None
+    levels: str = "even"
+    rest: tuple[Any, ...] | None = None  # as GridFormat takes them
     act: str = "silu"
     bias: bool = False
     soft: bool = False
     error: float | None = None  # of copied output vectors, where scores are expected errors
     refined: bool = False
+
+    @property
+    def form(self) -> GridFormat:
+        return GridFormat(self.bits, self.block, self.symmetric, levels=self.levels)
+
+
+def normal_rest(block: int) -> tuple[Any, ...]:
+    return (4, block, True, False, "normal")
 
 
 CASES = {
@@ -91,6 +100,21 @@ CASES = {
     "refined_fused": Case(
         260, 70, 30, 30, gated=False, block=500, rest=(4, 64, False), act="relu", refined=True
     ),
+    "normal": Case(96, 100, 60, 40, levels="normal", rest=normal_rest(32), bias=True),
+    "normal_odd": Case(61, 77, 41, 30, levels="normal", block=7, rest=normal_rest(16), act="relu"),
+    "normal_ungated": Case(
+        100, 90, 45, 45, gated=False, levels="normal", block=48, rest=(4, 48, False), soft=True,
+        error=0.1,
+    ),
+    "normal_rest": Case(
+        200, 131, 60, 60, rest=normal_rest(200), dtype=torch.bfloat16, act="gelu_tanh"
+    ),
+    "normal_refined": Case(
+        160, 131, 60, 60, levels="normal", rest=normal_rest(32), bias=True, refined=True
+    ),
+    "normal_refined_fused": Case(
+        97, 70, 30, 12, gated=False, levels="normal", block=16, rest=normal_rest(48), refined=True
+    ),
 }  # fmt: skip
 
 
@@ -110,7 +134,7 @@ def tensors_of(case: Case, seed: int = 0) -> dict[str, Any]:
     tensors["down_bias"] = normal(width) if case.bias else None
     weight_MD = torch.cat([tensors[name].float() for name in names])
     column_scale = torch.rand(width, generator=dice) + 0.5
-    grid = fit_grid(weight_MD * column_scale, GridFormat(case.bits, case.block, case.symmetric))
+    grid = fit_grid(weight_MD * column_scale, case.form)
     tensors |= encode_matrix(round_codes(weight_MD * column_scale, grid), grid)
     mean = normal(width, scale=0.1).float()
     bias = weight_MD @ mean
@@ -135,7 +159,7 @@ def refine(case: Case, tensors: dict[str, Any], names: list[str]) -> None:
     first_MD = torch.cat([tensors[name] for name in names]) * tensors["column_scale"]
     down = {key.removeprefix("down_"): value for key, value in tensors.items()}
     copies = {
-        "low_scale": (first_MD, tensors, GridFormat(4, case.block, case.symmetric)),
+        "low_scale": (first_MD, tensors, case.form),
         "down_low_scale": (tensors["down"], down, GridFormat(*case.rest)),
     }
     rounded = []
@@ -152,7 +176,8 @@ def refine(case: Case, tensors: dict[str, Any], names: list[str]) -> None:
 
 
 def settings_of(case: Case) -> dict[str, Any]:
-    rest = None if case.rest is None else dict(zip(("bits", "block", "symmetric"), case.rest))  # noqa: B905
+    names = ("bits", "block", "symmetric", "channel_major", "levels")
+    rest = None if case.rest is None else dict(zip(names, case.rest, strict=False))
     return {
         "activation": case.act,
         "num_candidates": case.candidates,
@@ -160,6 +185,7 @@ def settings_of(case: Case) -> dict[str, Any]:
         "bits": case.bits,
         "block": case.block,
         "symmetric": case.symmetric,
+        "levels": case.levels,
         "rest": rest,
         "refined": case.refined,
     }
@@ -172,9 +198,8 @@ def rows_of(case: Case, num: int = 3, seed: int = 1) -> torch.Tensor:
 
 def estimates(case: Case, tensors: dict[str, Any], x_D: torch.Tensor, dtype: Any) -> torch.Tensor:
     """z [M] from the tensors on disk, in the arithmetic of `dtype`."""
-    form = GridFormat(case.bits, case.block, case.symmetric)
     outputs = tensors["bias"].shape[0]
-    copy_MD = decode_matrix(tensors, form, (outputs, case.width)).to(dtype)
+    copy_MD = decode_matrix(tensors, case.form, (outputs, case.width)).to(dtype)
     u_D = (x_D.to(dtype) - tensors["mean"].to(dtype)) / tensors["column_scale"].to(dtype)
     return tensors["bias"].to(dtype) + copy_MD @ u_D
 

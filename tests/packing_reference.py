@@ -107,6 +107,32 @@ def _tiles(
     return torch.cat(pieces, dim=1).contiguous()
 
 
+def _lines(octets: torch.Tensor) -> torch.Tensor:
+    """The bytes [T, n] with zeros behind them, in whole lines of 64."""
+    return torch.nn.functional.pad(octets, (0, -octets.shape[1] % 64))
+
+
+def _scale_octets(scale_codes: torch.Tensor) -> torch.Tensor:
+    """Scales of normal levels as the kernels read them: bytes, 128 more than the codes."""
+    return (scale_codes.to(torch.int16) + 128).to(torch.uint8)
+
+
+def _normal_tiles(
+    codes: torch.Tensor, scales: torch.Tensor, parts: int, block: int
+) -> torch.Tensor:
+    """uint8 [T, bytes] of normal levels: a line of scales before the codes of its blocks."""
+    code_TPLD, scale_TPLG = _by_tile(codes, parts), _scale_octets(_by_tile(scales, parts))
+    blocks, together, pieces = scales.shape[1], 64 // (16 * parts), []
+    for index in range(blocks):
+        if index % together == 0:
+            some = scale_TPLG[..., index : index + together].permute(0, 3, 1, 2).flatten(1)
+            pieces.append(_lines(some))
+        lanes = code_TPLD[..., index * block : (index + 1) * block].transpose(-1, -2)
+        unit_TPUB = pack_quads(lanes, 4).unflatten(-1, (-1, 64))
+        pieces.append(unit_TPUB.transpose(1, 2).flatten(1))
+    return torch.cat(pieces, dim=1).contiguous()
+
+
 def _padded(codes_MD: torch.Tensor, length: int) -> torch.Tensor:
     """The codes with zeros behind each row, uint8 [M, length]."""
     return torch.nn.functional.pad(codes_MD, (0, length - codes_MD.shape[1]))
@@ -127,6 +153,8 @@ def _rest_tiles(codes_FD: torch.Tensor, scales: list[torch.Tensor], stride: int)
     code = code_TLD.unflatten(2, (-1, 2, LANES)).unflatten(1, (-1, 4))
     packed = (code[..., 0, :] | code[..., 1, :] << 4).permute(0, 3, 1, 4, 2).flatten(1)
     by_block = [_by_tile(scale, 1)[:, 0].transpose(1, 2).flatten(1) for scale in scales]
+    if by_block[0].dtype == torch.int8:  # normal levels
+        return torch.cat([_lines(_scale_octets(by_block[0])), packed], dim=1).contiguous()
     return torch.cat([*[_octets(scale) for scale in by_block], packed], dim=1).contiguous()
 
 
@@ -141,7 +169,7 @@ class _Given(_Tensors):
         found = {name: self._tensors.get(name) for name in names}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
-    def codes(self, name: str, bits: int, rows: int, length: int) -> torch.Tensor:
+    def unpacked(self, name: str, bits: int, rows: int, length: int) -> torch.Tensor:
         """The codes of bit planes, uint8 [rows, length]."""
         return unpack_planes(self.planes(name, bits, rows, -(-length // 8)), length)
 
@@ -165,11 +193,16 @@ def _predictor(
     outputs, bits = parts * neurons, PREDICTOR_BITS[_one_of(settings, "bits", PREDICTOR_BITS)]
     block = min(_number(settings, "block", 1, _MOST), width)
     symmetric = bool(_one_of(settings, "symmetric", (False, True)))
-    codes = given.codes("planes", bits, outputs, width)
-    scales = _scales(given, "", symmetric, outputs, -(-width // block))
-    tiles = _tiles(codes, scales, parts, bits, block)
-    numbers |= {"bits": bits, "block": block, "symmetric": symmetric, "tile_bytes": tiles.shape[1]}
-    tensors = {
+    codes, blocks = given.unpacked("planes", bits, outputs, width), -(-width // block)
+    normal, own = settings.get("levels") == "normal", {}
+    if normal:
+        tiles = _normal_tiles(codes, given.codes("scale_codes", outputs, blocks), parts, block)
+        own["unit"] = _pad_parts(given.floats("scale_unit", outputs), parts)
+    else:
+        tiles = _tiles(codes, _scales(given, "", symmetric, outputs, blocks), parts, bits, block)
+    numbers |= {"bits": bits, "block": block, "symmetric": symmetric, "normal": normal}
+    numbers["tile_bytes"] = tiles.shape[1]
+    tensors = own | {
         "tiles": tiles,
         "mean": given.floats("mean", width),
         "inverse_scale": 1.0 / given.floats("column_scale", width),
@@ -194,15 +227,20 @@ def _rest(
     if block % LANES and block < width:
         raise ValueError(f"native: block of down rows is {block}, no multiple of {LANES}")
     symmetric = bool(_one_of(rest, "symmetric", (False, True)))
-    codes = given.codes("down_planes", bits, neurons, width)
-    scales = _scales(given, "down_", symmetric, neurons, -(-width // block))
+    codes, blocks = given.unpacked("down_planes", bits, neurons, width), -(-width // block)
+    normal, own = rest.get("levels") == "normal", {}
+    if normal:
+        scales = [given.codes("down_scale_codes", neurons, blocks)]
+        own["rest_unit"] = _pad_parts(given.floats("down_scale_unit", neurons), 1)
+    else:
+        scales = _scales(given, "down_", symmetric, neurons, blocks)
     if bits == 4:
         rows = _rest_tiles(codes, scales, numbers["stride"])
     else:
         rows = _rest_rows(codes, scales, bits, numbers["stride"])
     numbers |= {"rest_bits": bits, "rest_block": block, "rest_symmetric": symmetric}
-    numbers["rest_bytes"] = rows.shape[1]
-    return {"rest": rows}
+    numbers |= {"rest_normal": normal, "rest_bytes": rows.shape[1]}
+    return {"rest": rows, **own}
 
 
 def _refined(
@@ -222,11 +260,14 @@ def _refined(
     down_FD, factor_D = given.floats("down", neurons, width), given.floats("column_scale", width)
     low_M = _low(
         first_MD * factor_D,
-        decode_blocks(given.named("planes", "scale", "offset"), settings, width),
+        decode_blocks(
+            given.named("planes", "scale", "offset", "scale_codes", "scale_unit"), settings, width
+        ),
         given.floats("low_scale", parts * neurons, -(-width // block)),
         block,
     )
-    copy = given.named("down_planes", "down_scale", "down_offset")
+    names = ("planes", "scale", "offset", "scale_codes", "scale_unit")
+    copy = given.named(*(f"down_{name}" for name in names))
     low_F = _low(
         down_FD,
         decode_down(copy, settings["rest"], width),

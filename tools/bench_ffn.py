@@ -35,7 +35,7 @@ SHAPES = {
     "llama3b": (3072, 8192),
     "llama8b": (4096, 14336),
 }
-REST = {"bits": 4, "block": 32, "symmetric": False}
+REST = {"bits": 4, "block": 32, "symmetric": True, "levels": "normal"}
 FORM = GridFormat(**REST)
 STREAM_BYTES = 256 * 2**20
 # By name: what to call in turn, and the bytes that one call reads.

@@ -33,7 +33,7 @@ from hireconvert.schema_budget import BudgetRecipe
 
 HELD = ("heldout_wiki", "heldout_c4")
 # The fields of the shipped recipes, as a simulation needs them.
-FORM: dict[str, Any] = {"bits": 4, "block": 32, "symmetric": False}
+FORM: dict[str, Any] = {"bits": 4, "block": 32, "symmetric": True, "levels": "normal"}
 ESTIMATED: dict[str, Any] = {"predictor": FORM, "unselected": FORM, "score": "error"}
 HEAD = (
     "| keep | shares | KL searched | perplexity over dense, wiki / c4 | KL, wiki / c4 "

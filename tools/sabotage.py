@@ -19,7 +19,7 @@ from hireconvert.loading import PREDICTORS
 
 # Axis of each predictor tensor along which shuffling gives a row of the copy to another neuron
 # (or, where single input channels can be read, to another channel).
-_AXES = {"planes": 1, "scale": 0, "offset": 0}
+_AXES = {"planes": 1, "scale": 0, "offset": 0, "scale_codes": 0, "scale_unit": 0}
 _FACTORS = ("factor_out", "factor_out_codes", "factor_out_scale")
 
 

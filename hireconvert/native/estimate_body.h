@@ -8,8 +8,12 @@ enum { PREFETCH = 4096 }; /* bytes ahead in a tile's codes */
 INLINE int unit_codes(const int bits) { return bits == 4 ? 8 : bits == 2 ? 16 : 32; }
 INLINE int unit_bytes(const int bits) { return bits == 3 ? 3 * 64 : 64; }
 
-INLINE w16 quad_codes(const w16 *word, const int quad, const int bits)
+static const uint8_t NORMAL_LEVELS[16] = HIRE_NORMAL_LEVELS;
+
+INLINE w16 quad_codes(const w16 *word, const int quad, const int bits, const int normal)
 {
+    if (normal)
+        return w_table(NORMAL_LEVELS, w_and(w_right(word[0], 4 * quad), w_set1(0x0f0f0f0f)));
     if (bits == 4) return w_and(w_right(word[0], 4 * quad), w_set1(0x0f0f0f0f));
     if (bits == 2) return w_and(w_right(word[0], 2 * quad), w_set1(0x03030303));
     const w16 high = quad < 2 ? w_left(word[2], 2 - quad) : w_right(word[2], quad - 2);
@@ -19,8 +23,8 @@ INLINE w16 quad_codes(const w16 *word, const int quad, const int bits)
 
 /* Adds a unit of `parts` matrices, one behind the other: the sums over a block of code times each
  * digit of u, which is read once for both. */
-INLINE void add_unit(const uint8_t *codes, const int8_t *digits, const int bits, const int parts,
-                     w16 (*sum)[DIGITS])
+INLINE void add_unit(const uint8_t *codes, const int8_t *digits, const int bits, const int normal,
+                     const int parts, w16 (*sum)[DIGITS])
 {
     w16 word[2][3];
 HIRE_UNROLL
@@ -34,7 +38,7 @@ HIRE_UNROLL
     for (int quad = 0; quad < unit_codes(bits) / 4; quad++) {
         w16 code[2];
 HIRE_UNROLL
-        for (int part = 0; part < parts; part++) code[part] = quad_codes(word[part], quad, bits);
+        for (int part = 0; part < parts; part++) code[part] = quad_codes(word[part], quad, bits, normal);
 HIRE_UNROLL
         for (int d = 0; d < DIGITS; d++)
 HIRE_UNROLL
@@ -65,7 +69,7 @@ INLINE void estimate_tile(const hire_layer *layer, const hire_run *run, int64_t 
 HIRE_UNROLL
         for (int d = 0; d < DIGITS; d++) sum[0][d] = sum[1][d] = w_set1(run->u_first[4 * b + d]);
         for (int64_t i = 0; i < units; i++, p += (1 + gated) * unit_bytes(bits))
-            add_unit(p, digits + i * 4 * unit_codes(bits), bits, 1 + gated, sum);
+            add_unit(p, digits + i * 4 * unit_codes(bits), bits, 0, 1 + gated, sum);
         const v16 total = v_set1(run->u_sum[b]), scale = v_set1(run->u_scale[b]);
         const uint8_t *offsets = p + 32 * (1 + gated);
         const v16 up_scale = v_load_f16(p + 32 * gated);
@@ -82,6 +86,47 @@ HIRE_UNROLL
     }
     *gate_z = gate;
     *up_z = up;
+}
+
+/* Scales of normal levels, in units of their rows. */
+INLINE v16 scale_codes(const uint8_t *scales)
+{
+    return v_sub(v_from_w(w_load1(scales)), v_set1((float)HIRE_SCALE_BIAS));
+}
+
+INLINE int64_t whole_lines(int64_t bytes) { return (bytes + HIRE_LINE - 1) / HIRE_LINE * HIRE_LINE; }
+
+/* The same where levels are normal: a line of scales comes before the codes of its blocks. */
+INLINE void normal_tile(const hire_layer *layer, const hire_run *run, int64_t tile,
+                        const int gated, v16 *gate_z, v16 *up_z)
+{
+    const int64_t padded = (layer->num_neurons + 15) / 16 * 16, width = layer->width;
+    const int64_t block = layer->block, digit_bytes = (block + 31) / 32 * 32 * 4;
+    const int64_t blocks = (width + block - 1) / block, bytes = (1 + gated) * HIRE_LANES;
+    const uint8_t *p = layer->tiles + tile * layer->tile_bytes, *scales = p;
+    const int8_t *digits = run->u_digits;
+    v16 gate = v_set1(0.0f), up = gate;
+    for (int64_t b = 0; b < blocks; b++, digits += digit_bytes, scales += bytes) {
+        if (b % (HIRE_LINE / bytes) == 0) {
+            scales = p;
+            prefetch(p + PREFETCH);
+            p += HIRE_LINE;
+        }
+        const int64_t left = width - b * block, n = left < block ? left : block;
+        w16 sum[2][DIGITS];
+HIRE_UNROLL
+        for (int d = 0; d < DIGITS; d++) sum[0][d] = sum[1][d] = w_set1(run->u_first[4 * b + d]);
+        for (int64_t i = 0; i < n; i += unit_codes(4), p += (1 + gated) * unit_bytes(4))
+            add_unit(p, digits + 4 * i, 4, 1, 1 + gated, sum);
+        const v16 scale = v_set1(run->u_scale[b]);
+        const v16 up_scale = scale_codes(scales + HIRE_LANES * gated);
+        up = v_fma(up_scale, v_mul(from_digits(sum[gated]), scale), up);
+        if (gated)
+            gate = v_fma(scale_codes(scales), v_mul(from_digits(sum[0]), scale), gate);
+    }
+    const float *unit = layer->unit + tile * 16, *bias = layer->bias + tile * 16;
+    *gate_z = v_fma(gate, v_load(unit), v_load(bias));
+    *up_z = v_fma(up, v_load(unit + gated * padded), v_load(bias + gated * padded));
 }
 
 /* Root mean square of the values one typical error above and below. */
@@ -139,12 +184,15 @@ INLINE int finish_tile(const hire_layer *layer, hire_run *run, int64_t tile, con
 }
 
 INLINE int estimate_as(const hire_layer *layer, hire_run *run, int64_t from, int64_t to,
-                       const int bits, const int gated)
+                       const int bits, const int normal, const int gated)
 {
     int finite = 1;
     for (int64_t tile = from; tile < to; tile++) {
         v16 gate, up;
-        estimate_tile(layer, run, tile, bits, gated, &gate, &up);
+        if (normal)
+            normal_tile(layer, run, tile, gated, &gate, &up);
+        else
+            estimate_tile(layer, run, tile, bits, gated, &gate, &up);
         finite &= finish_tile(layer, run, tile, gated, gate, up);
     }
     return finite;
@@ -152,12 +200,15 @@ INLINE int estimate_as(const hire_layer *layer, hire_run *run, int64_t from, int
 
 static int estimate(const hire_layer *layer, hire_run *run, int64_t from, int64_t to)
 {
+    if (layer->normal)
+        return layer->gated ? estimate_as(layer, run, from, to, 4, 1, 1)
+                            : estimate_as(layer, run, from, to, 4, 1, 0);
     switch (layer->bits * 2 + (layer->gated != 0)) {
-    case 4: return estimate_as(layer, run, from, to, 2, 0);
-    case 5: return estimate_as(layer, run, from, to, 2, 1);
-    case 6: return estimate_as(layer, run, from, to, 3, 0);
-    case 7: return estimate_as(layer, run, from, to, 3, 1);
-    case 8: return estimate_as(layer, run, from, to, 4, 0);
-    default: return estimate_as(layer, run, from, to, 4, 1);
+    case 4: return estimate_as(layer, run, from, to, 2, 0, 0);
+    case 5: return estimate_as(layer, run, from, to, 2, 0, 1);
+    case 6: return estimate_as(layer, run, from, to, 3, 0, 0);
+    case 7: return estimate_as(layer, run, from, to, 3, 0, 1);
+    case 8: return estimate_as(layer, run, from, to, 4, 0, 0);
+    default: return estimate_as(layer, run, from, to, 4, 0, 1);
     }
 }

@@ -26,6 +26,10 @@ enum hire_activation {
     HIRE_RELU2 = 4,
     HIRE_GELU_QUICK = 5
 };
+/* What 4-bit codes mean where levels are normal (docs/format.md), plus HIRE_LEVEL_BIAS: bytes as the
+ * integer products take them. Their scales are bytes plus HIRE_SCALE_BIAS, in units of a row. */
+#define HIRE_NORMAL_LEVELS {0, 12, 23, 32, 39, 46, 52, 58, 64, 69, 75, 81, 88, 96, 105, 118}
+enum { HIRE_LEVEL_BIAS = 63, HIRE_SCALE_BIAS = 128, HIRE_LINE = 64 };
 /* Every kind of machine counts its own levels (LEVELS of hireconvert/_native.py). */
 enum hire_level {
     HIRE_PORTABLE = 0,
@@ -50,14 +54,18 @@ typedef struct {
     int64_t bits;           /* of the predictor: 2, 3, 4 */
     int64_t block;          /* inputs to a scale, <= D */
     int64_t symmetric;
+    int64_t normal;         /* levels as HIRE_NORMAL_LEVELS, not even ones; then symmetric */
     int64_t tile_bytes;
     int64_t rest_bits;      /* of the low-bit output vectors: 2, 3, 4, 8; 0: the rest counts 0 */
     int64_t rest_block;     /* outputs to a scale: D, or a multiple of HIRE_LANES */
     int64_t rest_symmetric;
+    int64_t rest_normal;
     int64_t rest_bytes;     /* of one neuron's low-bit row; of 4 bits: of a tile of them */
     int64_t low_bytes;      /* of one neuron's refinement; 0: rows hold the weights */
-    const uint8_t *tiles;   /* [Fp / 16, tile_bytes]: for each block codes, scales, offsets; NULL
-                               where C = F, with mean, inverse_scale and bias */
+    const uint8_t *tiles;   /* [Fp / 16, tile_bytes]: for each block codes, scales, offsets, or,
+                               with normal levels, a line of scales before the codes of its
+                               blocks; NULL where C = F, with mean, inverse_scale and bias */
+    const float *unit;          /* [parts, Fp] of the tiles' scales, or NULL: 1 */
     const float *mean;          /* [D] */
     const float *inverse_scale; /* [D] */
     const float *bias;          /* [parts, Fp] of the estimates */
@@ -70,6 +78,7 @@ typedef struct {
     const float *row_bias;      /* [parts, F] or NULL */
     const float *down_bias;     /* [D] or NULL */
     const uint8_t *rest;        /* [F, rest_bytes] (4 bits: [Fp / 16, rest_bytes]) or NULL */
+    const float *rest_unit;     /* [Fp] of the rest's scales, or NULL: 1 */
     const float *low_bias;      /* [parts, Fp] or NULL: added to estimates and refinements */
     const uint8_t *low;         /* [F, low_bytes] or NULL: what 4-bit tiles and rest left */
 } hire_layer;

@@ -168,7 +168,8 @@ static void split_inputs(const hire_layer *layer, hire_run *run)
             v_store(run->u + j, centred(layer, run->x, begin + j, end));
         split_block(run->u, padded, run->u_digits + 4 * padded * b, &run->u_scale[b], sums);
         const int64_t total = sums[0] + 256 * (int64_t)sums[1] + 65536 * (int64_t)sums[2];
-        const int64_t first = (total * (1 - (1 << layer->bits)) - 1) / 2;
+        const int64_t first = layer->normal ? -HIRE_LEVEL_BIAS * total
+                                            : (total * (1 - (1 << layer->bits)) - 1) / 2;
         run->u_sum[b] = (float)total * run->u_scale[b];
         run->u_first[4 * b] = (int32_t)(first & 255);
         run->u_first[4 * b + 1] = (int32_t)(first >> 8 & 255);

@@ -15,6 +15,8 @@
 typedef struct {
     const uint8_t *planes;  /* [bits, rows, ceil(D / 8)] or NULL: none */
     const uint16_t *scale;  /* float16 [rows, G] */
+    const int8_t *codes;    /* instead of scale: of normal levels, [rows, G], in units of the row */
+    const float *unit;      /* [rows], with codes */
     const uint16_t *offset; /* float16 [rows, G], or NULL where symmetric */
     const uint16_t *low;    /* float16 [rows, G], scales of what it left, or NULL */
     int64_t rows;

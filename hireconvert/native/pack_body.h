@@ -1,6 +1,8 @@
 /* A layer's neurons laid out for the kernels. Plain loops, compiled once for each level. */
 #include "pack_numbers.h"
 
+static const uint8_t NORMAL_LEVELS[16] = HIRE_NORMAL_LEVELS;
+
 #define MIDDLE 7.5f /* of 4-bit codes around zero */
 #define SIXTEEN (2 * HIRE_LANES) /* bytes of the scales of a tile */
 
@@ -106,6 +108,15 @@ static void put_sixteen(uint8_t *out, const uint16_t *scale, int64_t n, int64_t 
     memcpy(out, sixteen, sizeof sixteen);
 }
 
+/* The same of normal levels. */
+static void put_sixteen_codes(uint8_t *out, const int8_t *codes, int64_t n, int64_t blocks)
+{
+    for (int64_t lane = 0; lane < HIRE_LANES; lane++)
+        out[lane] = (uint8_t)(HIRE_SCALE_BIAS + (lane < n ? codes[lane * blocks] : 0));
+}
+
+static int64_t whole_lines(int64_t bytes) { return (bytes + HIRE_LINE - 1) / HIRE_LINE * HIRE_LINE; }
+
 /* The part's codes and scales in the tile of estimates, where run->codes holds n neurons. */
 static void put_tile(const hire_packing *packing, const pack_run *run, int64_t tile, int64_t part,
                      int64_t n)
@@ -114,15 +125,26 @@ static void put_tile(const hire_packing *packing, const pack_run *run, int64_t t
     const int64_t width = packing->width, parts = packing->parts, bits = copy->bits;
     const int64_t blocks = blocks_of(copy, width), unit = bits == 3 ? 32 : 32 / bits;
     const int64_t first = part * packing->num_neurons + tile * HIRE_LANES;
-    uint8_t *out = packing->tiles + tile * packing->tile_bytes;
+    const int64_t together = HIRE_LINE / (parts * HIRE_LANES); /* blocks of a line of scales */
+    uint8_t *out = packing->tiles + tile * packing->tile_bytes, *scales = out;
     for (int64_t block = 0; block < blocks; block++) {
         const int64_t start = block * copy->block, left = width - start;
         const int64_t num = left < copy->block ? left : copy->block;
         const int64_t size = bits == 3 ? 192 : 64;
+        if (copy->codes != NULL && block % together == 0) {
+            if (part == 0) memset(out, 0, HIRE_LINE);
+            scales = out;
+            out += HIRE_LINE;
+        }
         for (int64_t lane = 0; lane < HIRE_LANES; lane++)
             put_lane(out + part * size + 4 * lane, run->codes + lane * packing->stride + start,
                      num, (int)bits, parts * size);
         out += parts * size * ((num + unit - 1) / unit);
+        if (copy->codes != NULL) {
+            put_sixteen_codes(scales + (block % together * parts + part) * HIRE_LANES,
+                              copy->codes + first * blocks + block, n, blocks);
+            continue;
+        }
         uint8_t *own = out + part * SIXTEEN;
         put_sixteen(own, copy->scale + first * blocks + block, n, blocks);
         if (copy->offset != NULL)
@@ -144,7 +166,15 @@ static void put_rest_tile(const hire_packing *packing, const pack_run *run, int6
     const int64_t stride = packing->stride, blocks = blocks_of(&packing->down, packing->width);
     uint8_t *out = packing->rest + tile * packing->rest_bytes;
     const int64_t first = tile * HIRE_LANES * blocks;
-    out = put_rest_scales(out, packing->down.scale + first, n, blocks);
+    if (packing->down.codes != NULL) {
+        memset(out, 0, (size_t)whole_lines(HIRE_LANES * blocks));
+        for (int64_t block = 0; block < blocks; block++)
+            put_sixteen_codes(out + HIRE_LANES * block, packing->down.codes + first + block, n,
+                              blocks);
+        out += whole_lines(HIRE_LANES * blocks);
+    } else {
+        out = put_rest_scales(out, packing->down.scale + first, n, blocks);
+    }
     if (packing->down.offset != NULL)
         out = put_rest_scales(out, packing->down.offset + first, n, blocks);
     for (int64_t start = 0; start < stride; start += 32)
@@ -222,17 +252,21 @@ static uint32_t refine(const hire_packing *packing, const hire_copy *copy, const
                        const float *factor, const uint8_t *code, int64_t row)
 {
     const int64_t width = packing->width, blocks = blocks_of(copy, width);
-    const float middle = (float)((1 << copy->bits) - 1) / 2;
+    const float zero = copy->offset == NULL ? (float)((1 << copy->bits) - 1) / 2 : 0.0f;
     uint32_t largest = 0;
+    for (int64_t k = 0; k < width; k++)
+        run->value[k] = copy->codes != NULL ? (float)(NORMAL_LEVELS[code[k] & 15] - HIRE_LEVEL_BIAS)
+                                            : (float)code[k] - zero;
     for (int64_t block = 0; block < blocks; block++) {
         const int64_t end = (block + 1) * copy->block, to = end < width ? end : width;
-        const float scale = half_to_float(copy->scale[row * blocks + block]);
+        const int64_t place_of = row * blocks + block;
+        const float scale = copy->codes != NULL ? (float)copy->codes[place_of] * copy->unit[row]
+                                                : half_to_float(copy->scale[place_of]);
         const float low = half_to_float(copy->low[row * blocks + block]);
-        const float zero = copy->offset == NULL ? middle : 0.0f;
         const float offset =
             copy->offset == NULL ? 0.0f : half_to_float(copy->offset[row * blocks + block]);
         for (int64_t k = block * copy->block; k < to; k++) {
-            const float own = ((float)code[k] - zero) * scale + offset;
+            const float own = run->value[k] * scale + offset;
             float place = (run->weight[k] * factor[k] - own) / low + MIDDLE;
             place = place < 0.0f ? 0.0f : place; /* NaN stays */
             place = place > 2 * MIDDLE ? 2 * MIDDLE : place;

@@ -192,6 +192,12 @@ static inline w16 w_by_byte(w16 x)
     return (w16){_mm256_shuffle_epi8(x.a, order), _mm256_shuffle_epi8(x.b, order)};
 }
 
+/* Every byte of the codes, less than 16, as the table has it. */
+static inline w16 w_table(const uint8_t *table, w16 codes)
+{
+    const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
+    return (w16){_mm256_shuffle_epi8(both, codes.a), _mm256_shuffle_epi8(both, codes.b)};
+}
 /* Counts, lane by lane, where x > y; both signed. */
 static inline w16 w_count_above(w16 count, w16 x, w16 y)
 {

@@ -118,6 +118,12 @@ static inline w16 w_by_byte(w16 x)
     const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     return _mm512_shuffle_epi8(x, _mm512_broadcast_i32x4(order));
 }
+/* Every byte of the codes, less than 16, as the table has it. */
+static inline w16 w_table(const uint8_t *table, w16 codes)
+{
+    const __m128i sixteen = _mm_loadu_si128((const __m128i *)table);
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(sixteen), codes);
+}
 /* Counts, lane by lane, where x > y; both signed. */
 static inline w16 w_count_above(w16 count, w16 x, w16 y)
 {

@@ -231,6 +231,17 @@ static inline int32x4_t q_by_byte(int32x4_t x)
 }
 /* Of each four lanes the lowest bytes side by side, then the next bytes, to the highest. */
 static inline w16 w_by_byte(w16 x) { return HIRE_EACH(w16, q_by_byte, x); }
+static inline int32x4_t q_table(uint8x16_t table, int32x4_t codes)
+{
+    return vreinterpretq_s32_u8(vqtbl1q_u8(table, vreinterpretq_u8_s32(codes)));
+}
+/* Every byte of the codes, less than 16, as the table has it. */
+static inline w16 w_table(const uint8_t *table, w16 codes)
+{
+    const uint8x16_t all = q_load(table);
+    return (w16){q_table(all, codes.a), q_table(all, codes.b), q_table(all, codes.c),
+                 q_table(all, codes.d)};
+}
 static inline int32x4_t q_above(int32x4_t x, int32x4_t y)
 {
     return vreinterpretq_s32_u32(vcgtq_s32(x, y));

@@ -208,6 +208,14 @@ static inline w16 w_by_byte(w16 a)
         r.l[l / 4 * 4 + k] |= (a.l[l] >> 8 * k & 255) << 8 * (l % 4);
     return r;
 }
+/* Every byte of the codes, less than 16, as the table has it. */
+static inline w16 w_table(const uint8_t *table, w16 codes)
+{
+    w16 r = w_set1(0);
+    HIRE_LOOP for (int k = 0; k < 32; k += 8)
+        r.l[l] |= (uint32_t)table[codes.l[l] >> k & 15] << k;
+    return r;
+}
 /* Counts, lane by lane, where x > y; both signed. */
 static inline w16 w_count_above(w16 count, w16 x, w16 y)
 {

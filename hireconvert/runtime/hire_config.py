@@ -10,7 +10,13 @@ from typing import Any
 import torch
 
 from .hire_ffn import SparseFfn
-from .hire_predict import is_refined, num_active, varies
+from .hire_predict import (
+    LONGEST_NORMAL_BLOCK,
+    has_normal_levels,
+    is_refined,
+    num_active,
+    varies,
+)
 from .hire_select import RULES
 
 FORMAT_VERSION = 1
@@ -45,14 +51,23 @@ def _object(spec: Any, where: str) -> None:
         )
 
 
+def _check_copy(spec: Mapping[str, Any], where: str) -> None:
+    """The low-bit copy of a matrix."""
+    normal = False
+    if "levels" in spec:
+        _choice(spec, "levels", ("even", "normal"), where)
+        normal = has_normal_levels(spec)
+    _choice(spec, "bits", (4,) if normal else (2, 3, 4, 8), where)
+    _integer(spec, "block", 1, LONGEST_NORMAL_BLOCK if normal else 2**24, where)
+    _choice(spec, "symmetric", (True,) if normal else (True, False), where)
+
+
 def _check_predictor(spec: Mapping[str, Any], where: str) -> None:
     _choice(spec, "kind", ("lr", "q", "qlr"), where)
     _choice(spec, "groups", (True, False), where)
     _integer(spec, "num_inputs", 1, 2**24, where)
     if spec["kind"] != "lr":
-        _choice(spec, "bits", (2, 3, 4, 8), where)
-        _integer(spec, "block", 1, 2**24, where)
-        _choice(spec, "symmetric", (True, False), where)
+        _check_copy(spec, where)
     if spec["kind"] != "q":
         _integer(spec, "rank", 1, 2**20, where)
         _choice(spec, "factor_bits", (16, 8, 4), where)
@@ -85,9 +100,7 @@ def _check_unselected(layer: Mapping[str, Any], where: str) -> None:
     _object(spec, where)
     if layer["predictor"]["groups"]:
         raise ValueError(f"config.hire: {where} needs estimates of neurons, not of groups")
-    _choice(spec, "bits", (2, 3, 4, 8), where)
-    _integer(spec, "block", 1, 2**24, where)
-    _choice(spec, "symmetric", (True, False), where)
+    _check_copy(spec, where)
 
 
 def _check_error(layer: Mapping[str, Any], where: str) -> None:
@@ -213,6 +226,15 @@ def check_hire_config(config: Any) -> None:
         _check_attention(hire["attention"])
 
 
+def _copy_tensors(spec: Mapping[str, Any], rows: int, length: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of a low-bit copy [rows, length]."""
+    scales = (rows, -(-length // spec["block"]))
+    shapes: dict[str, tuple[int, ...]] = {"planes": (spec["bits"], rows, -(-length // 8))}
+    if has_normal_levels(spec):
+        return {**shapes, "scale_codes": scales, "scale_unit": (rows,)}
+    return {**shapes, "scale": scales} | ({} if spec["symmetric"] else {"offset": scales})
+
+
 def expected_tensors(
     spec: Mapping[str, Any], width: int, num_outputs: int
 ) -> dict[str, tuple[int, ...]]:
@@ -220,11 +242,7 @@ def expected_tensors(
     shapes: dict[str, tuple[int, ...]] = {"mean": (width,), "bias": (num_outputs,)}
     if spec["kind"] in ("q", "qlr"):
         rows, length = (width, num_outputs) if spec["num_inputs"] < width else (num_outputs, width)
-        blocks = -(-length // spec["block"])
-        shapes["planes"] = (spec["bits"], rows, -(-length // 8))
-        shapes["scale"] = (rows, blocks)
-        if not spec["symmetric"]:
-            shapes["offset"] = (rows, blocks)
+        shapes |= _copy_tensors(spec, rows, length)
         shapes["column_scale"] = (width,)
     if spec["kind"] in ("lr", "qlr"):
         rank, bits = spec["rank"], spec["factor_bits"]
@@ -245,12 +263,8 @@ def down_tensors(
     """Names and shapes of the low-bit copy that neurons not selected are counted with."""
     if spec is None:
         return {}
-    scales = (num_neurons, -(-width // spec["block"]))
-    shapes: dict[str, tuple[int, ...]] = {
-        "down_planes": (spec["bits"], num_neurons, -(-width // 8)),
-        "down_scale": scales,
-    }
-    return shapes if spec["symmetric"] else {**shapes, "down_offset": scales}
+    shapes = _copy_tensors(spec, num_neurons, width)
+    return {f"down_{name}": shape for name, shape in shapes.items()}
 
 
 def low_tensors(
@@ -269,6 +283,7 @@ def low_tensors(
 def _check_type(tensor: torch.Tensor, name: str, where: str) -> None:
     codes = {"planes": torch.uint8, "down_planes": torch.uint8}
     codes |= {"factor_in_codes": torch.int8, "factor_out_codes": torch.int8}
+    codes |= {"scale_codes": torch.int8, "down_scale_codes": torch.int8}
     wanted = codes.get(name)
     if tensor.dtype != wanted if wanted else not tensor.is_floating_point():
         expected = wanted or "a floating-point type"

@@ -118,6 +118,7 @@ def pack(
         "rest": spec.get("unselected"),
         "refined": is_refined(spec),
         **{key: spec["predictor"][key] for key in ("bits", "block", "symmetric")},
+        "levels": spec["predictor"].get("levels", "even"),
     }
     named = {
         "gate": None if parts.gate is None else parts.gate.weight_out_in(),

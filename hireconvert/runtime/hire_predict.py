@@ -16,6 +16,11 @@ from torch.nn import functional as F
 
 # One bit plane holds one bit of eight neighbouring codes in a byte, lowest bit first.
 _BITS_IN_BYTE = 8
+# What 4-bit codes stand for where levels are not even: dense around zero, as weights lie, with a
+# step more on one side, so that a block's scale, of either sign, turns the wide side to its largest
+# weight (as IQ4_NL of llama.cpp does; these have 7 bits and fit the models of docs/log.md).
+NORMAL_LEVELS = (-63, -51, -40, -31, -24, -17, -11, -5, 1, 6, 12, 18, 25, 33, 42, 55)
+LONGEST_NORMAL_BLOCK = 2**16  # sums of levels times digits over a block are 32 bits wide
 FFN_PARTS = ("predictor", "candidates", "kept", "unselected")  # what `layer_bytes` tells apart
 
 # --------------------------------------------------------------------------- selection
@@ -124,12 +129,23 @@ def unpack_planes(planes: torch.Tensor, length: int) -> torch.Tensor:
     return codes
 
 
+def has_normal_levels(spec: Mapping[str, Any]) -> bool:
+    """Whether codes stand for NORMAL_LEVELS, not for evenly spaced levels."""
+    return spec.get("levels", "even") == "normal"
+
+
 def decode_blocks(
     tensors: Mapping[str, torch.Tensor], spec: Mapping[str, Any], length: int
 ) -> torch.Tensor:
     """The quantized copy in float32, as stored: [M, D], or channel-major [D, M]."""
-    codes = unpack_planes(tensors["planes"], length).float()
+    codes = unpack_planes(tensors["planes"], length)
     block = min(spec["block"], length)
+    if has_normal_levels(spec):
+        scale_AG = tensors["scale_codes"].float() * tensors["scale_unit"].float()[:, None]
+        level_16 = torch.tensor(NORMAL_LEVELS, dtype=torch.float32, device=codes.device)
+        scale = scale_AG.repeat_interleave(block, dim=1)[:, :length]
+        return level_16[codes.int()] * scale
+    codes = codes.float()
     scale = tensors["scale"].float().repeat_interleave(block, dim=1)[:, :length]
     if spec["symmetric"]:
         return (codes - (2 ** spec["bits"] - 1) / 2) * scale
@@ -315,11 +331,7 @@ def predictor_bytes(spec: Mapping[str, Any], width: int, num_outputs: int) -> in
             if spec["num_inputs"] < width
             else (num_outputs, width)
         )
-        blocks = math.ceil(length / spec["block"])
-        scales = 2 if spec["symmetric"] else 4
-        total += (
-            rows * (spec["bits"] * math.ceil(length / _BITS_IN_BYTE) + scales * blocks) + 4 * width
-        )
+        total += rows * _low_bit_row_bytes(spec, length) + 4 * width
     if spec["kind"] in ("lr", "qlr"):
         rank, bits = spec["rank"], spec["factor_bits"]
         total += rank * (width + num_outputs) * bits // _BITS_IN_BYTE
@@ -334,9 +346,10 @@ def _low_row_bytes(copy: Mapping[str, Any], width: int) -> int:
 
 def _low_bit_row_bytes(spec: Mapping[str, Any], width: int) -> int:
     """Bytes of one row of a low-bit copy with its scales."""
-    scales = 2 if spec["symmetric"] else 4
-    codes = int(spec["bits"]) * math.ceil(width / _BITS_IN_BYTE)
-    return codes + scales * math.ceil(width / spec["block"])
+    codes, blocks = int(spec["bits"]) * math.ceil(width / _BITS_IN_BYTE), width / spec["block"]
+    if has_normal_levels(spec):
+        return codes + math.ceil(blocks) + 4  # a unit of the row's scales
+    return codes + (2 if spec["symmetric"] else 4) * math.ceil(blocks)
 
 
 def varies(spec: Mapping[str, Any]) -> bool:

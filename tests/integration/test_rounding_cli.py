@@ -12,7 +12,7 @@ from hireconvert.loading import load
 from tests.cli import Cli
 from tests.tiny_files import save_tiny
 
-FORM = "bits: 4, block: 16, symmetric: false"
+FORM = "bits: 4, block: 16, symmetric: true, levels: normal"
 CHANGES = (
     f"ffn.predictor={{{FORM}}}",
     f"ffn.unselected={{{FORM}}}",
@@ -49,7 +49,7 @@ def test_bytes_count_what_kernels_read(folders: tuple[Path, Path], hireconvert: 
     assert plan["bytes_per_token"] == found["bytes_per_token"]
     width, low_row = 32, 32 // 2 + 2 * 2
     for row in found["layers"]:
-        rest = row["neurons"] * (width // 2 + 4 * 2)
+        rest = row["neurons"] * (width // 2 + 1 * 2 + 4)  # codes, two scales, their unit
         exact = (2 * row["candidates"] + row["kept"]) * low_row
         assert row["read_bytes"] == row["predictor_bytes"] + rest + exact
     names = json.loads((out / "config.json").read_text())["hire"]["attention"]["matrices"]

@@ -16,6 +16,7 @@ from tests.native import (
     Case,
     _native,
     estimates,
+    normal_rest,
     output,
     rows_of,
     settings_of,
@@ -37,6 +38,10 @@ PREDICTORS = {
         (4, 1000, True),
     ]
 }
+PREDICTORS |= {
+    f"normal_{block}": Case(150, 100, 30, 30, levels="normal", block=block)
+    for block in (32, 9, 1000)
+}
 RESTS = {
     f"rest_{width}_{block}": Case(width, 700, 20, 20, rest=(4, block, symmetric))
     for width, block, symmetric in [
@@ -50,6 +55,12 @@ RESTS = {
         (1100, 48, False),
         (1100, 1100, False),
     ]
+}
+
+
+RESTS |= {
+    f"normal_rest_{width}_{block}": Case(width, 700, 20, 20, rest=normal_rest(block))
+    for width, block in [(1, 16), (130, 48), (576, 32), (1030, 16), (1100, 1100)]
 }
 
 

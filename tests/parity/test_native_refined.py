@@ -22,6 +22,7 @@ from tests.tiny import hire_model, sparse_layers, tiny_model
 pytestmark = pytest.mark.skipif(_native is None, reason="this machine has no compiler")
 ASYMMETRIC = {"bits": 4, "block": 16, "symmetric": False}
 SYMMETRIC = {"bits": 4, "block": 16, "symmetric": True}
+NORMAL = {"bits": 4, "block": 16, "symmetric": True, "levels": "normal"}
 LONG = {"bits": 4, "block": 96, "symmetric": False}  # longer than a row
 SETTINGS: dict[str, dict[str, Any]] = {
     "top_k": {"predictor": ASYMMETRIC, "unselected": ASYMMETRIC, "over_select": 1.5},
@@ -31,6 +32,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "softened": {"predictor": ASYMMETRIC | {"soften": True}, "unselected": ASYMMETRIC},
     "plain": {"predictor": ASYMMETRIC, "unselected": LONG, "score": "plain"},
     "error": {"predictor": ASYMMETRIC, "unselected": ASYMMETRIC, "score": "error"},
+    "normal": {"predictor": NORMAL, "unselected": NORMAL, "score": "error"},
+    "normal predictor": {"predictor": NORMAL, "unselected": ASYMMETRIC, "over_select": 1.5},
 }
 FAMILIES = ("llama", "llama_bias", "gemma3_text", "opt")
 
@@ -75,11 +78,12 @@ def drawn(*shape: int, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("width", "block"), [(576, 32), (100, 32), (16, 16), (2112, 32), (1100, 16), (40, 64)]
 )
+@pytest.mark.parametrize("levels", ["even", "normal"])
 def test_odd_widths_and_many_blocks(
-    width: int, block: int, level: str, monkeypatch: pytest.MonkeyPatch
+    width: int, block: int, level: str, levels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(_native.VARIABLE, level)
-    neurons, kept, form = 37, 12, GridFormat(4, block, symmetric=False)
+    neurons, kept, form = 37, 12, GridFormat(4, block, levels == "normal", levels=levels)
     first_MD, down_FD = drawn(2 * neurons, width, seed=1), drawn(neurons, width, seed=2)
     grid = fit_grid(first_MD, form)
     tensors = {
@@ -89,7 +93,7 @@ def test_odd_widths_and_many_blocks(
         "mean": drawn(width, seed=3) / 4,
         "bias": drawn(2 * neurons, seed=4),
     }
-    copy_spec = {"bits": 4, "block": block, "symmetric": False}
+    copy_spec = {"bits": 4, "block": block, "symmetric": form.symmetric, "levels": levels}
     spec = {"predictor": copy_spec, "unselected": copy_spec, "rows": "refined"}
     weights = FfnWeights(*first_MD.chunk(2), down_FD, None, None, torch.nn.SiLU())
     tensors |= low_scales(weights, spec, tensors)
@@ -123,8 +127,9 @@ def test_odd_widths_and_many_blocks(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_weights_are_found_again(dtype: torch.dtype) -> None:
-    for layer in layers("llama", "candidates", dtype):
+@pytest.mark.parametrize("setting", ["candidates", "normal"])
+def test_narrow_weights_are_found_again(dtype: torch.dtype, setting: str) -> None:
+    for layer in layers("llama", setting, dtype):
         native = layer.prepared.native
         assert "low" in native.tensors
         x_ND = rows(native.numbers["width"], dtype)
@@ -132,8 +137,9 @@ def test_narrow_weights_are_found_again(dtype: torch.dtype) -> None:
         assert relative(found_ND.float(), expected(layer, x_ND).float()) < 0.03
 
 
-def test_bits_depend_on_neither_threads_nor_other_rows() -> None:
-    native = layers("llama", "top_k")[0].prepared.native
+@pytest.mark.parametrize("setting", ["top_k", "normal"])
+def test_bits_depend_on_neither_threads_nor_other_rows(setting: str) -> None:
+    native = layers("llama", setting)[0].prepared.native
     x_ND = rows(native.numbers["width"])
     before, found = torch.get_num_threads(), []
     try:

@@ -12,7 +12,7 @@ import torch
 
 from hireconvert.rounding import round_rows
 from tests import packing_reference
-from tests.native import CASES, LEVELS, Case, _native, settings_of, tensors_of
+from tests.native import CASES, LEVELS, Case, _native, normal_rest, settings_of, tensors_of
 
 if _native is not None:
     from hireconvert import _native_step
@@ -40,7 +40,19 @@ REFINED = {
         (250, 64, 300, 32, True, False), (577, 37, 32, 32, False, True),
     ]
 }  # fmt: skip
-ALL = {**CASES, **FORMS, **REFINED}
+NORMAL = {
+    f"normal_{width}_{block}": Case(
+        width, neurons, 5, 5, block=block, levels="normal", rest=normal_rest(rest), gated=gated,
+        refined=refined,
+    )
+    for width, neurons, block, rest, gated, refined in [
+        (1, 5, 1, 16, True, False), (31, 17, 5, 16, True, False), (33, 32, 32, 64, False, False),
+        (65, 48, 40, 80, False, False), (260, 9, 100, 112, True, False),
+        (1100, 20, 32, 1100, True, False), (513, 6, 1000, 1000, True, False),
+        (577, 37, 32, 32, True, True), (40, 33, 16, 32, False, True),
+    ]
+}  # fmt: skip
+ALL = {**CASES, **FORMS, **REFINED, **NORMAL}
 
 
 def same_bytes(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -69,7 +81,7 @@ def test_every_byte_is_the_twins(name: str, level: str, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["refined", "refined_all", "refined_577_32"])
+@pytest.mark.parametrize("name", ["refined", "refined_all", "refined_577_32", "normal_577_32"])
 def test_narrow_weights_find_the_same_codes(
     name: str, dtype: torch.dtype, level: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

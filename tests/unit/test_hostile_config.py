@@ -280,6 +280,21 @@ UNSELECTED = "ffn.layers[1].unselected"
             ({"bits": 4, "block": 32, "symmetric": symmetric}, f"{UNSELECTED}.symmetric is")
             for symmetric in (None, 0, 1, "no")
         ),
+        *(
+            (
+                {"bits": 4, "block": 32, "symmetric": True, "levels": levels},
+                f"{UNSELECTED}.levels is",
+            )
+            for levels in (None, True, "nf4", 4)
+        ),
+        *(
+            ({"bits": 4, "block": 32, "symmetric": True, "levels": "normal"} | change, named)
+            for change, named in (
+                ({"bits": 3}, f"{UNSELECTED}.bits is 3, expected one of [4]"),
+                ({"symmetric": False}, f"{UNSELECTED}.symmetric is False, expected one of [True]"),
+                ({"block": 2**16 + 1}, f"{UNSELECTED}.block is 65537"),
+            )
+        ),
     ],
 )
 def test_a_bad_field_of_what_is_left_out_is_named(models, value, named):

@@ -25,6 +25,7 @@ from hireconvert.schema import (
     UnselectedRecipe,
 )
 from hireconvert.schema_budget import BudgetRecipe
+from hireconvert.scoring import copy_spec
 from hireconvert.version import __version__
 from hireconvert.workspace import file_sha256
 
@@ -144,6 +145,8 @@ def test_predictor_bytes_by_hand(changes: dict[str, Any], expected: int) -> None
         ({}, 4 * 4 + 2 + 2),  # 4 planes of 4 bytes, one block of 32 with scale and offset
         ({"bits": 3, "block": 12, "symmetric": True}, 3 * 4 + 3 * 2),
         ({"bits": 8, "block": 1000}, 8 * 4 + 2 + 2),
+        # Normal levels: a byte for each block's scale and the row's unit.
+        ({"symmetric": True, "levels": "normal", "block": 16}, 4 * 4 + 2 * 1 + 4),
     ],
 )
 @pytest.mark.parametrize("family", ["llama", "opt"])
@@ -158,7 +161,7 @@ def test_bytes_of_neurons_left_out_by_hand(
     rows = 64 if ffn.unselected.bits == 4 else 32  # of 4 bits the kernels read all as they lie
     for row, bare in zip(result["layers"], without["layers"], strict=True):
         assert (row["kept"], row["neurons"], bare["unselected"]) == (32, 64, None)
-        assert row["unselected"] == ffn.unselected.model_dump()
+        assert row["unselected"] == copy_spec(ffn.unselected)
         assert bare["unselected_bytes"] == 0 and row["unselected_bytes"] == rows * row_bytes
         assert row["read_bytes"] == bare["read_bytes"] + rows * row_bytes
     read, bare = result["bytes_per_token"], without["bytes_per_token"]

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -14,7 +16,12 @@ from hireconvert.quantize import (
     round_codes,
 )
 from hireconvert.runtime.hire_config import down_tensors
-from hireconvert.runtime.hire_predict import Predictor, decode_down
+from hireconvert.runtime.hire_predict import (
+    NORMAL_LEVELS,
+    Predictor,
+    decode_blocks,
+    decode_down,
+)
 from tests.decoding import decode_factor, decode_matrix, unpack_planes
 
 M, D = 22, 37
@@ -69,6 +76,55 @@ def test_runtime_decodes_the_same_numbers(symmetric, channel_major):
     predictor = Predictor(spec, {**encode_matrix(codes, grid), **vectors}, D)
     copy = predictor.copy.T if channel_major else predictor.copy
     assert torch.allclose(copy, decode_codes(codes, grid), rtol=1e-6, atol=1e-8)
+
+
+NORMAL = GridFormat(4, 8, symmetric=True, levels="normal")
+
+
+@pytest.mark.parametrize("channel_major", [True, False])
+def test_normal_levels_survive_their_tensors_and_the_runtime_agrees(channel_major):
+    weight, form = matrix(), replace(NORMAL, channel_major=channel_major)
+    grid = fit_grid(weight, form)
+    codes = round_codes(weight, grid)
+    tensors = encode_matrix(codes, grid)
+    rows, length = (D, M) if channel_major else (M, D)
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} == {
+        "planes": (torch.uint8, (4, rows, -(-length // 8))),
+        "scale_codes": (torch.int8, (rows, -(-length // 8))),
+        "scale_unit": (torch.float32, (rows,)),
+    }
+    assert int(tensors["scale_codes"].abs().min()) > 0
+    decoded = decode_matrix(tensors, form, (M, D))
+    assert torch.equal(decoded, decode_codes(codes, grid))
+    spec = {"bits": 4, "block": 8, "symmetric": True, "levels": "normal"}
+    runtime = decode_blocks(tensors, spec, length)
+    assert torch.equal(runtime.T if channel_major else runtime, decoded)
+
+
+def test_codes_of_normal_levels_are_the_nearest():
+    grid = fit_grid(matrix(), replace(NORMAL, block=D))
+    level = torch.tensor(NORMAL_LEVELS) * grid.scale_AG[..., None]
+    nearest = (matrix()[..., None] - level).abs().argmin(-1)
+    assert torch.equal(round_codes(matrix(), grid).long(), nearest)
+
+
+def test_normal_levels_are_as_near_as_offsets_in_fewer_bytes():
+    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(4))
+    errors, sizes = [], []
+    for form in (GridFormat(4, 32, False), replace(NORMAL, block=32)):
+        grid = fit_grid(weight, form)
+        tensors = encode_matrix(round_codes(weight, grid), grid)
+        errors.append(relative(decode_codes(round_codes(weight, grid), grid), weight))
+        sizes.append(sum(tensor.nbytes for tensor in tensors.values()))
+    assert errors[1] < 1.005 * errors[0] and sizes[1] < 0.87 * sizes[0]
+
+
+def test_normal_levels_hold_zeros_and_one_value():
+    for value in (0.0, 0.25, -3.0):
+        weight = torch.full((M, D), value)
+        grid = fit_grid(weight, NORMAL)
+        decoded = decode_codes(round_codes(weight, grid), grid)
+        assert float((decoded - value).abs().max()) <= 1e-6 * max(1.0, abs(value))
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])

@@ -187,6 +187,20 @@ WRONG = [
     ("ffn.unselected.block=1.5", "ffn.unselected.block: 1.5 is not a whole number"),
     ("ffn.unselected.symmetric=1", "ffn.unselected.symmetric: 1 is not true or false"),
     ("ffn.unselected.bit=3", "ffn.unselected.bit: unknown key, did you mean bits?"),
+    ("ffn.unselected.levels=nf4", "ffn.unselected.levels: 'nf4' is not one of 'even' or 'normal'"),
+    ("ffn.unselected.levels=normal", "ffn.unselected.levels: normal levels go without offsets"),
+    (
+        "ffn.predictor={levels: normal, bits: 3}",
+        "ffn.predictor.levels: normal levels are those of 4 bits, not of 3",
+    ),
+    (
+        "ffn.predictor={levels: normal, block: 65537}",
+        "ffn.predictor.levels: blocks of normal levels have at most 65536 weights, not 65537",
+    ),
+    (
+        "ffn.predictor={kind: auto, target_recall: 0.9, levels: normal}",
+        "ffn.predictor.levels: kind auto tries copies of several widths",
+    ),
     # the finetune
     ("finetune.num_tokens=256", "finetune.num_tokens: 256 is less than one window of 512 tokens"),
     (
