@@ -38,7 +38,8 @@ HIRE_UNROLL
     for (int quad = 0; quad < unit_codes(bits) / 4; quad++) {
         w16 code[2];
 HIRE_UNROLL
-        for (int part = 0; part < parts; part++) code[part] = quad_codes(word[part], quad, bits, normal);
+        for (int part = 0; part < parts; part++)
+            code[part] = quad_codes(word[part], quad, bits, normal);
 HIRE_UNROLL
         for (int d = 0; d < DIGITS; d++)
 HIRE_UNROLL

@@ -20,6 +20,7 @@ from hireconvert.runtime.hire_predict import (
 )
 from hireconvert.schema import UnselectedRecipe
 from hireconvert.scoring import (
+    copy_spec,
     estimated_units,
     exact_scores,
     layer_counts,
@@ -223,7 +224,7 @@ LOW_ROW = 3 * D // 8 + 3 * 4  # of a neuron of D = 24 weights: planes; scale and
 def test_neurons_left_out_bring_a_copy_of_their_output_vectors(selection):
     fields = {"kind": "q", "selection": selection, "over_select": 1.5}
     plain, result = made(**fields), made(**fields, unselected=REST)
-    assert result.spec == {**plain.spec, "unselected": REST.model_dump()}
+    assert result.spec == {**plain.spec, "unselected": copy_spec(REST)}
     copies = {name: t for name, t in result.tensors.items() if name not in plain.tensors}
     assert {name: (tuple(t.shape), str(t.dtype)) for name, t in copies.items()} == {
         "down_planes": ((3, F, D // 8), "torch.uint8"),
@@ -253,7 +254,7 @@ def test_the_copy_is_of_the_neurons_in_their_final_order(ordered):
 def test_auto_counts_what_is_left_out():
     fields = {"kind": "auto", "target_recall": 0.9, "rank": 8}
     plain, result = made(**fields), made(**fields, unselected=REST)
-    assert result.spec["unselected"] == REST.model_dump() and "down_planes" in result.tensors
+    assert result.spec["unselected"] == copy_spec(REST) and "down_planes" in result.tensors
     assert result.spec["predictor"] == plain.spec["predictor"]  # all kinds leave as many out
     rest = (F - result.spec["num_kept"]) * LOW_ROW
     assert total_bytes(result.report["bytes"]) == total_bytes(plain.report["bytes"]) + rest

@@ -188,7 +188,10 @@ WRONG = [
     ("ffn.unselected.symmetric=1", "ffn.unselected.symmetric: 1 is not true or false"),
     ("ffn.unselected.bit=3", "ffn.unselected.bit: unknown key, did you mean bits?"),
     ("ffn.unselected.levels=nf4", "ffn.unselected.levels: 'nf4' is not one of 'even' or 'normal'"),
-    ("ffn.unselected.levels=normal", "ffn.unselected.levels: normal levels go without offsets"),
+    (
+        "ffn.unselected={levels: normal, symmetric: false}",
+        "ffn.unselected.levels: normal levels go without offsets",
+    ),
     (
         "ffn.predictor={levels: normal, bits: 3}",
         "ffn.predictor.levels: normal levels are those of 4 bits, not of 3",
