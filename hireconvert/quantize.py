@@ -9,6 +9,7 @@ A copy is row-major (`planes` [b, M, D/8], blocks along the inputs) or channel-m
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -22,14 +23,9 @@ SHRINK_STEPS = 14
 LOWEST_SHRINK = {1: 0.25, 2: 0.35, 3: 0.5, 4: 0.6, 8: 0.9}
 COLUMN_SCALE_POWER = 0.5
 NORMAL_CLIPS = (1.15, 1.085, 1.02, 0.955, 0.89, 0.825, 0.76, 0.7)  # tried of normal levels
+NORMAL_WIDE = float(max(abs(level) for level in NORMAL_LEVELS))
 SCALE_TOP = 127  # of their scales' codes
-_LEVELS = torch.tensor(NORMAL_LEVELS, dtype=torch.float32)
-# The code nearest to each stretch of half a step, which no border between levels cuts through:
-# (k / 2, (k + 1) / 2] for k from -127 on. Far faster than torch.bucketize.
-_STRETCHES = 2 * 127
-_CODES = torch.bucketize(
-    (torch.arange(_STRETCHES) - 126) / 2, (_LEVELS[1:] + _LEVELS[:-1]) / 2
-).float()
+_STRETCHES = 2 * 127  # of half a step, over all normal levels and beyond
 FEEDBACK_COLUMNS = 64  # columns between two full updates of the error feedback
 
 
@@ -300,7 +296,7 @@ def _nearest(
 ) -> torch.Tensor:
     if form.levels == "normal":
         stretch = (values / scale).mul_(2).ceil_().add_(126).clamp_(0, _STRETCHES - 1)
-        return _looked_up(_CODES, stretch)
+        return _looked_up(_codes(), stretch)
     return ((values - offset) / scale).round_().clamp_(0, form.top_code)
 
 
@@ -308,8 +304,24 @@ def _values(
     codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, form: GridFormat
 ) -> torch.Tensor:
     if form.levels == "normal":
-        return _looked_up(_LEVELS, codes) * scale
+        return _looked_up(_levels(), codes) * scale
     return codes.float() * scale + offset
+
+
+@functools.cache
+def _levels() -> torch.Tensor:
+    # Not made on import: processes that fork behind it would find torch's threads started.
+    return torch.tensor(NORMAL_LEVELS, dtype=torch.float32)
+
+
+@functools.cache
+def _codes() -> torch.Tensor:
+    """The code nearest to each stretch (k / 2, (k + 1) / 2], k from -127 on.
+
+    No border between levels cuts through one; a table is far faster than torch.bucketize.
+    """
+    cuts = (_levels()[1:] + _levels()[:-1]) / 2
+    return torch.bucketize((torch.arange(_STRETCHES) - 126) / 2, cuts).float()
 
 
 def _looked_up(table: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
@@ -325,9 +337,9 @@ def _normal_grid(values_AGB: torch.Tensor, weights_AGB: torch.Tensor, form: Grid
     scale_AG = largest_AG
     for clip in NORMAL_CLIPS:
         for side in (-1.0, 1.0):  # which of them the wide side of the levels goes to
-            trial_AG = largest_AG * (side * clip / _LEVELS.abs().max())
+            trial_AG = largest_AG * (side * clip / NORMAL_WIDE)
             codes = _nearest(values_AGB, trial_AG.unsqueeze(-1), nothing_AG, form)
-            level_AGB = _looked_up(_LEVELS, codes)
+            level_AGB = _looked_up(_levels(), codes)
             product = (weights_AGB * level_AGB * values_AGB).sum(-1)
             square = (weights_AGB * level_AGB.square()).sum(-1)
             new_AG = torch.where(product == 0, trial_AG, product / square.clamp_min(1e-30))

@@ -33,8 +33,8 @@ def changed(tensor: torch.Tensor, dice: random.Random) -> torch.Tensor:
     """A tensor of another shape or type, or with other content."""
     axis = dice.randrange(tensor.dim())
     length = tensor.shape[axis]
-    if tensor.dtype == torch.uint8:
-        noise = torch.randint(0, 256, tensor.shape, dtype=torch.uint8)
+    if tensor.dtype in (torch.uint8, torch.int8):
+        noise = torch.randint(0, 256, tensor.shape, dtype=torch.uint8).view(tensor.dtype)
     else:
         noise = torch.full_like(tensor, dice.choice([0.0, float("nan"), float("inf"), 6e4]))
     return dice.choice(

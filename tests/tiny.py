@@ -221,7 +221,9 @@ def shuffle_predictors(model: Any) -> None:
                 tensors[name] = tensors[name][order]
         if "planes" in tensors:
             tensors["planes"] = tensors["planes"].roll(3, dims=1)
-            tensors["scale"] = tensors["scale"].roll(3, dims=0)
+            for name in ("scale", "scale_codes", "scale_unit"):
+                if name in tensors:
+                    tensors[name] = tensors[name].roll(3, dims=0)
         layer.predictor_tensors, layer.prepared = tensors, None
 
 
