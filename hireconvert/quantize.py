@@ -102,7 +102,7 @@ def fit_grid(
 
     Every block tries `SHRINK_STEPS` clippings of its range, then a least-squares refit. Scales and
     offsets are rounded to float16 before any code is computed, so the error measured is the error
-    shipped. Raises InputError when the matrix is not finite.
+    shipped; normal levels: `_normal_grid`. Raises InputError when the matrix is not finite.
     """
     if not bool(torch.isfinite(weight_MD).all()):
         raise InputError("a weight matrix to be quantized holds NaN or infinite values")
@@ -296,6 +296,7 @@ def _nearest(
 ) -> torch.Tensor:
     if form.levels == "normal":
         stretch = (values / scale).mul_(2).ceil_().add_(126).clamp_(0, _STRETCHES - 1)
+        stretch.nan_to_num_(0.0)  # of a block of zeros, and of weights that training broke
         return _looked_up(_codes(), stretch)
     return ((values - offset) / scale).round_().clamp_(0, form.top_code)
 
@@ -330,11 +331,15 @@ def _looked_up(table: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
 
 
 def _normal_grid(values_AGB: torch.Tensor, weights_AGB: torch.Tensor, form: GridFormat) -> Grid:
-    """Scales of normal levels: clippings of either sign, refitted, then rounded to 8 bits."""
+    """Scales of normal levels: clippings of either sign, refitted, then rounded to 8 bits.
+
+    Only a block of zeros has the scale 0: a small one is better served by the smallest other.
+    """
+    zeros_AG = values_AGB.abs().amax(-1) == 0
     largest_AG = values_AGB.abs().amax(-1).clamp_min(HALF_MIN)
     nothing_AG = torch.zeros_like(largest_AG)
     best = torch.full_like(largest_AG, torch.inf)
-    scale_AG = largest_AG
+    scale_AG = largest_AG / NORMAL_WIDE
     for clip in NORMAL_CLIPS:
         for side in (-1.0, 1.0):  # which of them the wide side of the levels goes to
             trial_AG = largest_AG * (side * clip / NORMAL_WIDE)
@@ -342,13 +347,14 @@ def _normal_grid(values_AGB: torch.Tensor, weights_AGB: torch.Tensor, form: Grid
             level_AGB = _looked_up(_levels(), codes)
             product = (weights_AGB * level_AGB * values_AGB).sum(-1)
             square = (weights_AGB * level_AGB.square()).sum(-1)
-            new_AG = torch.where(product == 0, trial_AG, product / square.clamp_min(1e-30))
+            new_AG = product / square.clamp_min(1e-30)
+            new_AG = torch.where(new_AG.isfinite() & (new_AG != 0), new_AG, trial_AG)
             error = _error(values_AGB, weights_AGB, new_AG, nothing_AG, form)
             scale_AG = torch.where(error < best, new_AG, scale_AG)
             best = torch.minimum(best, error)
     unit_A1 = scale_AG.abs().amax(1, keepdim=True) / SCALE_TOP
     codes_AG = (scale_AG / unit_A1).round()
-    codes_AG = torch.where(codes_AG == 0, scale_AG.sign(), codes_AG)
+    codes_AG = torch.where(codes_AG == 0, scale_AG.sign(), codes_AG).masked_fill(zeros_AG, 0.0)
     return Grid(form, codes_AG.to(torch.int8), None, unit_A1[:, 0].contiguous())
 
 

@@ -100,12 +100,12 @@ def _level_problems(levels: Levels, bits: int, block: int, symmetric: bool) -> I
     if levels == "even":
         return
     if bits != 4:
-        yield "levels", f"normal levels are those of 4 bits, not of {bits}"
+        yield "levels", f"normal levels are those of 4 bits, not of {bits}; set levels=even"
     if not symmetric:
         yield "levels", "normal levels go without offsets; set symmetric=true, or levels=even"
     if block > LONGEST_NORMAL_BLOCK:
         most = f"at most {LONGEST_NORMAL_BLOCK} weights"
-        yield "levels", f"blocks of normal levels have {most}, not {block}"
+        yield "levels", f"blocks of normal levels have {most}, not {block}; set levels=even"
 
 
 class PredictorRecipe(Section):
@@ -154,7 +154,7 @@ class PredictorRecipe(Section):
     def _problems(self) -> Iterator[Problem]:
         yield from _level_problems(self.levels, self.bits, self.block, self.symmetric)
         if self.kind == "auto" and self.levels == "normal":
-            yield "levels", "kind auto tries copies of several widths, normal levels are of 4 bits"
+            yield "levels", "kind auto tries copies of several widths; set levels=even"
         if self.kind == "auto" and self.target_recall is None:
             yield "target_recall", "kind auto needs the recall to reach, for example 0.95"
         if self.kind != "auto" and self.target_recall is not None:

@@ -5,10 +5,10 @@ python tools/bench_ffn.py --shape llama1b llama3b llama8b --dtype bfloat16 --thr
 
 Every round times all arms in turn over copies of one random layer that together exceed the caches;
 medians of rounds and their range go to stdout. `dense, kernels` predicts and selects nothing: what
-is gained beyond it is owed to sparsity, what it gains itself to the kernels. It reads every exact
-row at the precision of the sparse arms: as stored, or with --refined as 8-bit codes with a scale
-for 32. Parts of a call come from arms that keep one neuron, without and with the rest, and from
-selection alone. With one thread times are those of the thread, which other jobs disturb less.
+is gained beyond it is owed to sparsity, what it gains itself to the kernels. It reads every weight
+at the precision of the sparse arms, as the native step runs a dense FFN: as stored, or with
+--refined as 8-bit codes with a scale for 32. Parts of a call come from arms that keep one neuron,
+without and with the rest, and from selection alone. With one thread times are those of the thread, which other jobs disturb less.
 """
 
 import argparse
@@ -103,17 +103,20 @@ def dense_arm(
     return [one() for _ in range(max(2, memory // total))], total
 
 
-def coded_arm(
-    tensors: dict[str, Any], memory: int
+def matrices_arm(
+    tensors: dict[str, Any], memory: int, *, coded: bool
 ) -> tuple[list[Callable[[torch.Tensor], Any]], float]:
-    """Dense in 8-bit codes with a scale for 32 neighbours, by the kernels of the projections."""
+    """Dense by the kernels of the projections: as stored, or in 8-bit codes, a scale for 32."""
     block = REST["block"]
-    first = round_rows(torch.cat([tensors["gate"], tensors["up"]]).float(), block)
-    down = round_rows(tensors["down"].float().t().contiguous(), block)
+    weights = [torch.cat([tensors["gate"], tensors["up"]]), tensors["down"].t().contiguous()]
+    if coded:
+        weights = [round_rows(weight.float(), block) for weight in weights]
 
     def one() -> Callable[[torch.Tensor], Any]:
         held: list[torch.Tensor] = []
-        matrices = _native_step.coded([_native_step.Matrix(m) for m in (first, down)], block)
+        matrices: Any = [_native_step.Matrix(weight.clone()) for weight in weights]
+        if coded:
+            matrices = _native_step.coded(matrices, block)
         both = [matrix.described(held) for matrix in matrices]
         needed = [_native.LIBRARY.hire_matvec_scratch(ctypes.addressof(each), 1) for each in both]
         scratch = _native.scratch(max(needed))
@@ -136,7 +139,8 @@ def coded_arm(
 
         return run
 
-    total = 3 * tensors["up"].numel() * (1 + 4 / block)
+    size = 1 + 4 / block if coded else tensors["up"].element_size()
+    total = 3 * tensors["up"].numel() * size
     return [one() for _ in range(max(2, int(memory // total)))], total
 
 
@@ -176,11 +180,9 @@ def arms_of(tensors: dict[str, Any], options: argparse.Namespace, memory: int) -
     """(arms that are compared, arms that stand for parts of a call)."""
     neurons, dtype = tensors["up"].shape[0], tensors["up"].dtype
     arms: Arms = {f"dense, PyTorch, {str(dtype)[6:]}": dense_arm(tensors, dtype, memory)}
+    arms["dense, kernels"] = matrices_arm(tensors, memory, coded=options.refined)
     if options.refined:
-        arms["dense, kernels"] = coded_arm(tensors, memory)
         refine(tensors)
-    else:
-        arms["dense, kernels"] = native_arm(tensors, neurons, None, memory)
     # Refined rows are what copies hold and more: without the copy of down they have no meaning.
     rests = {"": None, ", rest by estimate": REST} if not options.refined else {"": REST}
     for keep in options.keep:

@@ -95,8 +95,6 @@ INLINE v16 scale_codes(const uint8_t *scales)
     return v_sub(v_from_w(w_load1(scales)), v_set1((float)HIRE_SCALE_BIAS));
 }
 
-INLINE int64_t whole_lines(int64_t bytes) { return (bytes + HIRE_LINE - 1) / HIRE_LINE * HIRE_LINE; }
-
 /* The same where levels are normal: a line of scales comes before the codes of its blocks. */
 INLINE void normal_tile(const hire_layer *layer, const hire_run *run, int64_t tile,
                         const int gated, v16 *gate_z, v16 *up_z)

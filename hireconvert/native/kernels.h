@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define HIRE_ABI 1
+#define HIRE_ABI 2
 #define HIRE_LANES 16
 /* Rows of weights are cut into this many pieces whatever the number of threads, and the sums of the
  * pieces are added in order: the output's bits do not depend on how many threads there are. */
@@ -30,6 +30,12 @@ enum hire_activation {
  * integer products take them. Their scales are bytes plus HIRE_SCALE_BIAS, in units of a row. */
 #define HIRE_NORMAL_LEVELS {0, 12, 23, 32, 39, 46, 52, 58, 64, 69, 75, 81, 88, 96, 105, 118}
 enum { HIRE_LEVEL_BIAS = 63, HIRE_SCALE_BIAS = 128, HIRE_LINE = 64 };
+
+static inline int64_t hire_whole_lines(int64_t bytes)
+{
+    return (bytes + HIRE_LINE - 1) / HIRE_LINE * HIRE_LINE;
+}
+
 /* Every kind of machine counts its own levels (LEVELS of hireconvert/_native.py). */
 enum hire_level {
     HIRE_PORTABLE = 0,
@@ -65,7 +71,7 @@ typedef struct {
     const uint8_t *tiles;   /* [Fp / 16, tile_bytes]: for each block codes, scales, offsets, or,
                                with normal levels, a line of scales before the codes of its
                                blocks; NULL where C = F, with mean, inverse_scale and bias */
-    const float *unit;          /* [parts, Fp] of the tiles' scales, or NULL: 1 */
+    const float *unit;          /* [parts, Fp] of the scales of normal levels, else NULL */
     const float *mean;          /* [D] */
     const float *inverse_scale; /* [D] */
     const float *bias;          /* [parts, Fp] of the estimates */
@@ -78,7 +84,7 @@ typedef struct {
     const float *row_bias;      /* [parts, F] or NULL */
     const float *down_bias;     /* [D] or NULL */
     const uint8_t *rest;        /* [F, rest_bytes] (4 bits: [Fp / 16, rest_bytes]) or NULL */
-    const float *rest_unit;     /* [Fp] of the rest's scales, or NULL: 1 */
+    const float *rest_unit;     /* likewise [Fp] of the rest's */
     const float *low_bias;      /* [parts, Fp] or NULL: added to estimates and refinements */
     const uint8_t *low;         /* [F, low_bytes] or NULL: what 4-bit tiles and rest left */
 } hire_layer;

@@ -115,8 +115,6 @@ static void put_sixteen_codes(uint8_t *out, const int8_t *codes, int64_t n, int6
         out[lane] = (uint8_t)(HIRE_SCALE_BIAS + (lane < n ? codes[lane * blocks] : 0));
 }
 
-static int64_t whole_lines(int64_t bytes) { return (bytes + HIRE_LINE - 1) / HIRE_LINE * HIRE_LINE; }
-
 /* The part's codes and scales in the tile of estimates, where run->codes holds n neurons. */
 static void put_tile(const hire_packing *packing, const pack_run *run, int64_t tile, int64_t part,
                      int64_t n)
@@ -167,11 +165,11 @@ static void put_rest_tile(const hire_packing *packing, const pack_run *run, int6
     uint8_t *out = packing->rest + tile * packing->rest_bytes;
     const int64_t first = tile * HIRE_LANES * blocks;
     if (packing->down.codes != NULL) {
-        memset(out, 0, (size_t)whole_lines(HIRE_LANES * blocks));
+        memset(out, 0, (size_t)hire_whole_lines(HIRE_LANES * blocks));
         for (int64_t block = 0; block < blocks; block++)
             put_sixteen_codes(out + HIRE_LANES * block, packing->down.codes + first + block, n,
                               blocks);
-        out += whole_lines(HIRE_LANES * blocks);
+        out += hire_whole_lines(HIRE_LANES * blocks);
     } else {
         out = put_rest_scales(out, packing->down.scale + first, n, blocks);
     }

@@ -3,10 +3,11 @@
  * Rows of 4 bits lie in tiles of sixteen neurons and run in whole numbers, those of every neuron: a
  * tile is read as it lies, which is faster than picking rows. Values times scales become whole
  * numbers that share a scale for a tile and a block of outputs, and one instruction adds four
- * neurons to sixteen outputs. A tile holds, for each block, the neurons' scales (of normal levels a byte
- * each, in whole lines); then, unless symmetric, their offsets; then for each 32 outputs 64 bytes for every four neurons (byte 4 l + i is
- * neuron i's at output l, low half, and 16 + l, high half). Rows of other widths run one by one, in
- * floats (rest_float_body.h), and only those whose value is not 0. */
+ * neurons to sixteen outputs. A tile holds, for each block, the neurons' scales (of normal levels a
+ * byte each, in whole lines); then, unless symmetric, their offsets; then for each 32 outputs 64
+ * bytes for every four neurons (byte 4 l + i is neuron i's at output l, low half, and 16 + l, high
+ * half). Rows of other widths run one by one, in floats (rest_float_body.h), and only those whose
+ * value is not 0. */
 
 #include "rest_float_body.h"
 
@@ -102,7 +103,7 @@ INLINE void rest_tile(const hire_layer *layer, const hire_run *run, const uint8_
 {
     const int64_t vectors = layer->stride / 16, block = layer->rest_block;
     const int64_t blocks = (layer->width + block - 1) / block, size = scale_bytes(normal);
-    const uint8_t *codes = scales + (normal ? whole_lines(size * blocks)
+    const uint8_t *codes = scales + (normal ? hire_whole_lines(size * blocks)
                                             : (layer->rest_symmetric ? 1 : 2) * size * blocks);
     float *offset = partial + layer->stride;
     rest_table table;

@@ -289,9 +289,9 @@ def test_no_library_is_said_once_at_load(tmp_path, monkeypatch, caplog):
 
 
 def test_another_abi_means_the_pytorch_path(monkeypatch):
-    monkeypatch.setattr(_native, "ABI", 2)
+    monkeypatch.setattr(_native, "ABI", 3)
     found, reason = hire_native.find_library("_native")
-    assert found is None and "ABI 2, this checkpoint needs 1" in reason
+    assert found is None and "ABI 3, this checkpoint needs 2" in reason
 
 
 def test_levels_are_forced_by_the_environment(monkeypatch):

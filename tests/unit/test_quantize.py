@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hireconvert import _packing, schema
 from hireconvert.errors import InputError
 from hireconvert.quantize import (
     GridFormat,
@@ -15,6 +16,7 @@ from hireconvert.quantize import (
     pack_planes,
     round_codes,
 )
+from hireconvert.runtime import hire_predict
 from hireconvert.runtime.hire_config import down_tensors
 from hireconvert.runtime.hire_predict import (
     NORMAL_LEVELS,
@@ -125,6 +127,38 @@ def test_normal_levels_hold_zeros_and_one_value():
         grid = fit_grid(weight, NORMAL)
         decoded = decode_codes(round_codes(weight, grid), grid)
         assert float((decoded - value).abs().max()) <= 1e-6 * max(1.0, abs(value))
+
+
+def test_a_block_of_zeros_beside_others_stays_zero():
+    weight = matrix()
+    weight[:, 8:16] = 0.0
+    weight[3, 16:24] *= 1e-2
+    grid = fit_grid(weight, NORMAL)
+    decoded = decode_codes(round_codes(weight, grid), grid)
+    assert not decoded[:, 8:16].any()
+    assert relative(decoded[3, 16:24], weight[3, 16:24]) < 0.5
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e19, 1e36])
+def test_normal_levels_fit_weights_of_any_size(size):
+    weight = matrix() * (size / 0.05)
+    grid = fit_grid(weight, NORMAL)
+    decoded = decode_codes(round_codes(weight, grid), grid)
+    assert decoded.isfinite().all()
+    assert float((decoded - weight).abs().max()) < 0.2 * float(weight.abs().max())
+
+
+def test_weights_that_training_broke_have_codes():
+    """The loss that they give is what stops a finetune."""
+    grid = fit_grid(matrix(), NORMAL)
+    broken = matrix()
+    broken[2, 2], broken[3, 3] = torch.nan, torch.inf
+    assert int(round_codes(broken, grid).max()) < 16
+
+
+def test_the_longest_block_is_the_same_everywhere():
+    known = (hire_predict.LONGEST_NORMAL_BLOCK, _packing.LONGEST_NORMAL_BLOCK)
+    assert set(known) == {schema.LONGEST_NORMAL_BLOCK}
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])

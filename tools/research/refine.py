@@ -84,6 +84,8 @@ def round_ffn(layer: Any, source: dict[str, torch.Tensor], way: Round | None) ->
         return tensors[name].float().repeat_interleave(32, dim=1)[:, :width]
 
     first, down = torch.cat([source["gate"], source["up"]]), source["down"]
+    if way is not None and "scale" not in tensors:
+        raise SystemExit("the copies have normal levels; convert with levels=even, symmetric=false")
     if way is not None:
         factor = tensors["column_scale"].float()
         copy = decode_blocks(tensors, spec["predictor"], width)
