@@ -8,7 +8,8 @@ medians of rounds and their range go to stdout. `dense, kernels` predicts and se
 is gained beyond it is owed to sparsity, what it gains itself to the kernels. It reads every weight
 at the precision of the sparse arms, as the native step runs a dense FFN: as stored, or with
 --refined as 8-bit codes with a scale for 32. Parts of a call come from arms that keep one neuron,
-without and with the rest, and from selection alone. With one thread times are those of the thread, which other jobs disturb less.
+without and with the rest, and from selection alone. With one thread times are those of the thread,
+which other jobs disturb less.
 """
 
 import argparse
