@@ -156,7 +156,10 @@ def _arithmetic(rng: random.Random) -> _Draft:
 
 def _python(rng: random.Random) -> _Draft:
     program: Program = draw_program(rng)
-    return _Draft(program.header, program.body, program.tests, program.kind)
+    # The line break is the prompt's: many tokenizers have one token for quotes with it, and to
+    # models that have never seen the quotes without, the text ends there.
+    header, body = program.header + "\n", program.body.removeprefix("\n")
+    return _Draft(header, body, program.tests, program.kind)
 
 
 # --------------------------------------------------------------------------------------- prompts

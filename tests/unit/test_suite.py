@@ -52,6 +52,7 @@ def test_programs_pass_their_own_tests_and_others_do_not(seed: int) -> None:
 
 def test_a_python_item_is_graded_by_running_it() -> None:
     item = items("python", 1)[0]
+    assert item.prompt.endswith('"""\n')  # quotes and line break may be one token
     assert not grade(item, "\n    pass")
     solution = item.expected.split("lambda ")[1].split(": ", 1)[1].split(")(*arguments)")[0]
     assert grade(item, f"\n    return {solution}")
