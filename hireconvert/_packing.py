@@ -24,23 +24,14 @@ _LINE = 64  # bytes; HIRE_LINE of native/kernels.h
 _MOST = 2**31 - 64  # indices are 32 bits wide
 _MOST_WIDTH = 2**19  # sums of codes times digits over a row are 32 bits wide
 LONGEST_NORMAL_BLOCK = 2**16  # and of levels times digits over a block
+_COPY_POINTERS = ("planes", "scale", "codes", "unit", "offset", "low")
 
 
 class _Copy(ctypes.Structure):
     """hire_copy of native/pack.h."""
 
     _fields_ = [
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                "planes",
-                "scale",
-                "codes",
-                "unit",
-                "offset",
-                "low",
-            )
-        ),
+        *((name, ctypes.c_void_p) for name in _COPY_POINTERS),
         *((name, ctypes.c_int64) for name in ("rows", "bits", "block")),
     ]
 
