@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hireconvert.attention import decoder_layer
 from hireconvert.bench import read_text
 from hireconvert.data import evaluation_windows
 from hireconvert.families import base_model, find_layout
-from hireconvert.rounding import decoder_layer
 
 WINDOW = 512
 # Below a decoder layer, and what GGUF calls it; every family that is raced has these.

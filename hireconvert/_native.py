@@ -23,7 +23,7 @@ import torch
 from hireconvert._packing import LANES, TYPES, pack
 from hireconvert._pages import together
 
-ABI = 2
+ABI = 3
 _ARM = platform.machine() in ("aarch64", "arm64")
 LEVELS = ("portable", "neon", "dotprod") if _ARM else ("portable", "avx2", "avx512")
 ROWS_TOGETHER = 8  # HIRE_ROWS of native/kernels.h

@@ -22,7 +22,7 @@ from hireconvert._pages import placed
 MOST_ROWS = 32  # HIRE_STEP_ROWS of native/step.h
 PAST_FIELDS = ("keys", "values", "head_stride", "first", "length")
 SLACK = 64  # bytes that may be read behind the last key or value
-_INT8 = len(TYPES)
+_CODES = {8: len(TYPES), 4: len(TYPES) + 1}  # HIRE_INT8 and HIRE_INT4 of native/step.h, by bits
 _ZERO_CODE = 128  # HIRE_ZERO_CODE of native/step.h
 _MOST_BLOCK = 1 << 16  # products of codes and digits that fit a sum of 32 bits
 _MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -100,32 +100,47 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Codes:
-    """The same as codes of 8 bits, laid out for the kernels (hire_matrix of native/step.h)."""
+    """The same as codes of 8 or 4 bits, laid out for the kernels (hire_matrix of native/step.h).
+
+    Scales of 8-bit codes lie by themselves, those of 4 bits within the tiles.
+    """
 
     outputs: int
     inputs: int
     block: int
     tiles_TWB: torch.Tensor
-    scale_TGL: torch.Tensor
+    scale_TGL: torch.Tensor | None
     bias_O: torch.Tensor | None = None
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return 4 if self.scale_TGL is None else 8
 
     def described(self, held: list[torch.Tensor]) -> _Matrix:
         """The library's view; tensors it points at are added to `held`. Raises ValueError."""
         described = _Matrix(
             outputs=self.outputs, inputs=self.inputs, stride=self.inputs, block=self.block
         )
-        described.type = _INT8
-        held += [self.tiles_TWB, self.scale_TGL]
-        described.rows, described.scale = self.tiles_TWB.data_ptr(), self.scale_TGL.data_ptr()
+        described.type = _CODES[self.bits]
+        held.append(self.tiles_TWB)
+        described.rows = self.tiles_TWB.data_ptr()
+        if self.scale_TGL is not None:
+            held.append(self.scale_TGL)
+            described.scale = self.scale_TGL.data_ptr()
         if self.bias_O is not None:
             described.bias = _floats("bias", self.bias_O, self.outputs, held)
         return described
 
 
-def _code_shapes(outputs: int, inputs: int, block: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What `tiles_TWB` and `scale_TGL` of such a matrix measure."""
-    tiles, blocks = -(-outputs // LANES), -(-inputs // block)
-    words = inputs // block * -(-block // 4) + -(-(inputs % block) // 4)
+def _code_shapes(
+    outputs: int, inputs: int, block: int, bits: int
+) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """What `tiles_TWB` and `scale_TGL` of such a matrix measure; lines of scales count as words."""
+    tiles, blocks, codes = -(-outputs // LANES), -(-inputs // block), 32 // bits
+    words = inputs // block * -(-block // codes) + -(-(inputs % block) // codes)
+    if bits == 4:
+        return (tiles, words + -(-blocks // 2), 4 * LANES), None
     return (tiles, words, 4 * LANES), (tiles, blocks, LANES)
 
 
@@ -135,32 +150,33 @@ class _Coding(ctypes.Structure):
     _fields_ = [
         ("weight", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in (
-            "row_stride", "outputs", "inputs", "block", "weight_type",
+            "row_stride", "outputs", "inputs", "block", "bits", "weight_type",
         )),
         *((name, ctypes.c_void_p) for name in ("codes", "scales")),
     ]  # fmt: skip
 
 
-def coded(matrices: Sequence[Matrix], block: int) -> list[Matrix | Codes]:
-    """The same matrices as codes of 8 bits, in one piece of memory, where they lie on the grid.
+def coded(matrices: Sequence[Matrix], block: int, bits: Sequence[int]) -> list[Matrix | Codes]:
+    """The same matrices as codes, in one piece of memory, where they lie on their grids.
 
-    That is code * m / 127, m the largest magnitude among `block` neighbours of a row, rounded to
-    the weights' type (docs/format.md, `attention`). A matrix with other weights stays as it is.
+    `bits`: 8 or 4 for each. The grids are those of docs/format.md (`attention`), by `block`
+    neighbours of a row, rounded to the weights' type. A matrix with other weights stays as it is.
     """
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    for index, matrix in enumerate(matrices):
+    for index, (matrix, own) in enumerate(zip(matrices, bits, strict=True)):
         outputs, inputs = matrix.weight_OI.shape
         if _may_be_coded(matrix.weight_OI, block):
-            tiles, scales = _code_shapes(outputs, inputs, min(block, inputs))
+            tiles, scales = _code_shapes(outputs, inputs, min(block, inputs), own)
             shapes[f"tiles{index}"] = (torch.uint8, tiles)
-            shapes[f"scale{index}"] = (torch.float32, scales)
+            if scales is not None:
+                shapes[f"scale{index}"] = (torch.float32, scales)
     held, _ = placed(shapes)
     found: list[Matrix | Codes] = list(matrices)
     for index, matrix in enumerate(matrices):
         if f"tiles{index}" in held:
             outputs, inputs = matrix.weight_OI.shape
             codes = Codes(outputs, inputs, min(block, inputs), held[f"tiles{index}"],
-                          held[f"scale{index}"], matrix.bias_O)  # fmt: skip
+                          held.get(f"scale{index}"), matrix.bias_O)  # fmt: skip
             if _encode(matrix, codes):
                 found[index] = codes
     return found
@@ -176,7 +192,9 @@ def _may_be_coded(weight_OI: torch.Tensor, block: int) -> bool:
 def _encode(matrix: Matrix, codes: Codes) -> bool:
     """Write the codes and scales; whether every weight lies on its grid."""
     weight_OI, threads = matrix.weight_OI.detach(), torch.get_num_threads()
-    if codes.tiles_TWB.numel() > weight_OI.numel():  # else every byte is written
+    if codes.scale_TGL is None:
+        codes.tiles_TWB.zero_()
+    elif codes.tiles_TWB.numel() > weight_OI.numel():  # else every byte is written
         codes.tiles_TWB.fill_(_ZERO_CODE)
         codes.scale_TGL.zero_()
     coding = _Coding(
@@ -185,11 +203,12 @@ def _encode(matrix: Matrix, codes: Codes) -> bool:
         outputs=codes.outputs,
         inputs=codes.inputs,
         block=codes.block,
+        bits=codes.bits,
         weight_type=TYPES.index(weight_OI.dtype),
         codes=codes.tiles_TWB.data_ptr(),
-        scales=codes.scale_TGL.data_ptr(),
+        scales=None if codes.scale_TGL is None else codes.scale_TGL.data_ptr(),
     )
-    scratch_TI = torch.empty(threads, codes.inputs)
+    scratch_TI = torch.empty(threads, 2 * codes.inputs)
     number = LEVELS.index(level() or LEVELS[0])
     return bool(
         LIBRARY.hire_pack_codes(ctypes.addressof(coding), scratch_TI.data_ptr(), threads, number)
@@ -268,8 +287,9 @@ class Block:
         }  # fmt: skip
         if "gate" in self.matrices:
             expected["gate"] = (neurons, width)
-        blocks = {m.block for m in (block.q, block.k, block.v) if m.type == _INT8}
-        if len(blocks) > 1 or _INT8 in (block.gate.type, block.up.type, block.down.type):
+        codes = set(_CODES.values())
+        blocks = {m.block for m in (block.q, block.k, block.v) if m.type in codes}
+        if len(blocks) > 1 or codes & {block.gate.type, block.up.type, block.down.type}:
             raise ValueError(f"native: codes in blocks of {sorted(blocks)}, or of an FFN")
         for name, shape in expected.items():
             matrix = getattr(block, name)

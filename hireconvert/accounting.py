@@ -25,6 +25,7 @@ from hireconvert.runtime.hire_predict import (
 )
 
 ITEM_BYTES = {"U8": 1, "I8": 1, "F8_E4M3": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8, "I64": 8}
+CODE_SCALE_BYTES = {8: 4, 4: 2}  # of a block of the attention's codes, by their bits
 _DTYPES = {  # of predictor tensors; others are F32
     "planes": "U8",
     **dict.fromkeys(("scale_codes", "factor_in_codes", "factor_out_codes"), "I8"),
@@ -184,7 +185,7 @@ def head_bytes(head: Mapping[str, Any] | None, shape_VD: Sequence[int], weight_b
 
 
 def attention_bytes(attention: Mapping[str, Any] | None, tensors: TensorTable) -> tuple[int, int]:
-    """Bytes of the attention's matrices as they are stored and as 8-bit codes with their scales.
+    """Bytes of the attention's matrices as they are stored and as codes with their scales.
 
     Both are 0 where none is rounded.
     """
@@ -193,9 +194,10 @@ def attention_bytes(attention: Mapping[str, Any] | None, tensors: TensorTable) -
         return dense, converted
     names = "|".join(map(re.escape, attention["matrices"]))
     for key, (dtype, shape) in tensors.items():
-        if re.search(rf"\.\d+\.({names})\.weight$", key):
+        if found := re.search(rf"\.\d+\.({names})\.weight$", key):
+            bits, scales = attention["matrices"][found[1]], ceil(shape[1] / attention["block"])
             dense += ITEM_BYTES[dtype] * prod(shape)
-            converted += prod(shape) + 4 * shape[0] * ceil(shape[1] / attention["block"])
+            converted += shape[0] * (ceil(shape[1] * bits / 8) + CODE_SCALE_BYTES[bits] * scales)
     return dense, converted
 
 

@@ -6,6 +6,7 @@ Factors of activations are fitted to measured peaks (docs/log.md); weights are c
 D width, F neurons, L layers, V vocabulary.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -14,6 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hireconvert.accounting import TensorTable, head_width
+from hireconvert.attention import fitted_names
 from hireconvert.families import Layout
 from hireconvert.masked import PROBABILITIES_KEPT
 from hireconvert.measures import LOGITS_AT_ONCE
@@ -95,6 +97,23 @@ def activation_bytes(shapes: Shapes, recipe: Recipe) -> int:
     return calibration_rows(recipe) * 4 * widths
 
 
+def fitted_shapes(shapes: Shapes) -> list[tuple[int, int]]:
+    """[outputs, inputs] of the attention's matrices that are fitted to their inputs."""
+    names = fitted_names(shapes.hire.get("attention"))
+    pattern = rf"\.\d+\.({'|'.join(map(re.escape, names))})\.weight$"
+    found = [shape for key, (_, shape) in shapes.tensors.items() if re.search(pattern, key)]
+    return [(shape[0], shape[1]) for shape in found] if names else []
+
+
+def fitted_attention(shapes: Shapes) -> tuple[int, int]:
+    """Bytes of those matrices in float32, and of the moments of their inputs.
+
+    Matrices that share inputs are counted apart.
+    """
+    found = fitted_shapes(shapes)
+    return 4 * sum(map(prod, found)), 4 * sum(width * width for _, width in found)
+
+
 def peak_memory(shapes: Shapes, recipe: Recipe) -> int:
     """Bytes that the whole conversion needs on a CPU, libraries included."""
     if not shapes.layers and activation_bytes(shapes, recipe) == 0:
@@ -102,6 +121,7 @@ def peak_memory(shapes: Shapes, recipe: Recipe) -> int:
     statistics = max(
         activation_bytes(shapes, recipe),
         _fitting(shapes),
+        sum(fitted_attention(shapes)),
         _searching(shapes, recipe),
     )
     stages = [4 * shapes.numel + statistics, _evaluating(shapes, recipe)]

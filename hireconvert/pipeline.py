@@ -37,6 +37,7 @@ from hireconvert.stages import (
     Run,
     evaluate_export,
     export_model,
+    fit_attention_codes,
     fit_head,
     fit_predictors,
     make_tokens,
@@ -132,7 +133,8 @@ def _check_text_sources(recipe: Recipe) -> None:
 
 def _finished_bytes(space: Workspace) -> int:
     """Bytes of the artifacts that a resumed conversion need not write again."""
-    folders = ("tokens", *stage_budget.ARTIFACTS, *ARTIFACTS, "activations", "predictors", "export")
+    folders = ("tokens", *stage_budget.ARTIFACTS, *ARTIFACTS, "activations", "predictors",
+               "attention", "export")  # fmt: skip
     files = (file for name in folders for file in space.path(name).rglob("*") if file.is_file())
     return sum(file.stat().st_size for file in files)
 
@@ -180,7 +182,7 @@ def _fingerprints(run: Run) -> dict[str, dict[str, Any]]:
         },
         "seed": recipe["seed"],
     }
-    tokens = budget = tuned = activations = predictors = base
+    tokens = budget = tuned = activations = predictors = attention = base
     if planning.needs_text(run.hire):
         data = {**recipe["data"], "sha256": _source_digest(run.recipe.data.source)}
         tokens = {**base, "recipe": {"data": data}}
@@ -192,6 +194,7 @@ def _fingerprints(run: Run) -> dict[str, dict[str, Any]]:
         activations = {**tuned, "with_head": run.low_rank_head}
         sections = {"data": data, "ffn": recipe["ffn"], **tuning}
         predictors = {**activations, "recipe": sections}
+        attention = {**tuned, "recipe": {"data": data, **tuning, "attention": recipe["attention"]}}
     made_from = {**predictors.get("recipe", {}), "name": recipe["name"]}
     made_from |= {
         key: recipe[key] for key in ("description", "head", "attention", "decode", "output")
@@ -205,6 +208,7 @@ def _fingerprints(run: Run) -> dict[str, dict[str, Any]]:
         "finetune": tuned,
         "activations": activations,
         "predictors": predictors,
+        "attention": attention,
         "export": export,
         "evaluation": evaluation,
     }
@@ -237,6 +241,7 @@ def _run_stages(run: Run, plan: Mapping[str, Any]) -> dict[str, Any]:
         training = finetune_weights(run, prints["finetune"], tokens)
         results = fit_predictors(run, prints, tokens)
         head = fit_head(run, prints, tokens)
+        fit_attention_codes(run, prints["attention"], tokens)
     folder = export_model(run, prints["export"], results or [], head)
     evaluation = evaluate_export(run, prints["evaluation"], folder, tokens)
     report = _report(run, prints["evaluation"], tokens, results or [], head)

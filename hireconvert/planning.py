@@ -24,6 +24,7 @@ from hireconvert.accounting import (
     table_bytes,
     token_bytes,
 )
+from hireconvert.attention import attention_matrices
 from hireconvert.checkpoint import read_source_headers
 from hireconvert.errors import InputError, UsageError
 from hireconvert.families import LAYOUTS, Layout, ffn_parts, is_mixture_of_experts, num_layers
@@ -31,18 +32,24 @@ from hireconvert.memory import (
     Shapes,
     activation_bytes,
     calibration_rows,
+    fitted_attention,
+    fitted_shapes,
     peak_memory,
     search_of,
     trained_numel,
 )
 from hireconvert.recipe import FfnRecipe, Recipe, per_layer
-from hireconvert.rounding import attention_matrices
 from hireconvert.scoring import head_spec, layer_counts, predictor_spec
 
 SMALL_FILES_BYTES = 50_000_000  # tokenizer, report, runtime
 # Float operations beside plain products, as multiples of the products; from runs on two cores.
 SAMPLING_COST, FITTING_COST, SCOPES_COST, BUDGET_COST, FINETUNE_COST = 4.0, 3.0, 8.0, 1.3, 7.0
 FINETUNE_ESTIMATES_COST = 5.0  # of the FFN's products, where neurons left out count by estimate
+
+# Of each type of weights: bits, and weights per scale.
+ATTENTION_DEFAULTS = {"int8": (8, 64), "int4": (4, 32)}
+# Few weights where heads share them, and they cost a model more than queries do (docs/log.md).
+KEYS_AND_VALUES = ("k_proj", "v_proj")
 
 
 @dataclass(frozen=True)
@@ -123,8 +130,14 @@ def _planned_attention(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any] | N
     """`config.hire.attention`."""
     if recipe.attention is None or skeleton.layout is None:
         return None
-    matrices = attention_matrices(skeleton.model, skeleton.layout)
-    return {"bits": 8, "block": recipe.attention.block, "matrices": matrices}
+    given, names = recipe.attention, attention_matrices(skeleton.model, skeleton.layout)
+    default_bits, default_block = ATTENTION_DEFAULTS[given.weights]
+    wide = KEYS_AND_VALUES if given.int8 is None else given.int8
+    known = [name.rpartition(".")[2] for name in names]
+    if unknown := sorted(set(given.int8 or ()) - set(known)):
+        raise UsageError(f"attention.int8: {unknown} are none of the model's {known}.")
+    bits = {n: 8 if n.rpartition(".")[2] in wide else default_bits for n in names}
+    return {"block": given.block or default_block, "matrices": bits}
 
 
 def _planned_layers(skeleton: Skeleton, ffn: FfnRecipe) -> list[dict[str, Any]]:
@@ -161,6 +174,7 @@ def plan(skeleton: Skeleton, recipe: Recipe, *, source_bytes: int = 0) -> dict[s
         "recipe": recipe.name,
         "layers": layer_rows(hire, config.hidden_size, ITEM_BYTES[dtype]),
         "head": hire["head"],
+        "attention": hire["attention"],
         "bytes_per_token": token_bytes(hire, tensors, config),
         "predictor_bytes": predictors,
         "disk_bytes": source_bytes
@@ -168,6 +182,7 @@ def plan(skeleton: Skeleton, recipe: Recipe, *, source_bytes: int = 0) -> dict[s
         + activation_bytes(shapes, recipe)
         + 2 * predictors
         + _finetune_bytes(shapes, recipe)
+        + fitted_attention(shapes)[0]
         + SMALL_FILES_BYTES,
         "peak_memory_bytes": peak_memory(shapes, recipe),
         "notes": _notes(skeleton, recipe),
@@ -293,9 +308,21 @@ def _seconds(skeleton: Skeleton, result: Mapping[str, Any], recipe: Recipe) -> f
         copies = 2.0 * _copied_weights(skeleton, layers)  # what one pass through copies takes
         operations += BUDGET_COST * (per_token + copies) * _budget_tokens(recipe)
         operations += per_token * _finetune_tokens(recipe)
+        operations += _attention_operations(skeleton, result, recipe)
         if recipe.finetune is not None:
             operations += FINETUNE_ESTIMATES_COST * copies * recipe.finetune.num_tokens
     return operations / rate
+
+
+def _attention_operations(skeleton: Skeleton, result: Mapping[str, Any], recipe: Recipe) -> float:
+    """A pass over the calibration text, moments of inputs, and error feedback under them."""
+    hire = {"attention": result["attention"]}
+    shapes = fitted_shapes(Shapes(skeleton.model, skeleton.layout, skeleton.tensors, hire))
+    if not shapes:
+        return 0.0
+    rows, weights = calibration_rows(recipe), sum(prod(s) for _, s in skeleton.tensors.values())
+    fits = sum(2.0 * (rows + outputs + width) * width**2 for outputs, width in shapes)
+    return 2.0 * weights * rows + FITTING_COST * fits
 
 
 def _copied_weights(skeleton: Skeleton, layers: Sequence[Mapping[str, Any]]) -> int:

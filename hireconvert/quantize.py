@@ -104,9 +104,7 @@ def fit_grid(
     offsets are rounded to float16 before any code is computed, so the error measured is the error
     shipped; normal levels: `_normal_grid`. Raises InputError when the matrix is not finite.
     """
-    if not bool(torch.isfinite(weight_MD).all()):
-        raise InputError("a weight matrix to be quantized holds NaN or infinite values")
-    values_AGB, weights_AGB = _blocks(weight_MD, form, importance_D)
+    values_AGB, weights_AGB = _blocks(_finite(weight_MD), form, importance_D)
     if form.levels == "normal":
         return _normal_grid(values_AGB, weights_AGB, form)
     scale_AG, offset_AG = _widest(values_AGB, weights_AGB, form)
@@ -330,12 +328,34 @@ def _looked_up(table: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
     return found.view(place.shape)
 
 
+def short_grid(weight_MD: torch.Tensor, block: int, importance_D: torch.Tensor) -> Grid:
+    """Normal levels whose scales, bfloat16 numbers in float32, are not in units of a row.
+
+    Such a number times a level has 14 bits: a reader who knows the block finds the scale again from
+    the rounded weights, without being told. Raises InputError when the matrix is not finite.
+    """
+    form = GridFormat(4, block, symmetric=True, levels="normal")
+    scale_AG = _normal_scales(*_blocks(_finite(weight_MD), form, importance_D), form)
+    return Grid(form, scale_AG.bfloat16().float(), None)
+
+
 def _normal_grid(values_AGB: torch.Tensor, weights_AGB: torch.Tensor, form: GridFormat) -> Grid:
-    """Scales of normal levels: clippings of either sign, refitted, then rounded to 8 bits.
+    """Scales of normal levels, rounded to 8 bits.
 
     Only a block of zeros has the scale 0: a small one is better served by the smallest other.
     """
     zeros_AG = values_AGB.abs().amax(-1) == 0
+    scale_AG = _normal_scales(values_AGB, weights_AGB, form)
+    unit_A1 = scale_AG.abs().amax(1, keepdim=True) / SCALE_TOP
+    codes_AG = (scale_AG / unit_A1).round()
+    codes_AG = torch.where(codes_AG == 0, scale_AG.sign(), codes_AG).masked_fill(zeros_AG, 0.0)
+    return Grid(form, codes_AG.to(torch.int8), None, unit_A1[:, 0].contiguous())
+
+
+def _normal_scales(
+    values_AGB: torch.Tensor, weights_AGB: torch.Tensor, form: GridFormat
+) -> torch.Tensor:
+    """Scales [A, G] of normal levels: clippings of either sign, refitted."""
     largest_AG = values_AGB.abs().amax(-1).clamp_min(HALF_MIN)
     nothing_AG = torch.zeros_like(largest_AG)
     best = torch.full_like(largest_AG, torch.inf)
@@ -352,10 +372,13 @@ def _normal_grid(values_AGB: torch.Tensor, weights_AGB: torch.Tensor, form: Grid
             error = _error(values_AGB, weights_AGB, new_AG, nothing_AG, form)
             scale_AG = torch.where(error < best, new_AG, scale_AG)
             best = torch.minimum(best, error)
-    unit_A1 = scale_AG.abs().amax(1, keepdim=True) / SCALE_TOP
-    codes_AG = (scale_AG / unit_A1).round()
-    codes_AG = torch.where(codes_AG == 0, scale_AG.sign(), codes_AG).masked_fill(zeros_AG, 0.0)
-    return Grid(form, codes_AG.to(torch.int8), None, unit_A1[:, 0].contiguous())
+    return scale_AG
+
+
+def _finite(weight_MD: torch.Tensor) -> torch.Tensor:
+    if not bool(torch.isfinite(weight_MD).all()):
+        raise InputError("a weight matrix to be quantized holds NaN or infinite values")
+    return weight_MD
 
 
 def _blocks(

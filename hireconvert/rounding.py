@@ -1,13 +1,10 @@
-"""Dense weights rounded so that fewer bytes hold them: refined FFN rows, attention in 8 bits.
+"""FFN weights rounded so that fewer bytes hold them: refined rows (`attention.py` has the rest).
 
 The rounded values replace the dense ones in the checkpoint, so every path computes the same model;
 the native kernels find the codes again and read those. Refined rows are the 4-bit copies that the
 predictor and `ffn.unselected` read anyway, and 4 bits more of what these leave:
 
     W = copy + low_scale * (code - 7.5)      all in the copy's own scaling of the columns
-
-8-bit rows lie on the grid of the largest weight of a block over 127, which survives rounding to
-bfloat16: it needs no stored scale.
 
 Shape suffixes: M rows, D columns, F neurons, P rows of gate and up.
 """
@@ -16,25 +13,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
-from hireconvert.errors import InputError
-from hireconvert.families import (
-    FfnWeights,
-    Layout,
-    base_model,
-    ffn_parts,
-    num_layers,
-)
+from hireconvert.families import FfnWeights, Layout, ffn_parts
 from hireconvert.quantize import Grid, GridFormat, decode_codes, fit_grid, round_codes
 from hireconvert.runtime.hire_config import LOW_BITS
 from hireconvert.runtime.hire_predict import decode_blocks, decode_down, is_refined
-
-TOP_CODE = 127  # of 8 bits, which lie around zero
-
-
-# --------------------------------------------------------------------------- refined rows
 
 
 def low_scales(
@@ -100,53 +84,3 @@ def _left_by_copies(
     blocks = (spec["predictor"]["block"], spec["unselected"]["block"])
     forms = [GridFormat(LOW_BITS, block, symmetric=True) for block in blocks]
     return [(name, (rest, form)) for (name, rest), form in zip(left.items(), forms, strict=True)]
-
-
-# --------------------------------------------------------------------------- attention in 8 bits
-
-
-def attention_matrices(model: PreTrainedModel, layout: Layout) -> list[str]:
-    """Names, below a decoder layer, of the linear layers beside its FFN that every layer has.
-
-    Raises InputError when there are none.
-    """
-    names: list[str] | None = None
-    for index in range(num_layers(model)):
-        own = {id(part.module) for part in ffn_parts(model, layout, index).matrices()}
-        found = [
-            name
-            for name, module in decoder_layer(model, layout, index).named_modules()
-            if isinstance(module, nn.Linear) and id(module) not in own and "attn" in name
-        ]
-        names = found if names is None else [name for name in names if name in found]
-    if not names:
-        raise InputError(
-            f"model_type {model.config.model_type!r}: no linear layers are known in its "
-            "attention. Leave it as it is (--set attention=null)."
-        )
-    return names
-
-
-def decoder_layer(model: PreTrainedModel, layout: Layout, index: int) -> nn.Module:
-    """One decoder layer."""
-    layers: Any = base_model(model).get_submodule(layout["layers"])
-    layer: nn.Module = layers[index]
-    return layer
-
-
-@torch.no_grad()
-def round_attention(model: PreTrainedModel, layout: Layout, attention: Mapping[str, Any]) -> None:
-    """Round the matrices that `config.hire.attention` names, in every layer, in place."""
-    for index in range(num_layers(model)):
-        layer = decoder_layer(model, layout, index)
-        for name in attention["matrices"]:
-            weight: Any = layer.get_submodule(name).weight
-            weight.copy_(round_rows(weight.float(), attention["block"]))
-
-
-def round_rows(weight_MD: torch.Tensor, block: int) -> torch.Tensor:
-    """float32 [M, D]: every weight at its nearest of 255 levels around zero, by block of a row."""
-    width = weight_MD.shape[1]
-    padded = nn.functional.pad(weight_MD, (0, -width % block)).unflatten(1, (-1, block))
-    scale = (padded.abs().amax(-1, keepdim=True) / TOP_CODE).clamp_min(torch.finfo().tiny)
-    return ((padded / scale).round() * scale).flatten(1)[:, :width]

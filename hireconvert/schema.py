@@ -298,10 +298,21 @@ class FfnRecipe(Section):
 class AttentionRecipe(Section):
     """The matrices of the attention: read whole by every token, so what counts is their type."""
 
-    weights: Literal["int8"] = Field(
-        default="int8", description="rounded to 8 bits, a scale a block of each row"
+    weights: Literal["int8", "int4"] = Field(
+        default="int8", description="rounded to 8 or 4 bits, a scale a block of each row"
     )
-    block: Block = Field(default=64, description="weights per scale")
+    block: Block | None = Field(
+        default=None, description="weights per scale; null: 64 with int8, 32 with int4"
+    )
+    int8: list[str] | None = Field(
+        default=None,
+        description="with int4, the matrices that keep 8 bits, by the last part of their names; "
+        "null: k_proj and v_proj, where there are such",
+    )
+
+    def _problems(self) -> Iterator[Problem]:
+        if self.int8 is not None and self.weights == "int8":
+            yield "int8", "names what keeps 8 bits among 4; give weights: int4, or int8: null"
 
 
 class HeadRecipe(Section):

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from hireconvert.attention import fit_attention, fitted_names, round_attention
 from hireconvert.calibrate import HEAD_FILE, calibrate, layer_file, load_rows
 from hireconvert.checkpoint import DenseCheckpoint
 from hireconvert.data import (
@@ -44,7 +45,7 @@ from hireconvert.families import (
 from hireconvert.loading import load
 from hireconvert.planning import Skeleton
 from hireconvert.recipe import Recipe, per_layer
-from hireconvert.rounding import refine_ffn, round_attention
+from hireconvert.rounding import refine_ffn
 from hireconvert.runtime.hire_predict import is_refined
 from hireconvert.sampling import sample_from_model
 from hireconvert.workspace import Workspace, write_json
@@ -270,6 +271,19 @@ def fit_head(run: Run, prints: Prints, tokens: TokenData) -> Fitted | None:
     return read_fitted(run.space.path(name))
 
 
+def fit_attention_codes(run: Run, fingerprint: Mapping[str, Any], tokens: TokenData) -> None:
+    """The attention's matrices of 4 bits as an artifact, a file a layer, if there are any."""
+    attention, name = run.hire["attention"], "attention"
+    if not fitted_names(attention) or run.space.is_done(name, fingerprint):
+        return
+    total = len(tokens.fit_WT) + num_layers(run.model)
+    with run.stage(name, fingerprint, name, total) as (folder, advance):
+        progress = steps(advance, total)
+        layers = fit_attention(run.model, run.layout, attention, tokens.fit_WT, progress)
+        for index, fitted in layers:
+            save_file(fitted, folder / layer_file(index))
+
+
 def export_model(
     run: Run, fingerprint: Mapping[str, Any], results: list[Fitted], head: Fitted | None
 ) -> Path:
@@ -321,8 +335,16 @@ def _rewritten(run: Run, results: list[Fitted]) -> PreTrainedModel | None:
             refine_ffn(model, result.layout, index, result.spec, result.tensors)
     if attention:
         assert results[0].layout is not None
-        round_attention(model, results[0].layout, attention)
+        round_attention(model, results[0].layout, attention, _fitted_attention(run))
     return model
+
+
+def _fitted_attention(run: Run) -> Callable[[int], dict[str, torch.Tensor]]:
+    """What `fit_attention_codes` left of a layer."""
+    if not fitted_names(run.hire["attention"]):
+        return lambda index: {}
+    folder = run.space.path("attention")
+    return lambda index: load_file(folder / layer_file(index))
 
 
 def evaluate_export(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hireconvert.rounding import round_attention
+from hireconvert.attention import round_attention
 from tests.tiny import WIDTH, hire_model, tiny_model
 
 _LOW_RANK = {"kind": "lr", "rank": 8, "bits": None, "block": None, "certified": False}
@@ -30,7 +30,7 @@ def _predictor(**changes: Any) -> dict[str, Any]:
 
 CASES = {
     "q, the rest by estimate": Case("qwen2", {"unselected": {}}, {}),
-    "refined rows, 8-bit attention": Case(
+    "refined rows, attention in 4 and 8 bits": Case(
         "mistral",
         {
             "predictor": {"levels": "normal", "block": 32},
@@ -39,9 +39,11 @@ CASES = {
         },
         {"bits": 4},
         attention={
-            "bits": 8,
             "block": 32,
-            "matrices": [f"self_attn.{name}_proj" for name in "qkvo"],
+            "matrices": {
+                f"self_attn.{name}_proj": bits
+                for name, bits in zip("qkvo", (4, 8, 8, 4), strict=True)
+            },
         },
         dtype=torch.bfloat16,
     ),

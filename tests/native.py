@@ -46,6 +46,12 @@ def codes_of(codes_OI: torch.Tensor, scale_OG: torch.Tensor, block: int) -> Any:
     return _native_step.Codes(*codes_OI.shape, block, tiles, scales)
 
 
+def short_codes_of(codes_OI: torch.Tensor, scale_OG: torch.Tensor, block: int) -> Any:
+    """The same of codes of 4 bits."""
+    tiles = packing_reference.short_code_tiles(codes_OI, scale_OG, block)
+    return _native_step.Codes(*codes_OI.shape, block, tiles, None)
+
+
 @dataclass(frozen=True)
 class Case:
     """One layer: sizes and settings."""

@@ -12,7 +12,7 @@ import torch
 from hireconvert import _native
 from hireconvert._native_step import MOST_ROWS, SLACK, Block, Codes, Matrix, Step, matvec
 from hireconvert._packing import ACTIVATIONS, TYPES
-from tests.native import Case, codes_of, settings_of, tensors_of
+from tests.native import Case, codes_of, settings_of, short_codes_of, tensors_of
 
 
 def weight(
@@ -23,8 +23,11 @@ def weight(
     if block is not None and dice.random() < 0.4:
         block = min(block or inputs, inputs)
         scale = torch.rand(outputs, -(-inputs // block))
-        codes = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
-        return replace(codes_of(codes, scale, block), bias_O=bias)
+        if dice.random() < 0.5:
+            codes = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
+            return replace(codes_of(codes, scale, block), bias_O=bias)
+        codes = torch.randint(0, 16, (outputs, inputs))
+        return replace(short_codes_of(codes, scale.bfloat16(), block), bias_O=bias)
     return Matrix(torch.randn(outputs, inputs).to(dtype), bias)
 
 

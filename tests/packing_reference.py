@@ -24,7 +24,12 @@ from hireconvert._packing import (
     _one_of,
     _Tensors,
 )
-from hireconvert.runtime.hire_predict import decode_blocks, decode_down, unpack_planes
+from hireconvert.runtime.hire_predict import (
+    NORMAL_LEVELS,
+    decode_blocks,
+    decode_down,
+    unpack_planes,
+)
 
 _ROUNDED = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 
@@ -385,7 +390,7 @@ def pack(
     return numbers, packed | (_weights(given, numbers, up) if refined is None else refined)
 
 
-# --------------------------------------------------------------------------- attention in 8 bits
+# --------------------------------------------------------------------------- attention in codes
 
 TOP_CODE = 127
 _CODE_ROUNDED = {torch.float32: 2.0**-21, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9}
@@ -418,3 +423,28 @@ def codes(weight_OI: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tens
     if not bool((away_OGB <= _CODE_ROUNDED[weight_OI.dtype] * blocks_OGB.abs()).all()):
         return None
     return code_OGB.flatten(1)[:, :inputs].to(torch.int8), scale_OG1[..., 0]
+
+
+def short_weights(codes_OI: torch.Tensor, scale_OG: torch.Tensor, block: int) -> torch.Tensor:
+    """float32 [O, I]: what codes of 4 bits and their scales stand for."""
+    levels_OI = torch.tensor(NORMAL_LEVELS, dtype=torch.float32)[codes_OI]
+    return levels_OI * scale_OG.float().repeat_interleave(block, dim=1)[:, : codes_OI.shape[1]]
+
+
+def short_code_tiles(codes_OI: torch.Tensor, scale_OG: torch.Tensor, block: int) -> torch.Tensor:
+    """uint8 [tiles, words, 64]: codes of 4 bits, a line of bfloat16 scales before two blocks."""
+    more = -len(codes_OI) % LANES
+    codes_OI = torch.nn.functional.pad(codes_OI, (0, 0, 0, more)).to(torch.uint8)
+    scale_OG = torch.nn.functional.pad(scale_OG, (0, scale_OG.shape[1] % 2, 0, more))
+    lines_TG2L = scale_OG.unflatten(1, (-1, 2)).unflatten(0, (-1, LANES)).permute(0, 2, 3, 1)
+    lines = lines_TG2L.contiguous().view(torch.uint8).flatten(2)  # [T, G / 2, 64]
+    parts = []
+    for index, part_OB in enumerate(codes_OI.split(block, dim=1)):
+        if index % 2 == 0:
+            parts.append(lines[:, index // 2 : index // 2 + 1])
+        wide_OW24 = torch.nn.functional.pad(part_OB, (0, -part_OB.shape[1] % 8)).unflatten(
+            1, (-1, 2, 4)
+        )
+        word_OW4 = wide_OW24[:, :, 0] | wide_OW24[:, :, 1] << 4
+        parts.append(word_OW4.unflatten(0, (-1, LANES)).transpose(1, 2).flatten(2))
+    return torch.cat(parts, dim=1)

@@ -24,9 +24,10 @@ from torch.nn import functional as F
 
 from hireconvert import _native, _native_step
 from hireconvert._pages import together
+from hireconvert.attention import round_rows
 from hireconvert.families import FfnWeights
 from hireconvert.quantize import GridFormat, encode_down, encode_matrix, fit_grid, round_codes
-from hireconvert.rounding import low_scales, refined_values, round_rows
+from hireconvert.rounding import low_scales, refined_values
 
 SHAPES = {
     "smollm2": (576, 1536),
@@ -117,7 +118,7 @@ def matrices_arm(
         held: list[torch.Tensor] = []
         matrices: Any = [_native_step.Matrix(weight.clone()) for weight in weights]
         if coded:
-            matrices = _native_step.coded(matrices, block)
+            matrices = _native_step.coded(matrices, block, [8] * len(matrices))
         both = [matrix.described(held) for matrix in matrices]
         needed = [_native.LIBRARY.hire_matvec_scratch(ctypes.addressof(each), 1) for each in both]
         scratch = _native.scratch(max(needed))

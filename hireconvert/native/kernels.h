@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define HIRE_ABI 2
+#define HIRE_ABI 3
 #define HIRE_LANES 16
 /* Rows of weights are cut into this many pieces whatever the number of threads, and the sums of the
  * pieces are added in order: the output's bits do not depend on how many threads there are. */

@@ -50,7 +50,7 @@ static void pack_codes(void *context)
 {
     pack_call *call = context;
     const hire_coding *coding = call->given;
-    char *own = call->scratch + team_number() * 4 * coding->inputs;
+    char *own = call->scratch + team_number() * 8 * coding->inputs;
     const int64_t from = team_cut(coding->outputs, HIRE_LANES, 0);
     const int64_t to = team_cut(coding->outputs, HIRE_LANES, 1);
     if (from < to && !call->packers->codes(coding, own, from, to)) team_raise(&call->off_grid);

@@ -53,16 +53,17 @@ typedef struct {
     double *low_sum;     /* [M] with `low`: products of the values of gate and up with the mean */
 } hire_packing;
 
-/* A matrix whose rows may be codes of 8 bits (docs/format.md, `attention`). */
+/* A matrix whose rows may be codes of 8 or 4 bits (docs/format.md, `attention`). */
 typedef struct {
     const void *weight;
     int64_t row_stride; /* elements */
     int64_t outputs;
     int64_t inputs;
     int64_t block; /* <= inputs */
+    int64_t bits;
     int64_t weight_type;
-    uint8_t *codes; /* tiles, all HIRE_ZERO_CODE before */
-    float *scales;  /* [tiles, G, 16], zeros before */
+    uint8_t *codes; /* tiles, all HIRE_ZERO_CODE before; of 4 bits zeros */
+    float *scales;  /* [tiles, G, 16], zeros before; of 4 bits NULL */
 } hire_coding;
 
 /* What a level packs; bytes are the same at all of them. */
@@ -93,7 +94,7 @@ HIRE_API int64_t hire_pack_scratch(const hire_packing *packing);
 /* Returns whether every weight lies on the grid of `low` (1 without `low`). */
 HIRE_API int hire_pack(const hire_packing *packing, void *scratch, int32_t num_threads,
                        int32_t level);
-/* Returns whether every weight lies on its grid; scratch holds 4 * inputs bytes for each thread. */
+/* Returns whether every weight lies on its grid; scratch holds 8 * inputs bytes for each thread. */
 HIRE_API int hire_pack_codes(const hire_coding *coding, void *scratch, int32_t num_threads,
                              int32_t level);
 /* The squares of the weight by column: rows of energy [HIRE_SEGMENTS, D] to be added in order. */

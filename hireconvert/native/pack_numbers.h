@@ -28,6 +28,13 @@ static inline uint32_t bits_of(float value)
     return bits;
 }
 
+/* To the nearest bfloat16, ties to even. */
+static inline uint16_t short_of(float value)
+{
+    const uint32_t bits = bits_of(value);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
 static inline float half_to_float(uint16_t half)
 {
     const uint32_t sign = (uint32_t)(half & 0x8000) << 16, size = (uint32_t)(half & 0x7fff) << 13;

@@ -122,7 +122,7 @@ static hire_inputs inputs_of(const hire_job *job, const hire_own *own, const flo
 {
     const hire_inputs in = inputs_at(x, stride, job->num_rows, own->split);
     for (int i = 0; i < num; i++)
-        if (matrices[i].type == HIRE_INT8) {
+        if (matrices[i].type >= HIRE_INT8) {
             job->step->split(matrices + i, &in);
             break;
         }
@@ -378,6 +378,6 @@ void hire_matvec(const hire_matrix *matrix, const float *x, float *y, int64_t nu
                (size_t)matrix->inputs * sizeof(float));
         zero_behind(rows + i * stride, matrix->inputs);
     }
-    if (matrix->type == HIRE_INT8) call.job.step->split(matrix, &call.in);
+    if (matrix->type >= HIRE_INT8) call.job.step->split(matrix, &call.in);
     team_run(num_threads, run_matvec, &call);
 }

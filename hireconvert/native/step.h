@@ -10,13 +10,17 @@
 
 #define HIRE_STEP_ROWS 32
 #define HIRE_STEP_HEADS 4 /* queries that go over keys and values together */
-#define HIRE_INT8 3 /* of a hire_matrix: codes with scales, beside enum hire_type */
+enum { HIRE_INT8 = 3, HIRE_INT4 }; /* of a hire_matrix: codes with scales, beside enum hire_type */
 #define HIRE_ZERO_CODE 128
 
 /* A matrix that is read where it lies: rows [outputs, stride] of one of the types.
  *
  * HIRE_INT8: tiles of sixteen outputs, the last one filled up. A tile holds, block after block,
- * words of four inputs for each of its outputs, a byte each, HIRE_ZERO_CODE more than the code. */
+ * words of four inputs for each of its outputs, a byte each, HIRE_ZERO_CODE more than the code.
+ *
+ * HIRE_INT4: the same with words of eight inputs, of which the last four are the upper halves of the
+ * bytes; codes mean HIRE_NORMAL_LEVELS. Before every two blocks lies a line of their scales, bfloat16
+ * [2, 16], so that all of a tile is one stream. */
 typedef struct {
     const void *rows;
     const float *scale; /* HIRE_INT8: [tiles, blocks of a row, 16]; else NULL */
@@ -33,22 +37,28 @@ static inline int64_t hire_matrix_blocks(const hire_matrix *m)
     return (m->inputs + m->block - 1) / m->block;
 }
 
-/* Words of a tile of HIRE_INT8. */
-static inline int64_t hire_matrix_words(int64_t inputs, int64_t block)
+/* Words of 64 bytes in a tile, with so many codes to a lane of each. */
+static inline int64_t hire_matrix_words(int64_t inputs, int64_t block, int64_t codes)
 {
-    return inputs / block * ((block + 3) / 4) + (inputs % block + 3) / 4;
+    return inputs / block * ((block + codes - 1) / codes) + (inputs % block + codes - 1) / codes;
 }
 
-/* Rows of x, zeros up to a multiple of 32. For HIRE_INT8 they come as whole numbers as well, which
- * share a scale for each block: digits in base 256, four inputs of a digit side by side, and where
- * the sums over each digit begin, so that the codes' zero adds nothing. */
+static inline int64_t hire_int4_tile(int64_t inputs, int64_t block)
+{
+    const int64_t blocks = (inputs + block - 1) / block;
+    return HIRE_LINE * ((blocks + 1) / 2 + hire_matrix_words(inputs, block, 8));
+}
+
+/* Rows of x, zeros up to a multiple of 32. For codes they come as whole numbers as well, which share
+ * a scale for each block: digits in base 256, four inputs of a digit side by side, and the sums of
+ * each digit, which the codes' zero times is taken off. */
 typedef struct {
     const float *x;
     int64_t stride; /* floats from row to row, a multiple of 32 */
     int64_t num_rows;
     int8_t *digits; /* [num_rows, 4 stride] */
     float *scale;   /* [num_rows, stride / 32] of the blocks */
-    int32_t *first; /* [num_rows, stride / 32, 4] */
+    int32_t *sum;   /* [num_rows, stride / 32, 4] */
 } hire_inputs;
 
 /* One decoder layer: x += norm(o(attention(norm(x)))); x += norm(ffn(norm(x))). Norms are of the
@@ -89,7 +99,7 @@ typedef struct {
 } hire_past;
 
 typedef struct {
-    /* Fills digits, scale and first for a matrix of HIRE_INT8 and those of the same blocks. */
+    /* Fills digits, scale and sum for a matrix of codes and those of the same blocks. */
     void (*split)(const hire_matrix *, const hire_inputs *);
     /* y[i] = rows [from, to) of the matrix times row i. */
     void (*matrix)(const hire_matrix *, const hire_inputs *, int64_t from, int64_t to, float *y,

@@ -117,20 +117,42 @@ static void split_rows(const hire_matrix *m, const hire_inputs *in)
         for (int64_t b = 0; b < blocks; b++) {
             const int64_t begin = b * m->block, left = m->inputs - begin;
             const int64_t num = left < m->block ? left : m->block;
-            int32_t *first = in->first + 4 * (i * most + b);
             split_block(in->x + i * in->stride + begin, (num + 31) / 32 * 32,
                         in->digits + 4 * (i * in->stride + begin), in->scale + i * most + b,
-                        first);
-            for (int d = 0; d < 4; d++) first[d] *= BYTE_TAKEN - HIRE_ZERO_CODE;
+                        in->sum + 4 * (i * most + b));
         }
+}
+
+/* The sums over a block of codes times each digit, for up to four x, begin where the codes' zero adds
+ * nothing. */
+INLINE void begin_sums(const hire_inputs *in, int64_t at, int64_t block, int32_t zero,
+                       w16 (*sum)[DIGITS], const int columns)
+{
+    const int64_t most = in->stride / 32;
+HIRE_UNROLL
+    for (int c = 0; c < columns; c++)
+HIRE_UNROLL
+        for (int d = 0; d < DIGITS; d++)
+            sum[c][d] = w_set1(-zero * in->sum[4 * ((at + c) * most + block) + d]);
+}
+
+INLINE void add_sums(const hire_inputs *in, int64_t at, int64_t block, v16 unit, w16 (*sum)[DIGITS],
+                     v16 *total, const int columns)
+{
+    const int64_t most = in->stride / 32;
+HIRE_UNROLL
+    for (int c = 0; c < columns; c++) {
+        const v16 own = v_set1(in->scale[(at + c) * most + block]);
+        total[c] = v_fma(v_mul(from_digits(sum[c]), own), unit, total[c]);
+    }
 }
 
 /* A tile of outputs for up to four x. */
 INLINE void tile_of_codes(const hire_matrix *m, const hire_inputs *in, int64_t tile, int64_t at,
                           v16 *total, const int columns)
 {
-    const int64_t blocks = hire_matrix_blocks(m), most = in->stride / 32;
-    const int64_t tile_bytes = 64 * hire_matrix_words(m->inputs, m->block);
+    const int64_t blocks = hire_matrix_blocks(m);
+    const int64_t tile_bytes = 64 * hire_matrix_words(m->inputs, m->block, 4);
     const uint8_t *p = (const uint8_t *)m->rows + tile * tile_bytes;
     const float *scale = m->scale + 16 * tile * blocks;
 HIRE_UNROLL
@@ -139,12 +161,8 @@ HIRE_UNROLL
         const int64_t begin = b * m->block, left = m->inputs - begin;
         const int64_t words = ((left < m->block ? left : m->block) + 3) / 4;
         const int8_t *digits = in->digits + 4 * (at * in->stride + begin);
-        const int32_t *first = in->first + 4 * (at * most + b);
         w16 sum[4][DIGITS];
-HIRE_UNROLL
-        for (int c = 0; c < columns; c++)
-HIRE_UNROLL
-            for (int d = 0; d < DIGITS; d++) sum[c][d] = w_set1(first[4 * c * most + d]);
+        begin_sums(in, at, b, HIRE_ZERO_CODE - BYTE_TAKEN, sum, columns);
         for (int64_t i = 0; i < words; i++, p += 64) {
             const w16 word = w_load4(p);
             prefetch(p + PREFETCH);
@@ -155,17 +173,60 @@ HIRE_UNROLL
                     sum[c][d] = w_dot_bytes(sum[c][d], word,
                                             digits + 4 * c * in->stride + 16 * i + 4 * d);
         }
-        const v16 unit = v_load(scale + 16 * b);
-HIRE_UNROLL
-        for (int c = 0; c < columns; c++) {
-            const v16 own = v_set1(in->scale[(at + c) * most + b]);
-            total[c] = v_fma(v_mul(from_digits(sum[c]), own), unit, total[c]);
-        }
+        add_sums(in, at, b, v_load(scale + 16 * b), sum, total, columns);
     }
 }
 
-static NOINLINE void matrix_i8(const hire_matrix *m, const hire_inputs *in, int64_t from,
-                               int64_t to, float *y, int64_t y_stride)
+/* The same of codes of 4 bits. */
+INLINE void tile_of_short_codes(const hire_matrix *m, const hire_inputs *in, int64_t tile,
+                                int64_t at, v16 *total, const int columns)
+{
+    const int64_t blocks = hire_matrix_blocks(m);
+    const uint8_t *p = (const uint8_t *)m->rows + tile * hire_int4_tile(m->inputs, m->block);
+    const uint8_t *scales = p;
+HIRE_UNROLL
+    for (int c = 0; c < columns; c++) total[c] = v_set1(0.0f);
+    for (int64_t b = 0; b < blocks; b++) {
+        if (b % 2 == 0) {
+            scales = p;
+            prefetch(p + PREFETCH);
+            p += HIRE_LINE;
+        }
+        const int64_t begin = b * m->block, left = m->inputs - begin;
+        const int64_t words = ((left < m->block ? left : m->block) + 7) / 8;
+        const int8_t *digits = in->digits + 4 * (at * in->stride + begin);
+        w16 sum[4][DIGITS];
+        begin_sums(in, at, b, HIRE_LEVEL_BIAS, sum, columns);
+        for (int64_t i = 0; i < words; i++, p += 64) {
+            const w16 word = w_load4(p);
+            prefetch(p + PREFETCH);
+HIRE_UNROLL
+            for (int quad = 0; quad < 2; quad++) {
+                const w16 code = quad_codes(&word, quad, 4, 1);
+HIRE_UNROLL
+                for (int c = 0; c < columns; c++)
+HIRE_UNROLL
+                    for (int d = 0; d < DIGITS; d++)
+                        sum[c][d] = w_dot(sum[c][d], code, digits + 4 * c * in->stride + 32 * i +
+                                                               16 * quad + 4 * d);
+            }
+        }
+        add_sums(in, at, b, v_load_bf16((const uint16_t *)scales + 16 * (b % 2)), sum, total,
+                 columns);
+    }
+}
+
+INLINE void some_tile(const hire_matrix *m, const hire_inputs *in, int64_t tile, int64_t at,
+                      v16 *total, const int columns, const int bits)
+{
+    if (bits == 4)
+        tile_of_short_codes(m, in, tile, at, total, columns);
+    else
+        tile_of_codes(m, in, tile, at, total, columns);
+}
+
+INLINE void matrix_of_codes(const hire_matrix *m, const hire_inputs *in, int64_t from, int64_t to,
+                            float *y, int64_t y_stride, const int bits)
 {
     for (int64_t at = 0; at < in->num_rows; at += 4)
         for (int64_t tile = from / 16; 16 * tile < to; tile++) {
@@ -173,10 +234,10 @@ static NOINLINE void matrix_i8(const hire_matrix *m, const hire_inputs *in, int6
             v16 total[4];
             float out[16];
             switch (columns) {
-            case 1: tile_of_codes(m, in, tile, at, total, 1); break;
-            case 2: tile_of_codes(m, in, tile, at, total, 2); break;
-            case 3: tile_of_codes(m, in, tile, at, total, 3); break;
-            default: tile_of_codes(m, in, tile, at, total, 4); break;
+            case 1: some_tile(m, in, tile, at, total, 1, bits); break;
+            case 2: some_tile(m, in, tile, at, total, 2, bits); break;
+            case 3: some_tile(m, in, tile, at, total, 3, bits); break;
+            default: some_tile(m, in, tile, at, total, 4, bits); break;
             }
             const int64_t start = 16 * tile > from ? 16 * tile : from;
             const int64_t end = 16 * tile + 16 < to ? 16 * tile + 16 : to;
@@ -189,6 +250,18 @@ static NOINLINE void matrix_i8(const hire_matrix *m, const hire_inputs *in, int6
         }
 }
 
+static NOINLINE void matrix_i8(const hire_matrix *m, const hire_inputs *in, int64_t from,
+                               int64_t to, float *y, int64_t y_stride)
+{
+    matrix_of_codes(m, in, from, to, y, y_stride, 8);
+}
+
+static NOINLINE void matrix_i4(const hire_matrix *m, const hire_inputs *in, int64_t from,
+                               int64_t to, float *y, int64_t y_stride)
+{
+    matrix_of_codes(m, in, from, to, y, y_stride, 4);
+}
+
 static void matrix(const hire_matrix *m, const hire_inputs *in, int64_t from, int64_t to, float *y,
                    int64_t y_stride)
 {
@@ -196,7 +269,8 @@ static void matrix(const hire_matrix *m, const hire_inputs *in, int64_t from, in
     case HIRE_FLOAT32: matrix_f32(m, in, from, to, y, y_stride); break;
     case HIRE_BFLOAT16: matrix_bf16(m, in, from, to, y, y_stride); break;
     case HIRE_FLOAT16: matrix_f16(m, in, from, to, y, y_stride); break;
-    default: matrix_i8(m, in, from, to, y, y_stride); break;
+    case HIRE_INT8: matrix_i8(m, in, from, to, y, y_stride); break;
+    default: matrix_i4(m, in, from, to, y, y_stride); break;
     }
 }
 

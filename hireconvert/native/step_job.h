@@ -24,7 +24,7 @@ typedef struct {
 typedef struct {
     float *x;      /* [Q, width] the residual stream */
     float *normed; /* [Q, width] */
-    char *split;   /* of the rows that a matrix of HIRE_INT8 is multiplied with */
+    char *split;   /* of the rows that a matrix of codes is multiplied with */
     float *query;  /* [HIRE_STEP_HEADS, head_dim] */
     float *out;    /* [HIRE_STEP_HEADS, head_dim] */
     float *score;  /* [HIRE_STEP_HEADS, most + 16] */
@@ -55,8 +55,8 @@ static int64_t split_bytes(int64_t stride, int64_t num_rows)
 static hire_inputs inputs_at(const float *x, int64_t stride, int64_t num_rows, char *split)
 {
     hire_inputs in = {x, stride, num_rows, (int8_t *)split, NULL, NULL};
-    in.first = (int32_t *)(split + 4 * stride * num_rows);
-    in.scale = (float *)(in.first + 4 * (stride / 32) * num_rows);
+    in.sum = (int32_t *)(split + 4 * stride * num_rows);
+    in.scale = (float *)(in.sum + 4 * (stride / 32) * num_rows);
     return in;
 }
 

@@ -1,7 +1,7 @@
-"""Attention matrices that lie on an 8-bit grid, found again as codes for the native kernels.
+"""Attention matrices that lie on a grid of 8 or 4 bits, found again as codes for the kernels.
 
-`config.hire.attention` (docs/format.md) says which and in what blocks; the dense weights hold the
-rounded values, so that the PyTorch path computes the same.
+`config.hire.attention` (docs/format.md) says which, of how many bits and in what blocks; the dense
+weights hold the rounded values, so that the PyTorch path computes the same.
 """
 
 from collections.abc import Mapping
@@ -22,11 +22,13 @@ def with_codes(base: Any, blocks: list[Any], steps: Any, names: Mapping[str, str
 
     `steps` is the library's module; matrices that were trained or merged since stay as they are.
     """
-    keys = list(coded_names(base, names))
+    keys = coded_names(base, names)
     if not keys:
         return blocks
+    attention = base.config.hire["attention"]
+    bits = [attention["matrices"][f"self_attn.{name}"] for name in keys.values()]
     given = [block.matrices[key] for block in blocks for key in keys]
-    codes = iter(steps.coded(given, base.config.hire["attention"]["block"]))
+    codes = iter(steps.coded(given, attention["block"], bits * len(blocks)))
     return [
         replace(block, matrices={**block.matrices, **{key: next(codes) for key in keys}})
         for block in blocks

@@ -124,16 +124,15 @@ def _check_rows(layer: Mapping[str, Any], where: str) -> None:
 
 def _check_attention(spec: Any) -> None:
     _object(spec, "attention")
-    _choice(spec, "bits", (8,), "attention")
     _integer(spec, "block", 1, 2**24, "attention")
-    names = spec.get("matrices")
-    known = isinstance(names, list) and all(
-        isinstance(name, str) and _PATH.fullmatch(name) for name in names
-    )
-    if not known or not names or len(set(names)) < len(names):
+    matrices = spec.get("matrices")
+    _object(matrices, "attention.matrices")
+    if not matrices or not all(map(_PATH.fullmatch, matrices)):
         raise ValueError(
-            f"config.hire: attention.matrices is {names!r}, expected names of modules, each once"
+            f"config.hire: attention.matrices is {matrices!r}, expected names of modules"
         )
+    for name in matrices:
+        _choice(matrices, name, (4, 8), "attention.matrices")
 
 
 def _check_layer(spec: Any, where: str) -> None:

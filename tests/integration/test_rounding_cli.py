@@ -1,4 +1,4 @@
-"""Refined rows and 8-bit attention through `convert`, `inspect` and generation."""
+"""Refined rows and attention in codes through `convert`, `inspect` and generation."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from hireconvert.attention import round_rows
 from hireconvert.loading import load
 from tests.cli import Cli
 from tests.tiny_files import save_tiny
@@ -20,6 +21,7 @@ CHANGES = (
     "attention={block: 16}",
 )
 RECIPE = ("-r", "tiny-ci", *(part for change in CHANGES for part in ("--set", change)))
+INT4 = (*RECIPE, "--set", "attention={weights: int4}")
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +30,66 @@ def folders(tmp_path_factory: pytest.TempPathFactory, hireconvert: Cli) -> tuple
     ended = hireconvert("convert", source, source.parent / "out", *RECIPE)
     assert ended.code == 0, ended.err
     return source, source.parent / "out"
+
+
+@pytest.fixture(scope="module")
+def short(folders: tuple[Path, Path], hireconvert: Cli) -> Path:
+    """The same with queries and outputs of the attention in 4 bits."""
+    out = folders[0].parent / "short"
+    ended = hireconvert("convert", folders[0], out, *INT4)
+    assert ended.code == 0, ended.err
+    return out
+
+
+def test_four_bits_are_for_what_the_recipe_leaves_to_them(
+    folders: tuple[Path, Path], short: Path, hireconvert: Cli
+) -> None:
+    attention = json.loads((short / "config.json").read_text())["hire"]["attention"]
+    bits = {f"self_attn.{name}_proj": of for name, of in zip("qkvo", (4, 8, 8, 4), strict=True)}
+    assert attention == {"block": 32, "matrices": bits}
+    source, out = (load_file(f / "model.safetensors") for f in (folders[0], short))
+    expected = {"dense": 0, "converted": 0}
+    for key, tensor in source.items():
+        name = key.removesuffix(".weight").partition(".self_attn.")[2]
+        if not name:
+            continue
+        own = bits[f"self_attn.{name}"]
+        error = (out[key].float() - tensor.float()).norm() / tensor.float().norm()
+        assert (error < 0.01) == (own == 8) and error < 0.15
+        expected["dense"] += tensor.numel() * tensor.element_size()
+        expected["converted"] += tensor.numel() * own // 8 + tensor.numel() // 32 * (own // 2)
+    inspected = json.loads(hireconvert("inspect", short, "--json").out)["bytes_per_token"]
+    assert inspected["attention"] == expected
+    arguments = (folders[0], "x", *INT4, "--dry-run", "--json")
+    plan = json.loads(hireconvert("convert", *arguments).out)
+    assert plan["bytes_per_token"] == inspected
+
+
+def test_four_bits_are_fitted_once(short: Path, folders: tuple[Path, Path]) -> None:
+    """Weights fitted to the text, not rounded as they are."""
+    source, out = (load_file(f / "model.safetensors") for f in (folders[0], short))
+    key = next(key for key in source if key.endswith("q_proj.weight"))
+    plain = round_rows(source[key].float(), 32, 4).to(source[key].dtype)
+    assert not torch.equal(out[key], plain)
+    model = load(short)
+    model.generate(torch.arange(3, 9)[None], max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert model.hire_stats()["ffn"]["kept"] > 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("attention={weights: int4, int8: [x_proj]}", "x_proj"),
+        ("attention={int8: [v_proj]}", "attention.int8"),
+        ("attention={weights: int2}", "attention.weights"),
+    ],
+)
+def test_what_attention_cannot_be(
+    setting: str, said: str, folders: tuple[Path, Path], hireconvert: Cli
+) -> None:
+    arguments = ("convert", folders[0], folders[0].parent / "no", *RECIPE, "--set", setting)
+    ended = hireconvert(*arguments, "--dry-run")
+    assert ended.code == 2 and said in ended.err, ended.err
 
 
 def test_only_ffn_and_attention_are_rounded(folders: tuple[Path, Path]) -> None:

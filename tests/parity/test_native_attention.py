@@ -1,4 +1,4 @@
-"""Attention matrices in 8 bits: the native step over codes against PyTorch over dense weights."""
+"""Attention in codes of 8 and 4 bits: the native step against PyTorch over dense weights."""
 
 import copy
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from hireconvert.attention import attention_matrices, round_attention
 from hireconvert.families import find_layout
-from hireconvert.rounding import attention_matrices, round_attention
 from tests.ffn_reference import relative
 from tests.native import LEVELS, _native
 from tests.tiny import base_of, hire_model, tiny_model, tokens
@@ -16,10 +16,11 @@ pytestmark = pytest.mark.skipif(_native is None, reason="this machine has no com
 FFN = {"keep_fraction": 0.4, "keep": "candidates", "unselected": {}}
 
 
-def made(family: str, block: int, dtype: torch.dtype) -> Any:
+def made(family: str, block: int, dtype: torch.dtype, bits: tuple[int, ...] = (8,) * 4) -> Any:
     native = tiny_model(family)
     layout = find_layout(native)
-    attention = {"bits": 8, "block": block, "matrices": attention_matrices(native, layout)}
+    names = attention_matrices(native, layout)
+    attention = {"block": block, "matrices": dict(zip(names, bits, strict=True))}
     native = native.to(dtype)
     round_attention(native, layout, attention)
     model = hire_model(native, ffn=FFN)
@@ -51,12 +52,19 @@ def decoded(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 0.06)], ids=str
 )
+@pytest.mark.parametrize("bits", [(8, 8, 8, 8), (4, 4, 4, 4), (4, 8, 8, 4)], ids=str)
 def test_codes_compute_what_dense_weights_do(
-    family: str, level: str, dtype: torch.dtype, close: float, monkeypatch: pytest.MonkeyPatch
+    bits: tuple[int, ...],
+    family: str,
+    level: str,
+    dtype: torch.dtype,
+    close: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(_native.VARIABLE, level)
-    model = made(family, 32, dtype)
-    assert {type(matrix).__name__ for matrix in matrices(model)} == {"Codes"}
+    model = made(family, 32, dtype, bits)
+    found = matrices(model)
+    assert [matrix.bits for matrix in found] == list(bits) * (len(found) // 4)
     found = decoded(model)
     monkeypatch.setenv(_native.VARIABLE, "off")
     model.hire_prepare()

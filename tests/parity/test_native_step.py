@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 from transformers import DynamicCache
 
-from hireconvert.rounding import round_rows
+from hireconvert.attention import round_rows
 from hireconvert.runtime import hire_native
 from tests.ffn_reference import relative
 from tests.native import LEVELS, _native
@@ -235,7 +235,7 @@ def test_dense_ffns_run_too(ffn, level):
 @pytest.mark.parametrize("block", [32, 64])
 def test_attention_on_a_grid_is_read_as_codes(block, level):
     model, names = copy.deepcopy(made("qwen2")), ["self_attn.q_proj", "self_attn.o_proj"]
-    model.config.hire["attention"] = {"bits": 8, "block": block, "matrices": names}
+    model.config.hire["attention"] = {"block": block, "matrices": dict.fromkeys(names, 8)}
     base, ids = base_of(model), tokens(1, 16)
     for layer in base.layers:
         for name in names:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from hireconvert.rounding import round_rows
+from hireconvert.attention import round_rows
 from tests import packing_reference
 from tests.native import CASES, LEVELS, Case, _native, normal_rest, settings_of, tensors_of
 
@@ -163,11 +163,13 @@ def test_a_pickled_layer_holds_its_own_tensors_alone() -> None:
 # --------------------------------------------------------------------------- attention, head
 
 
-def on_the_grid(outputs: int, inputs: int, block: int, dtype: torch.dtype) -> torch.Tensor:
+def on_the_grid(
+    outputs: int, inputs: int, block: int, dtype: torch.dtype, bits: int = 8
+) -> torch.Tensor:
     weight_OI = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(inputs))
     weight_OI[0, : inputs // 2] = 0
     weight_OI[-1] = 0
-    return round_rows(weight_OI.to(dtype).float(), block).to(dtype)
+    return round_rows(weight_OI.to(dtype).float(), block, bits).to(dtype)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -183,20 +185,59 @@ def test_codes_of_attention_are_the_twins(
     wide = torch.cat([weight_OI, weight_OI], dim=1)[:, :inputs]
     expected = packing_reference.codes(weight_OI, block)
     for given in (weight_OI, wide):
-        found = _native_step.coded([_native_step.Matrix(given)], block)[0]
+        found = _native_step.coded([_native_step.Matrix(given)], block, [8])[0]
         assert expected is not None and isinstance(found, _native_step.Codes)
         tiles, scales = packing_reference.code_tiles(*expected, min(block, inputs))
         assert torch.equal(found.tiles_TWB, tiles)
         assert torch.equal(found.scale_TGL, scales)
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "block"), [(3, 64, 32), (5, 31, 64), (21, 108, 32), (9, 576, 64)]
+)
+def test_short_codes_of_attention_are_found_from_the_weights(
+    outputs: int, inputs: int, block: int, dtype: torch.dtype, level: str, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv(_native.VARIABLE, level)
+    dice = torch.Generator().manual_seed(inputs)
+    codes_OI = torch.randint(0, 16, (outputs, inputs), generator=dice)
+    # Bounds, not the largest level: half of the blocks do without the outermost ones.
+    codes_OI[::2] = codes_OI[::2].clamp(2, 13)
+    scale_OG = torch.randn(outputs, -(-inputs // block), generator=dice).bfloat16()
+    weight_OI = packing_reference.short_weights(codes_OI, scale_OG, block).to(dtype)
+    found = _native_step.coded([_native_step.Matrix(weight_OI)], block, [4])[0]
+    assert isinstance(found, _native_step.Codes) and found.bits == 4
+    tiles = packing_reference.short_code_tiles(codes_OI, scale_OG, min(block, inputs))
+    assert torch.equal(found.tiles_TWB, tiles)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_short_codes_are_found_whatever_was_rounded(dtype: torch.dtype) -> None:
+    """Of many blocks, some of which hold one level, zeros or numbers of every size."""
+    dice = torch.Generator().manual_seed(0)
+    weight_OI = torch.randn(600, 96, generator=dice)
+    weight_OI *= 10.0 ** (4 * torch.rand(600, 1, generator=dice) - 2)  # above float16's least
+    weight_OI[::7, :32] = 0
+    weight_OI[1::7, 32:64] = weight_OI[1::7, 32:33]
+    weight_OI[2::7, 1:64] = 0
+    rounded_OI = round_rows(weight_OI.to(dtype).float(), 32, 4).to(dtype)
+    found = _native_step.coded([_native_step.Matrix(rounded_OI)], 32, [4])[0]
+    assert isinstance(found, _native_step.Codes)
+    product = _native_step.matvec(found, torch.eye(96)[:32])
+    expected = rounded_OI[:, :32].float().T
+    assert (product - expected).abs().le(expected.abs() * torch.finfo(dtype).eps + 1e-30).all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("change", [torch.nan, torch.inf, 0.3])
-def test_one_weight_off_its_grid_leaves_a_matrix_as_it_is(change: float) -> None:
-    weight_OI = on_the_grid(9, 576, 64, torch.float32)
+def test_one_weight_off_its_grid_leaves_a_matrix_as_it_is(change: float, bits: int) -> None:
+    weight_OI = on_the_grid(9, 576, 64, torch.float32, bits)
     weight_OI[4, 5] += change
     assert packing_reference.codes(weight_OI, 64) is None
     given = _native_step.Matrix(weight_OI)
-    assert _native_step.coded([given], 64)[0] is given
+    assert _native_step.coded([given], 64, [bits])[0] is given
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -62,7 +62,7 @@ def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
-ATTENTION = {"bits": 8, "block": 32, "matrices": ["self_attn.q_proj"]}
+ATTENTION = {"block": 32, "matrices": {"self_attn.q_proj": 8}}
 
 
 @pytest.fixture(scope="module")
@@ -186,11 +186,11 @@ def test_what_passes_the_checks_also_runs(models):
         (("head",), [], "head"),
         (("ffn", "layers", 0, "rows"), "coarse", "rows"),
         (("attention",), [], "attention"),
-        (("attention",), {**ATTENTION, "bits": 4}, "attention.bits"),
+        (("attention",), {**ATTENTION, "matrices": {"a.b": 5}}, "attention.matrices.a.b"),
         (("attention",), {**ATTENTION, "block": 0}, "attention.block"),
         (("attention",), {**ATTENTION, "matrices": []}, "attention.matrices"),
-        (("attention",), {**ATTENTION, "matrices": ["../q_proj"]}, "attention.matrices"),
-        (("attention",), {**ATTENTION, "matrices": ["a.b", "a.b"]}, "attention.matrices"),
+        (("attention",), {**ATTENTION, "matrices": {}}, "attention.matrices"),
+        (("attention",), {**ATTENTION, "matrices": {"../q_proj": 8}}, "attention.matrices"),
     ],
 )
 def test_a_bad_field_is_named(models, path, value, named):

@@ -5,13 +5,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.native import LEVELS, _native, codes_of
+from tests import packing_reference
+from tests.native import LEVELS, _native, codes_of, short_codes_of
 
 if _native is None:
     pytest.skip("this machine has no compiler", allow_module_level=True)
 from hireconvert import _native_step
 from hireconvert._native_step import Block, Codes, Matrix, Step, matvec
-from hireconvert.rounding import round_rows
+from hireconvert.attention import round_rows
 
 SHAPES = [(1, 1), (7, 5), (16, 32), (33, 97), (50, 64), (3, 31), (18, 600)]
 
@@ -56,24 +57,43 @@ def test_codes_with_scales(inputs, block, level):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(("inputs", "block"), [(96, 32), (50, 64), (50, 32), (64, 64)])
-def test_codes_of_rounded_weights_are_found_again(inputs, block, dtype):
+def test_codes_of_rounded_weights_are_found_again(inputs, block, bits, dtype):
     source = normal(30, inputs).to(dtype)  # as stored before it was rounded
-    weight = round_rows(source.float(), block).to(dtype)
+    weight = round_rows(source.float(), block, bits).to(dtype)
     weight[4] = 0.0
-    found, other = _native_step.coded([Matrix(weight), Matrix(source, torch.ones(30))], block)
+    both = [Matrix(weight), Matrix(source, torch.ones(30))]
+    found, other = _native_step.coded(both, block, [bits, bits])
     assert isinstance(found, Codes) and isinstance(other, Matrix) and other.weight_OI is source
     x = normal(2, inputs, seed=1)
     exact = x.double() @ weight.double().t()
     assert (matvec(found, x) - exact).norm() < 2 * torch.finfo(dtype).eps * exact.norm() + 1e-5
     given = Matrix(weight)
-    assert _native_step.coded([given], 16)[0] is given  # a block of no kernel
+    assert _native_step.coded([given], 16, [bits])[0] is given  # a block of no kernel
 
 
-def test_what_is_no_number_stays_in_its_row(level):
-    codes, scale = torch.full((5, 70), 3, dtype=torch.int8), torch.ones(5, 3)
+@pytest.mark.parametrize(("inputs", "block"), [(96, 32), (70, 64), (33, 33), (130, 32)])
+def test_short_codes_with_scales(inputs, block, level):
+    """Any codes and scales, and any number of rows gives the bits of one."""
+    codes, scale = short_numbers(19, inputs, block)
+    weight = packing_reference.short_weights(codes, scale, block)
+    x = normal(9, inputs)
+    exact = x.double() @ weight.double().t()
+    matrix = short_codes_of(codes, scale, block)
+    together = matvec(matrix, x)
+    assert (together - exact).abs().max() < 1e-6 * exact.abs().max() * inputs**0.5
+    for num in (1, 2, 3, 4, 6):
+        assert torch.equal(matvec(matrix, x[:num]), together[:num])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_what_is_no_number_stays_in_its_row(bits, level):
     x = normal(3, 70)
-    matrix = codes_of(codes, scale, 32)
+    if bits == 8:
+        matrix = codes_of(torch.full((5, 70), 3, dtype=torch.int8), torch.ones(5, 3), 32)
+    else:
+        matrix = short_codes_of(*short_numbers(5, 70, 32), 32)
     before = matvec(matrix, x)
     x[0, 69], x[2, 1] = float("nan"), float("inf")
     found = matvec(matrix, x)
@@ -109,6 +129,13 @@ def test_threads_change_no_bit(level):
 def test_matrices_that_do_not_fit_are_refused(matrix, said):
     with pytest.raises(ValueError, match=f"native: .*{said}"):
         matvec(matrix, torch.zeros(1, matrix.weight_OI.shape[-1]))
+
+
+def short_numbers(outputs: int, inputs: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of 4 bits and scales for them."""
+    dice = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (outputs, inputs), generator=dice)
+    return codes, torch.randn(outputs, -(-inputs // block), generator=dice).bfloat16()
 
 
 def block(**changes: Any) -> Block:

@@ -9,12 +9,20 @@ from typing import Any
 import pytest
 import torch
 
+from hireconvert.attention import (
+    attention_matrices,
+    decoder_layer,
+    fit_attention,
+    fitted_names,
+    round_attention,
+    round_rows,
+)
 from hireconvert.errors import InputError, UsageError
 from hireconvert.families import find_layout, read_ffn_weights
 from hireconvert.recipe import load_recipe
-from hireconvert.rounding import attention_matrices, low_scales, round_attention, round_rows
+from hireconvert.rounding import low_scales
 from hireconvert.runtime.hire_predict import decode_blocks, decode_down
-from tests.tiny import base_of, hire_model, tiny_model
+from tests.tiny import base_of, hire_model, tiny_model, tokens
 
 FORM = {"bits": 4, "block": 16, "symmetric": False}
 REFINED: dict[str, Any] = {"predictor": FORM, "unselected": FORM, "rows": "refined"}
@@ -104,10 +112,36 @@ def test_attention_matrices_are_those_beside_the_ffn(native: Any) -> None:
     names = attention_matrices(native, layout)
     assert names == [f"self_attn.{name}_proj" for name in "qkvo"]
     rounded = copy.deepcopy(native)
-    round_attention(rounded, layout, {"bits": 8, "block": 16, "matrices": names})
+    round_attention(rounded, layout, {"block": 16, "matrices": dict.fromkeys(names, 8)})
     before, after = native.state_dict(), rounded.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if "self_attn" in name and name.endswith("weight")}
+
+
+@torch.no_grad()
+def test_short_codes_are_fitted_to_what_matrices_receive(native: Any) -> None:
+    layout, model = find_layout(native), copy.deepcopy(native)
+    names = attention_matrices(native, layout)
+    attention = {"block": 32, "matrices": dict(zip(names, (4, 8, 4, 4), strict=True))}
+    assert fitted_names(attention) == [names[0], *names[2:]]
+    ids_WT = tokens(4, 60)
+    layers = dict(fit_attention(native, layout, attention, ids_WT))
+    round_attention(model, layout, attention, layers.__getitem__)
+    received: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    for index in range(len(layers)):
+        for name in names:
+            module = decoder_layer(native, layout, index).get_submodule(name)
+            module.register_forward_pre_hook(lambda _, args, n=name: received[n].append(args[0]))
+    native(ids_WT)
+    for index, fitted in layers.items():
+        assert list(fitted) == fitted_names(attention)
+        for name in names:
+            was = decoder_layer(native, layout, index).get_submodule(name).weight
+            now = decoder_layer(model, layout, index).get_submodule(name).weight
+            plain = round_rows(was, 32, attention["matrices"][name])
+            x_ND = received[name][index].flatten(0, 1)
+            off, plainly_off = ((x_ND @ (w - was).T).norm() for w in (now, plain))
+            assert off < 0.95 * plainly_off if name in fitted else torch.equal(now, plain)
 
 
 def test_attention_without_linear_layers_is_refused() -> None:

@@ -1,0 +1,192 @@
+"""Attention matrices rounded to 8 or 4 bits, so that fewer bytes hold them.
+
+The rounded values replace the dense ones in the checkpoint, so every path computes the same model;
+the native kernels find the codes again and read those (docs/format.md, `attention`). No scale is
+stored: of 8 bits it is the largest weight of a block over 127, of 4 bits a number so short that
+the weights tell it, and both survive rounding to bfloat16. Codes of 4 bits are fitted to what the
+matrices receive over the calibration text; 8 bits are rounded plainly, which costs little enough.
+
+Shape suffixes: M rows, D columns, N rows of inputs (tokens), W windows, T tokens of a window.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hireconvert.errors import InputError
+from hireconvert.families import Layout, base_model, ffn_parts, num_layers
+from hireconvert.quantize import decode_codes, feedback_codes, short_grid
+
+TOP_CODE = 127  # of 8 bits, which lie around zero
+
+
+def attention_matrices(model: PreTrainedModel, layout: Layout) -> list[str]:
+    """Names, below a decoder layer, of the linear layers beside its FFN that every layer has.
+
+    Raises InputError when there are none.
+    """
+    names: list[str] | None = None
+    for index in range(num_layers(model)):
+        own = {id(part.module) for part in ffn_parts(model, layout, index).matrices()}
+        found = [
+            name
+            for name, module in decoder_layer(model, layout, index).named_modules()
+            if isinstance(module, nn.Linear) and id(module) not in own and "attn" in name
+        ]
+        names = found if names is None else [name for name in names if name in found]
+    if not names:
+        raise InputError(
+            f"model_type {model.config.model_type!r}: no linear layers are known in its "
+            "attention. Leave it as it is (--set attention=null)."
+        )
+    return names
+
+
+def decoder_layer(model: PreTrainedModel, layout: Layout, index: int) -> nn.Module:
+    """One decoder layer."""
+    layers: Any = base_model(model).get_submodule(layout["layers"])
+    layer: nn.Module = layers[index]
+    return layer
+
+
+def fitted_names(attention: Mapping[str, Any] | None) -> list[str]:
+    """The matrices of `config.hire.attention` that are fitted to their inputs: those of 4 bits."""
+    return [name for name, bits in (attention or {"matrices": {}})["matrices"].items() if bits == 4]
+
+
+# --------------------------------------------------------------------------- rounding
+
+
+@torch.no_grad()
+def round_attention(
+    model: PreTrainedModel,
+    layout: Layout,
+    attention: Mapping[str, Any],
+    fitted: Callable[[int], Mapping[str, torch.Tensor]] = lambda index: {},
+) -> None:
+    """Round the matrices that `config.hire.attention` names, in every layer, in place.
+
+    `fitted` gives those of a layer that are rounded already; others are rounded plainly.
+    """
+    for index in range(num_layers(model)):
+        layer, given = decoder_layer(model, layout, index), fitted(index)
+        for name, bits in attention["matrices"].items():
+            weight: Any = layer.get_submodule(name).weight
+            rounded_MD = given.get(name)
+            if rounded_MD is None:
+                rounded_MD = round_rows(weight.float(), attention["block"], bits)
+            weight.copy_(rounded_MD)
+
+
+def round_rows(weight_MD: torch.Tensor, block: int, bits: int = 8) -> torch.Tensor:
+    """float32 [M, D]: every weight at the nearest level of its block of a row.
+
+    8 bits: of 255 around zero; 4 bits: of the sixteen normal levels, scales as `short_grid` has
+    them.
+    """
+    width = weight_MD.shape[1]
+    if bits == 4:
+        return fitted_rows(weight_MD, block, torch.eye(width))
+    padded = nn.functional.pad(weight_MD, (0, -width % block)).unflatten(1, (-1, block))
+    scale = (padded.abs().amax(-1, keepdim=True) / TOP_CODE).clamp_min(torch.finfo().tiny)
+    return ((padded / scale).round() * scale).flatten(1)[:, :width]
+
+
+def fitted_rows(weight_MD: torch.Tensor, block: int, moment_DD: torch.Tensor) -> torch.Tensor:
+    """float32 [M, D]: levels of 4 bits with least error of W x under the inputs' second moment."""
+    grid = short_grid(weight_MD, block, moment_DD.diagonal())
+    return decode_codes(feedback_codes(weight_MD, grid, moment_DD), grid)
+
+
+# --------------------------------------------------------------------------- what matrices receive
+
+
+class InputMoments:
+    """Second moments of what matrices of decoder layers receive while the model runs dense.
+
+    Matrices that receive the same tensor share one moment: queries, keys and values do.
+    """
+
+    def __init__(self, model: PreTrainedModel, layout: Layout, names: list[str]) -> None:
+        self._sums: dict[tuple[int, str], torch.Tensor] = {}
+        self._shared: dict[tuple[int, str], tuple[int, str]] = {}
+        self._last: tuple[Any, tuple[int, str]] | None = None
+        self._hooks = [
+            decoder_layer(model, layout, index)
+            .get_submodule(name)
+            .register_forward_pre_hook(self._noting((index, name)), with_kwargs=True)
+            for index in range(num_layers(model))
+            for name in names
+        ]
+        self.num_rows = 0
+
+    def __enter__(self) -> "InputMoments":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _noting(self, key: tuple[int, str]) -> Callable[..., None]:
+        def note(
+            _module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]
+        ) -> None:
+            given = (args or tuple(kwargs.values()))[0]
+            if self._last is not None and self._last[0] is given:
+                self._shared[key] = self._last[1]
+                return
+            x_ND = given.detach().flatten(0, -2).float()
+            if key not in self._sums:
+                self._sums[key] = x_ND.new_zeros(x_ND.shape[1], x_ND.shape[1])
+            self._sums[key].addmm_(x_ND.T, x_ND)
+            self._last = given, key
+
+        return note
+
+    def run(self, model: PreTrainedModel, ids_T: torch.Tensor) -> None:
+        """Take one window in."""
+        base_model(model)(input_ids=ids_T[None].to(model.device), use_cache=False)
+        self._last = None
+        self.num_rows += ids_T.numel()
+
+    def moment(self, index: int, name: str) -> torch.Tensor:
+        """float32 [D, D] on the CPU, of the rows taken in."""
+        key = self._shared.get((index, name), (index, name))
+        return self._sums[key].cpu() / self.num_rows
+
+
+@torch.no_grad()
+def fit_attention(
+    model: PreTrainedModel,
+    layout: Layout,
+    attention: Mapping[str, Any],
+    ids_WT: torch.Tensor,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    """(layer, its matrices of 4 bits by name, float32) one layer after the other.
+
+    `progress` is called with steps done and steps in all: windows, then layers. Raises InputError
+    where a weight or what it receives is not finite.
+    """
+    names, count = fitted_names(attention), num_layers(model)
+    total = len(ids_WT) + count
+    with InputMoments(model, layout, names) as moments:
+        for done, ids_T in enumerate(ids_WT, start=1):
+            moments.run(model, ids_T)
+            progress(done, total)
+    for index in range(count):
+        layer, fitted = decoder_layer(model, layout, index), {}
+        for name in names:
+            weight: Any = layer.get_submodule(name).weight
+            moment_DD = moments.moment(index, name)
+            if not bool(torch.isfinite(moment_DD).all()):
+                raise InputError(
+                    f"layer {index}: what {name} receives over the calibration text is not finite; "
+                    "give attention.weights=int8"
+                )
+            fitted[name] = fitted_rows(weight.cpu().float(), attention["block"], moment_DD)
+        yield index, fitted
+        progress(len(ids_WT) + index + 1, total)
