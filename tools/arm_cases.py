@@ -9,11 +9,16 @@ from typing import Any
 
 import torch
 
-from hireconvert import _native, _native_head
+from hireconvert import _native, _native_head, _native_step
 from hireconvert._native import LEVELS, VARIABLE, FfnLayer
+from hireconvert.attention import round_rows
 from tests.native import CASES, settings_of, tensors_of
 
 TWINS = {"portable": "portable", "neon": "avx2", "dotprod": "avx2"}
+MATRICES = (
+    (96, 32, torch.float32, 8), (70, 64, torch.bfloat16, 8), (96, 32, torch.bfloat16, 4),
+    (70, 64, torch.float16, 4), (576, 32, torch.float32, 4),
+)  # fmt: skip
 HEADS = ((64, 40, torch.float32, 8), (97, 333, torch.bfloat16, 8), (576, 1000, torch.float16, 4))
 
 
@@ -32,10 +37,15 @@ def outputs(cases: dict[str, Any], level: str) -> Iterator[tuple[str, torch.Tens
         for certify in (True, False):
             found = head.run(x_ND, 5, certify=certify, cap=None, mask=False)
             yield f"{name}/{certify}", found.logits_NV
+    for name, (weight_OI, block, bits, x_ND) in cases["matrices"].items():
+        codes = _native_step.coded([_native_step.Matrix(weight_OI)], block, [bits])[0]
+        assert isinstance(codes, _native_step.Codes)
+        yield f"{name}/codes", codes.tiles_TWB
+        yield f"{name}/y", _native_step.matvec(codes, x_ND)
 
 
 def new_cases() -> dict[str, Any]:
-    """Packed layers with inputs, and heads."""
+    """Packed layers with inputs, heads, and matrices that lie on a grid."""
     dice = torch.Generator().manual_seed(5)
     layers, heads = {}, {}
     for name, case in CASES.items():
@@ -48,7 +58,13 @@ def new_cases() -> dict[str, Any]:
         bias_V = torch.randn(rows, generator=dice)
         x_ND = torch.randn(3, width, generator=dice).to(dtype)
         heads[f"head_{width}"] = (weight_VD, bias_V, bits, x_ND)
-    return {"layers": layers, "heads": heads}
+    matrices = {}
+    for inputs, block, dtype, bits in MATRICES:
+        weight_OI = torch.randn(37, inputs, generator=dice).to(dtype).float()
+        rounded_OI = round_rows(weight_OI, block, bits).to(dtype)
+        x_ND = torch.randn(6, inputs, generator=dice)
+        matrices[f"matrix_{inputs}_{bits}"] = (rounded_OI, block, bits, x_ND)
+    return {"layers": layers, "heads": heads, "matrices": matrices}
 
 
 def compare(expected: dict[str, list[torch.Tensor]], cases: dict[str, Any]) -> int:
