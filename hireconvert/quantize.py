@@ -21,7 +21,7 @@ from hireconvert.schema import PredictorRecipe, UnselectedRecipe
 HALF_MIN, HALF_MAX = 2.0**-24, 65504.0
 SHRINK_STEPS = 14
 LOWEST_SHRINK = {1: 0.25, 2: 0.35, 3: 0.5, 4: 0.6, 8: 0.9}
-COLUMN_SCALE_POWER = 0.5
+LOUDNESS_POWER = 0.125  # of inputs in the scales of columns; the weights have the rest of 1
 NORMAL_CLIPS = (1.15, 1.085, 1.02, 0.955, 0.89, 0.825, 0.76, 0.7)  # tried of normal levels
 NORMAL_WIDE = float(max(abs(level) for level in NORMAL_LEVELS))
 SCALE_TOP = 127  # of their scales' codes
@@ -177,13 +177,17 @@ def fitted_codes(
 ) -> tuple[torch.Tensor, Grid, torch.Tensor]:
     """(codes [M, D], grid, scales [D]) of W times its columns' scales, fitted to inputs' moment.
 
-    With `column_scale` loud inputs get finer grids (the root of their size, as AWQ has it); else
-    all scales are 1. The decoded copy divided by the scales stands for W.
+    With `column_scale` the columns of a block come to nearly the same size, so that none spoils the
+    grid of its neighbours, and loud inputs get slightly finer grids; else all scales are 1. The
+    powers add up to one: what a norm's weights are folded into has the copy that they are not. The
+    decoded copy divided by the scales stands for W.
     """
     scale_D = torch.ones(weight_MD.shape[1])
     if column_scale:
-        size_D = moment_DD.diagonal().clamp_min(1e-20).pow(COLUMN_SCALE_POWER / 2)
-        scale_D = (size_D / size_D.log().mean().exp()).clamp(1e-3, 1e3).float()
+        loudness_D = moment_DD.diagonal().clamp_min(1e-20).log() / 2
+        size_D = weight_MD.double().square().mean(0).clamp_min(1e-20).log() / 2
+        log_D = LOUDNESS_POWER * loudness_D - (1 - LOUDNESS_POWER) * size_D
+        scale_D = (log_D - log_D.mean()).exp().clamp(1e-3, 1e3).float()
     scaled_MD = weight_MD * scale_D
     scaled_DD = moment_DD / torch.outer(scale_D, scale_D)
     grid = fit_grid(scaled_MD, form, importance_D=scaled_DD.diagonal())

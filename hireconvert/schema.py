@@ -136,7 +136,7 @@ class PredictorRecipe(Section):
         default=True, description="subtract the mean input; the product with it is a bias"
     )
     column_scale: bool = Field(
-        default=True, description="scale columns by activation size before rounding"
+        default=True, description="scale columns by their size and their inputs' before rounding"
     )
     group_scores: bool = Field(
         default=False, description="predict one score per group of neurons directly"

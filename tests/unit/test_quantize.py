@@ -13,6 +13,7 @@ from hireconvert.quantize import (
     encode_matrix,
     feedback_codes,
     fit_grid,
+    fitted_codes,
     pack_planes,
     round_codes,
 )
@@ -226,6 +227,28 @@ def test_feedback_lowers_the_error_of_products():
         for codes in (round_codes(weight, grid), feedback_codes(weight, grid, moment))
     ]
     assert errors[1] < 0.85 * errors[0]
+
+
+@pytest.mark.parametrize("levels", ["even", "normal"])
+def test_scales_of_columns_serve_columns_of_unequal_size(levels):
+    """The copy of a matrix into which a norm's weights are folded is the copy folded likewise."""
+    dice = torch.Generator().manual_seed(3)
+    weight = torch.randn(24, 64, generator=dice)
+    inputs = torch.randn(500, 64, generator=dice) @ torch.randn(64, 64, generator=dice)
+    gain = (1.5 * torch.randn(64, generator=dice)).exp()
+    form = GridFormat(4, 32, symmetric=True, levels=levels)
+
+    def copied(folded: torch.Tensor, *, column_scale: bool) -> torch.Tensor:
+        x = inputs / folded
+        moment = x.T @ x / len(x)
+        codes, grid, scale = fitted_codes(weight * folded, form, moment, column_scale=column_scale)
+        return decode_codes(codes, grid) / scale / folded
+
+    plain, folded = (copied(g, column_scale=True) for g in (torch.ones(64), gain))
+    assert (plain - folded).norm() < 0.1 * (plain - weight).norm()
+    products = weight @ inputs.T
+    off = (folded @ inputs.T - products).norm()
+    assert off < 0.8 * (copied(gain, column_scale=False) @ inputs.T - products).norm()
 
 
 def test_feedback_works_with_fewer_rows_than_columns():
