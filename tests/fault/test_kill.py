@@ -68,6 +68,13 @@ CASES = {
         ("data.source={text}", *LOW_RANK_HEAD),
         ("tokens", "activations", "predictors/head", "export", "evaluation", *ENDING),
     ),
+    "attention in 4 bits": Case(
+        "folder",
+        "tiny-ci",
+        ("data.source={text}", "attention={weights: int4}"),
+        ("attention", "export"),
+        only=("attention", "export"),
+    ),
     "lossless": Case("folder", "lossless", (), ("export", *ENDING)),
     "finetuned": Case(
         "folder",
