@@ -194,7 +194,8 @@ def attention_bytes(attention: Mapping[str, Any] | None, tensors: TensorTable) -
         return dense, converted
     names = "|".join(map(re.escape, attention["matrices"]))
     for key, (dtype, shape) in tensors.items():
-        if found := re.search(rf"\.\d+\.({names})\.weight$", key):
+        found = re.search(rf"\.\d+\.({names})\.weight$", key)
+        if found and len(shape) == 2:
             bits, scales = attention["matrices"][found[1]], ceil(shape[1] / attention["block"])
             dense += ITEM_BYTES[dtype] * prod(shape)
             converted += shape[0] * (ceil(shape[1] * bits / 8) + CODE_SCALE_BYTES[bits] * scales)

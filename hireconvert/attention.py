@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from hireconvert.errors import InputError
 from hireconvert.families import Layout, base_model, ffn_parts, num_layers
-from hireconvert.quantize import decode_codes, feedback_codes, short_grid
+from hireconvert.quantize import decode_codes, feedback_codes, round_codes, short_grid
 
 TOP_CODE = 127  # of 8 bits, which lie around zero
 
@@ -89,7 +89,8 @@ def round_rows(weight_MD: torch.Tensor, block: int, bits: int = 8) -> torch.Tens
     """
     width = weight_MD.shape[1]
     if bits == 4:
-        return fitted_rows(weight_MD, block, torch.eye(width))
+        grid = short_grid(weight_MD, block, torch.ones(width))
+        return decode_codes(round_codes(weight_MD, grid), grid)
     padded = nn.functional.pad(weight_MD, (0, -width % block)).unflatten(1, (-1, block))
     scale = (padded.abs().amax(-1, keepdim=True) / TOP_CODE).clamp_min(torch.finfo().tiny)
     return ((padded / scale).round() * scale).flatten(1)[:, :width]
@@ -153,8 +154,13 @@ class InputMoments:
         self.num_rows += ids_T.numel()
 
     def moment(self, index: int, name: str) -> torch.Tensor:
-        """float32 [D, D] on the CPU, of the rows taken in."""
+        """float32 [D, D] on the CPU, of the rows taken in. Raises InputError where none came."""
         key = self._shared.get((index, name), (index, name))
+        if key not in self._sums:
+            raise InputError(
+                f"layer {index}: {name} is not called as the model runs, so its codes cannot be "
+                f"fitted; keep it in 8 bits (--set attention.int8=[{name.rpartition('.')[2]}, ...])"
+            )
         return self._sums[key].cpu() / self.num_rows
 
 

@@ -106,12 +106,15 @@ def fitted_shapes(shapes: Shapes) -> list[tuple[int, int]]:
 
 
 def fitted_attention(shapes: Shapes) -> tuple[int, int]:
-    """Bytes of those matrices in float32, and of the moments of their inputs.
+    """Bytes of those matrices in float32, and of what fitting them needs.
 
-    Matrices that share inputs are counted apart.
+    That is the moments of their inputs, of which those that are shared are counted apart, and the
+    largest matrix with its grid and the decompositions of its moment.
     """
     found = fitted_shapes(shapes)
-    return 4 * sum(map(prod, found)), 4 * sum(width * width for _, width in found)
+    moments = sum(4 * width * width for _, width in found)
+    work = max((4 * (10 * prod(shape) + 11 * shape[1] ** 2) for shape in found), default=0)
+    return 4 * sum(map(prod, found)), moments + work
 
 
 def peak_memory(shapes: Shapes, recipe: Recipe) -> int:
@@ -121,7 +124,7 @@ def peak_memory(shapes: Shapes, recipe: Recipe) -> int:
     statistics = max(
         activation_bytes(shapes, recipe),
         _fitting(shapes),
-        sum(fitted_attention(shapes)),
+        fitted_attention(shapes)[1],
         _searching(shapes, recipe),
     )
     stages = [4 * shapes.numel + statistics, _evaluating(shapes, recipe)]

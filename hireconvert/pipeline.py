@@ -194,7 +194,7 @@ def _fingerprints(run: Run) -> dict[str, dict[str, Any]]:
         activations = {**tuned, "with_head": run.low_rank_head}
         sections = {"data": data, "ffn": recipe["ffn"], **tuning}
         predictors = {**activations, "recipe": sections}
-        attention = {**tuned, "recipe": {"data": data, **tuning, "attention": recipe["attention"]}}
+        attention = {**tuned, "recipe": {**tuned["recipe"], "attention": recipe["attention"]}}
     made_from = {**predictors.get("recipe", {}), "name": recipe["name"]}
     made_from |= {
         key: recipe[key] for key in ("description", "head", "attention", "decode", "output")

@@ -48,8 +48,9 @@ FINETUNE_ESTIMATES_COST = 5.0  # of the FFN's products, where neurons left out c
 
 # Of each type of weights: bits, and weights per scale.
 ATTENTION_DEFAULTS = {"int8": (8, 64), "int4": (4, 32)}
-# Few weights where heads share them, and they cost a model more than queries do (docs/log.md).
-KEYS_AND_VALUES = ("k_proj", "v_proj")
+# Few weights where heads share them, and they cost a model more than queries do (docs/log.md); last
+# parts of names, also of matrices that hold queries besides.
+KEYS_AND_VALUES = ("k_proj", "v_proj", "qkv_proj", "query_key_value", "Wqkv", "c_attn")
 
 
 @dataclass(frozen=True)
@@ -286,6 +287,12 @@ def _notes(skeleton: Skeleton, recipe: Recipe) -> list[str]:
         notes.append("budget search: shown with the shares it starts from")
     if recipe.head is not None and recipe.head.certified:
         notes.append("certified head: counted at certify_top rows; a token may need more")
+    attention = recipe.attention
+    if attention is not None and (attention.block or 32) % 32:
+        notes.append(
+            f"attention.block {attention.block}: kernels read codes in blocks of a multiple of 32; "
+            "these are rounded, but read as they are stored"
+        )
     return notes
 
 

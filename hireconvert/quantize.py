@@ -184,10 +184,12 @@ def fitted_codes(
     """
     scale_D = torch.ones(weight_MD.shape[1])
     if column_scale:
-        loudness_D = moment_DD.diagonal().clamp_min(1e-20).log() / 2
-        size_D = weight_MD.double().square().mean(0).clamp_min(1e-20).log() / 2
-        log_D = LOUDNESS_POWER * loudness_D - (1 - LOUDNESS_POWER) * size_D
-        scale_D = (log_D - log_D.mean()).exp().clamp(1e-3, 1e3).float()
+        loudness_D = moment_DD.diagonal().clamp_min(1e-20).sqrt()
+        size_D = torch.linalg.vector_norm(weight_MD, dim=0, dtype=torch.float64)
+        used_D = size_D > 0
+        log_D = LOUDNESS_POWER * loudness_D.log() - (1 - LOUDNESS_POWER) * size_D.log()
+        log_D = (log_D - log_D[used_D].mean()).masked_fill(~used_D, 0.0)
+        scale_D = log_D.exp().clamp(1e-3, 1e3).float()
     scaled_MD = weight_MD * scale_D
     scaled_DD = moment_DD / torch.outer(scale_D, scale_D)
     grid = fit_grid(scaled_MD, form, importance_D=scaled_DD.diagonal())
@@ -339,7 +341,9 @@ def short_grid(weight_MD: torch.Tensor, block: int, importance_D: torch.Tensor) 
     the rounded weights, without being told. Raises InputError when the matrix is not finite.
     """
     form = GridFormat(4, block, symmetric=True, levels="normal")
-    scale_AG = _normal_scales(*_blocks(_finite(weight_MD), form, importance_D), form)
+    values_AGB, weights_AGB = _blocks(_finite(weight_MD), form, importance_D)
+    zeros_AG = values_AGB.abs().amax(-1) == 0
+    scale_AG = _normal_scales(values_AGB, weights_AGB, form).masked_fill(zeros_AG, 0.0)
     return Grid(form, scale_AG.bfloat16().float(), None)
 
 

@@ -307,7 +307,7 @@ class AttentionRecipe(Section):
     int8: list[str] | None = Field(
         default=None,
         description="with int4, the matrices that keep 8 bits, by the last part of their names; "
-        "null: k_proj and v_proj, where there are such",
+        "null: what holds keys or values",
     )
 
     def _problems(self) -> Iterator[Problem]:

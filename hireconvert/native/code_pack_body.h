@@ -26,21 +26,28 @@ static int code_block(const float *weight, int64_t n, float unit, uint8_t *word,
     return !bad;
 }
 
-static int short_block_fits(const float *weight, int64_t n, float unit, const uint8_t *code,
+/* A number as weights of a type hold it. */
+static inline float stored_as(float value, int64_t type)
+{
+    if (type == HIRE_BFLOAT16) return float_of((uint32_t)to_bfloat16(value) << 16);
+    return type == HIRE_FLOAT16 ? half_to_float(to_float16(value)) : value;
+}
+
+static int short_block_fits(const float *weight, int64_t n, int64_t type, const uint8_t *code,
                             uint16_t scale)
 {
     const float found = float_of((uint32_t)scale << 16);
     int bad = 0;
     for (int64_t k = 0; k < n; k++) {
         const float own = (float)(NORMAL_LEVELS[code[k]] - HIRE_LEVEL_BIAS);
-        bad |= !(fabsf(own * found - weight[k]) <= unit * fabsf(weight[k]));
+        bad |= !(stored_as(own * found, type) == weight[k]);
     }
     return !bad;
 }
 
-/* The same for n weights of normal levels, if `largest` is of this one. A scale has 8 bits: what the
- * rounded weights say of it on average tells all of them, or all but the last. */
-static int short_block_at(const float *weight, int64_t n, float unit, float largest, int level,
+/* Codes and the scale of n weights of normal levels, if `largest` is of this one. A scale has 8 bits:
+ * what the rounded weights say of it on average tells all of them, or all but the last. */
+static int short_block_at(const float *weight, int64_t n, int64_t type, float largest, int level,
                           uint8_t *code, uint16_t *scale)
 {
     const float guess = largest / (float)(NORMAL_LEVELS[level] - HIRE_LEVEL_BIAS);
@@ -57,16 +64,17 @@ static int short_block_at(const float *weight, int64_t n, float unit, float larg
         product += own * weight[k];
         square += own * own;
     }
-    const uint16_t near = short_of(product / square);
+    const uint16_t near = to_bfloat16(product / square);
     for (int step = 0; step < 3; step++) {
         *scale = (uint16_t)(near + (step == 1) - (step == 2));
-        if (short_block_fits(weight, n, unit, code, *scale)) return 1;
+        if (short_block_fits(weight, n, type, code, *scale)) return 1;
     }
     return 0;
 }
 
-/* The largest weight is most likely of the outermost levels; 0 where no level fits. */
-static int short_block(const float *weight, int64_t n, float unit, uint8_t *code, uint16_t *scale)
+/* The largest weight is most likely of the outermost levels; 0 where no level gives the weights. */
+static int short_block(const float *weight, int64_t n, int64_t type, uint8_t *code,
+                       uint16_t *scale)
 {
     static const uint8_t outermost[] = {0, 15, 1, 14, 2, 13, 3, 12, 4, 11, 5, 10, 6, 9, 7, 8};
     float largest = 0.0f;
@@ -82,29 +90,24 @@ static int short_block(const float *weight, int64_t n, float unit, uint8_t *code
         return !bad;
     }
     for (int i = 0; i < 16; i++)
-        if (short_block_at(weight, n, unit, largest, outermost[i], code, scale)) return 1;
+        if (short_block_at(weight, n, type, largest, outermost[i], code, scale)) return 1;
     return 0;
-}
-
-/* How far a weight may lie from its code of 8 bits: both it and the block's largest were rounded
- * once. Of 4 bits the scale is exact, and half as much will do. */
-static float code_rounding(const hire_coding *coding)
-{
-    static const float rounded[] = {0x1p-21f, 0x1p-7f, 0x1p-9f};
-    return rounded[coding->weight_type] * (coding->bits == 4 ? 0.5f : 1.0f);
 }
 
 static int code_row(const hire_coding *coding, const float *weight, int64_t row)
 {
     const int64_t width = coding->inputs, blocks = (width + coding->block - 1) / coding->block;
     const int64_t words = hire_matrix_words(width, coding->block, 4);
+    /* How far a weight may lie from its code: both it and the block's largest were rounded once. */
+    static const float rounded[] = {0x1p-21f, 0x1p-7f, 0x1p-9f};
+    const float unit = rounded[coding->weight_type];
     for (int64_t block = 0; block < blocks; block++) {
         const int64_t start = block * coding->block, left = width - start;
         const int64_t n = left < coding->block ? left : coding->block;
         const int64_t place = row / 16 * words + (start + 3) / 4;
         uint8_t *word = coding->codes + 64 * place + row % 16 * 4;
         float *scale = coding->scales + 16 * (row / 16 * blocks + block) + row % 16;
-        if (!code_block(weight + start, n, code_rounding(coding), word, scale)) return 0;
+        if (!code_block(weight + start, n, unit, word, scale)) return 0;
     }
     return 1;
 }
@@ -116,7 +119,7 @@ static int short_code_row(const hire_coding *coding, const float *weight, uint8_
     for (int64_t start = 0, b = 0; start < width; start += block, b++) {
         const int64_t n = width - start < block ? width - start : block;
         uint16_t scale;
-        if (!short_block(weight + start, n, code_rounding(coding), code, &scale)) return 0;
+        if (!short_block(weight + start, n, coding->weight_type, code, &scale)) return 0;
         if (b % 2 == 0) {
             scales = out;
             out += HIRE_LINE;

@@ -1,6 +1,8 @@
 /* The kernels, written once over the sixteen-lane vectors of simd_*.h; each kernels_*.c compiles
  * them for its level under its own name. Only loops over whole vectors and fixed pieces: what a
  * function adds up, and in which order, depends on the layer alone. */
+#include "round_numbers.h"
+
 #include <stddef.h>
 #include <string.h>
 
@@ -429,34 +431,6 @@ static void kept(const hire_layer *layer, hire_run *run, int64_t from, int64_t t
 }
 
 /* ------------------------------------------------------------------ the row that goes out */
-
-/* To the nearest, ties to even, as PyTorch rounds. */
-static uint16_t to_bfloat16(float value)
-{
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40);
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-static uint16_t to_float16(float value)
-{
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    const uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
-    if (size > 0x7f800000) return (uint16_t)(sign | 0x7e00);
-    if (size >= 0x477ff000) return (uint16_t)(sign | 0x7c00); /* rounds to infinity */
-    if (size < 0x38800000) { /* subnormal: adding 0.5 rounds at 2^-24 */
-        float small;
-        uint32_t rounded;
-        memcpy(&small, &size, sizeof small);
-        small += 0.5f;
-        memcpy(&rounded, &small, sizeof rounded);
-        return (uint16_t)(sign | (rounded - 0x3f000000));
-    }
-    const uint32_t odd = size >> 13 & 1;
-    return (uint16_t)(sign | (size - 0x38000000 + 0xfff + odd) >> 13);
-}
 
 static void store_as(void *to, const float *from, int64_t num, int type)
 {

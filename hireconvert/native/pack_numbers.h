@@ -4,6 +4,7 @@
 #define HIRE_PACK_NUMBERS_H
 
 #include "pack.h"
+#include "round_numbers.h"
 
 #include <math.h>
 #include <string.h>
@@ -26,13 +27,6 @@ static inline uint32_t bits_of(float value)
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
     return bits;
-}
-
-/* To the nearest bfloat16, ties to even. */
-static inline uint16_t short_of(float value)
-{
-    const uint32_t bits = bits_of(value);
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 static inline float half_to_float(uint16_t half)

@@ -29,7 +29,7 @@ typedef struct {
     int64_t inputs;
     int64_t stride; /* elements from row to row, >= inputs */
     int64_t type;
-    int64_t block; /* HIRE_INT8: inputs to a scale, `inputs` or a multiple of 32 */
+    int64_t block; /* of codes: inputs to a scale, `inputs` or a multiple of 32 */
 } hire_matrix;
 
 static inline int64_t hire_matrix_blocks(const hire_matrix *m)
@@ -50,8 +50,8 @@ static inline int64_t hire_int4_tile(int64_t inputs, int64_t block)
 }
 
 /* Rows of x, zeros up to a multiple of 32. For codes they come as whole numbers as well, which share
- * a scale for each block: digits in base 256, four inputs of a digit side by side, and the sums of
- * each digit, which the codes' zero times is taken off. */
+ * a scale for each block: digits in base 256, four inputs of a digit side by side, and the sum of
+ * each digit: codes are stored with their zero added, and so many times that sum is too much. */
 typedef struct {
     const float *x;
     int64_t stride; /* floats from row to row, a multiple of 32 */

@@ -127,7 +127,7 @@ def _check_attention(spec: Any) -> None:
     _integer(spec, "block", 1, 2**24, "attention")
     matrices = spec.get("matrices")
     _object(matrices, "attention.matrices")
-    if not matrices or not all(map(_PATH.fullmatch, matrices)):
+    if not matrices or not all(isinstance(n, str) and _PATH.fullmatch(n) for n in matrices):
         raise ValueError(
             f"config.hire: attention.matrices is {matrices!r}, expected names of modules"
         )

@@ -65,8 +65,7 @@ def test_four_bits_are_for_what_the_recipe_leaves_to_them(
     assert plan["bytes_per_token"] == inspected
 
 
-def test_four_bits_are_fitted_once(short: Path, folders: tuple[Path, Path]) -> None:
-    """Weights fitted to the text, not rounded as they are."""
+def test_four_bits_are_fitted_to_the_text(short: Path, folders: tuple[Path, Path]) -> None:
     source, out = (load_file(f / "model.safetensors") for f in (folders[0], short))
     key = next(key for key in source if key.endswith("q_proj.weight"))
     plain = round_rows(source[key].float(), 32, 4).to(source[key].dtype)

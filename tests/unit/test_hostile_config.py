@@ -62,7 +62,7 @@ def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
-ATTENTION = {"block": 32, "matrices": {"self_attn.q_proj": 8}}
+ATTENTION = {"block": 32, "matrices": {"self_attn.q_proj": 8, "self_attn.o_proj": 4}}
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +190,7 @@ def test_what_passes_the_checks_also_runs(models):
         (("attention",), {**ATTENTION, "block": 0}, "attention.block"),
         (("attention",), {**ATTENTION, "matrices": []}, "attention.matrices"),
         (("attention",), {**ATTENTION, "matrices": {}}, "attention.matrices"),
+        (("attention",), {**ATTENTION, "matrices": ["a.b"]}, "attention.matrices"),
         (("attention",), {**ATTENTION, "matrices": {"../q_proj": 8}}, "attention.matrices"),
     ],
 )

@@ -12,9 +12,17 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 from hireconvert.accounting import dense_bytes, head_bytes, head_entry, hire_tensors, table_bytes
 from hireconvert.errors import InputError, UsageError
 from hireconvert.loading import KNOWN_HASHES, RUNTIME_FOLDER, runtime_versions
-from hireconvert.planning import Skeleton, make_skeleton, plan, planned_hire
+from hireconvert.memory import Shapes, fitted_attention, fitted_shapes
+from hireconvert.planning import (
+    Skeleton,
+    _attention_operations,
+    make_skeleton,
+    plan,
+    planned_hire,
+)
 from hireconvert.runtime import RUNTIME_FILES
 from hireconvert.schema import (
+    AttentionRecipe,
     DataRecipe,
     EvaluateRecipe,
     FfnRecipe,
@@ -272,6 +280,34 @@ def test_training_adds_disk_and_memory_by_what_is_trained() -> None:
     short, long = (plan(bare, tuned(window=window))["peak_memory_bytes"] for window in (1024, 2048))
     kept = 4 * 2 * (24 * 32 + 8 * 64)  # float32, layers, widths and neurons
     assert long - short == (kept + 4 * 10 * 100) * 1024
+
+
+def test_attention_in_four_bits_adds_disk_memory_and_time() -> None:
+    model, plain = skeleton("llama"), recipe()
+    short = plain.model_copy(update={"attention": AttentionRecipe(weights="int4")})
+    before, after = plan(model, plain), plan(model, short)
+    names = ("q", "o")
+    sizes = [
+        shape
+        for key, (_, shape) in model.tensors.items()
+        if key.endswith(tuple(f"self_attn.{name}_proj.weight" for name in names))
+    ]
+    assert len(sizes) == 2 * model.config.num_hidden_layers
+    assert after["disk_bytes"] - before["disk_bytes"] == 4 * sum(m * d for m, d in sizes)
+    shapes = Shapes(model.model, model.layout, model.tensors, planned_hire(model, short))
+    assert fitted_shapes(shapes) == sizes and fitted_attention(shapes)[1] > 0
+    work = [_attention_operations(model, found, short) for found in (before, after)]
+    assert work[0] == 0 < work[1]
+    odd = AttentionRecipe(weights="int4", block=48)
+    notes = plan(model, plain.model_copy(update={"attention": odd}))["notes"]
+    assert any("attention.block 48" in note for note in notes)
+
+
+def test_fused_queries_keep_eight_bits() -> None:
+    model = skeleton("phi3")
+    short = recipe().model_copy(update={"attention": AttentionRecipe(weights="int4")})
+    attention = planned_hire(model, short)["attention"]
+    assert attention["matrices"] == {"self_attn.o_proj": 4, "self_attn.qkv_proj": 8}
 
 
 def test_training_of_experts_plans_nothing() -> None:

@@ -247,6 +247,11 @@ def test_scales_of_columns_serve_columns_of_unequal_size(levels):
     plain, folded = (copied(g, column_scale=True) for g in (torch.ones(64), gain))
     if levels == "normal":  # even steps have float16 scales, whose roundings differ
         assert torch.allclose(plain, folded, atol=1e-5)
+    dead = gain.clone()
+    dead[::3] = 0  # columns of nothing leave the others' scales alone
+    x = inputs / gain
+    scale = fitted_codes(weight * dead, form, x.T @ x / len(x), column_scale=True)[2]
+    assert (scale[::3] == 1).all() and 0.99 < scale[dead > 0].log().mean().exp() < 1.01
     products = weight @ inputs.T
     off = (folded @ inputs.T - products).norm()
     assert off < 0.8 * (copied(gain, column_scale=False) @ inputs.T - products).norm()

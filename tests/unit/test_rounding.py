@@ -128,11 +128,16 @@ def test_short_codes_are_fitted_to_what_matrices_receive(native: Any) -> None:
     layers = dict(fit_attention(native, layout, attention, ids_WT))
     round_attention(model, layout, attention, layers.__getitem__)
     received: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-    for index in range(len(layers)):
-        for name in names:
-            module = decoder_layer(native, layout, index).get_submodule(name)
-            module.register_forward_pre_hook(lambda _, args, n=name: received[n].append(args[0]))
+    hooks = [
+        decoder_layer(native, layout, index)
+        .get_submodule(name)
+        .register_forward_pre_hook(lambda _, args, n=name: received[n].append(args[0]))
+        for index in range(len(layers))
+        for name in names
+    ]
     native(ids_WT)
+    for hook in hooks:
+        hook.remove()
     for index, fitted in layers.items():
         assert list(fitted) == fitted_names(attention)
         for name in names:
@@ -142,6 +147,17 @@ def test_short_codes_are_fitted_to_what_matrices_receive(native: Any) -> None:
             x_ND = received[name][index].flatten(0, 1)
             off, plainly_off = ((x_ND @ (w - was).T).norm() for w in (now, plain))
             assert off < 0.95 * plainly_off if name in fitted else torch.equal(now, plain)
+
+
+@torch.no_grad()
+def test_a_matrix_that_is_not_called_cannot_be_fitted(monkeypatch: Any) -> None:
+    native = tiny_model("llama")
+    layout = find_layout(native)
+    attention = {"block": 32, "matrices": {"self_attn.q_proj": 4}}
+    q = decoder_layer(native, layout, 0).get_submodule("self_attn.q_proj")
+    monkeypatch.setattr(q, "_call_impl", q.forward)  # as code that uses its weight alone
+    with pytest.raises(InputError, match=r"layer 0: self_attn\.q_proj is not called"):
+        dict(fit_attention(native, layout, attention, tokens(1, 30)))
 
 
 def test_attention_without_linear_layers_is_refused() -> None:
