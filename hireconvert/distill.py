@@ -27,6 +27,7 @@ from hireconvert.fitting import (
 )
 from hireconvert.quantize import (
     GridFormat,
+    column_scales,
     decode_codes,
     encode_down,
     encode_factor,
@@ -266,8 +267,10 @@ def _copy(
     channel_major = spec["num_inputs"] < matrix_MD.shape[1]
     form = GridFormat.of(recipe, channel_major=channel_major)
     # Channel-major every channel has its own scales.
-    column_scale = recipe.column_scale and not channel_major
-    codes, grid, scale_D = fitted_codes(matrix_MD, form, moments.loud_DD, column_scale=column_scale)
+    scale_D = torch.ones(matrix_MD.shape[1])
+    if recipe.column_scale and not channel_major:
+        scale_D = column_scales(matrix_MD, moments.loud_DD)
+    codes, grid = fitted_codes(matrix_MD, form, moments.loud_DD, scale_D)
     tensors = {**encode_matrix(codes, grid), "column_scale": scale_D}
     return tensors, decode_codes(codes, grid) / scale_D
 

@@ -21,6 +21,7 @@ from hireconvert.families import Layout, base_model, ffn_parts, num_layers
 from hireconvert.quantize import (
     Grid,
     GridFormat,
+    column_scales,
     decode_codes,
     fit_grid,
     fitted_codes,
@@ -199,17 +200,18 @@ class LiveCopies:
     @torch.no_grad()
     def _fit(self, name: str, form: GridFormat, inputs: Inputs | None) -> None:
         weight_FD = self._weight(name).detach().float().cpu()
-        device = self.parts.down_FD().device
+        device, scale_D = self.parts.down_FD().device, torch.ones(weight_FD.shape[1])
         if inputs is None:
-            grid, scale_D = fit_grid(weight_FD, form), torch.ones(weight_FD.shape[1])
+            grid = fit_grid(weight_FD, form)
             codes_FD = round_codes(weight_FD, grid)
         else:
             moment_DD = inputs.moment_DD.double()
             if self.estimate.centre:
                 moment_DD = moment_DD - torch.outer(inputs.mean_D, inputs.mean_D)
-            codes_FD, grid, scale_D = fitted_codes(
-                weight_FD, form, moment_DD, column_scale=self.estimate.column_scale
-            )
+            if self.estimate.column_scale:  # one for gate and up, which a conversion rounds as one
+                both_PD = torch.cat([self._weight(name).detach() for name in self._first])
+                scale_D = column_scales(both_PD.float().cpu(), moment_DD)
+            codes_FD, grid = fitted_codes(weight_FD, form, moment_DD, scale_D)
         self._grids[name] = grid.to(device)
         self._scales[name] = scale_D.to(device)
         self._hold(name, decode_codes(codes_FD, grid).to(device))

@@ -172,28 +172,32 @@ def feedback_codes(
     return codes_MD
 
 
-def fitted_codes(
-    weight_MD: torch.Tensor, form: GridFormat, moment_DD: torch.Tensor, *, column_scale: bool
-) -> tuple[torch.Tensor, Grid, torch.Tensor]:
-    """(codes [M, D], grid, scales [D]) of W times its columns' scales, fitted to inputs' moment.
+def column_scales(weight_MD: torch.Tensor, moment_DD: torch.Tensor) -> torch.Tensor:
+    """float32 [D]: what the columns of W are multiplied by before they are rounded.
 
-    With `column_scale` the columns of a block come to nearly the same size, so that none spoils the
-    grid of its neighbours, and loud inputs get slightly finer grids; else all scales are 1. The
-    powers add up to one: what a norm's weights are folded into has the copy that they are not. The
-    decoded copy divided by the scales stands for W.
+    They come to nearly the same size, so that none spoils the grid of its neighbours in a block,
+    and loud inputs get slightly finer grids. The powers add up to one: what a norm's weights are
+    folded into has the copy that they are not.
     """
-    scale_D = torch.ones(weight_MD.shape[1])
-    if column_scale:
-        loudness_D = moment_DD.diagonal().clamp_min(1e-20).sqrt()
-        size_D = torch.linalg.vector_norm(weight_MD, dim=0, dtype=torch.float64)
-        used_D = size_D > 0
-        log_D = LOUDNESS_POWER * loudness_D.log() - (1 - LOUDNESS_POWER) * size_D.log()
-        log_D = (log_D - log_D[used_D].mean()).masked_fill(~used_D, 0.0)
-        scale_D = log_D.exp().clamp(1e-3, 1e3).float()
+    loudness_D = moment_DD.diagonal().clamp_min(1e-20).sqrt()
+    size_D = torch.linalg.vector_norm(weight_MD, dim=0, dtype=torch.float64)
+    used_D = size_D > 0
+    log_D = LOUDNESS_POWER * loudness_D.log() - (1 - LOUDNESS_POWER) * size_D.log()
+    log_D = (log_D - log_D[used_D].mean()).masked_fill(~used_D, 0.0)
+    return log_D.exp().clamp(1e-3, 1e3).float()
+
+
+def fitted_codes(
+    weight_MD: torch.Tensor, form: GridFormat, moment_DD: torch.Tensor, scale_D: torch.Tensor
+) -> tuple[torch.Tensor, Grid]:
+    """(codes [M, D], grid) of W times its columns' scales, fitted to inputs' moment.
+
+    The decoded copy divided by the scales stands for W.
+    """
     scaled_MD = weight_MD * scale_D
     scaled_DD = moment_DD / torch.outer(scale_D, scale_D)
     grid = fit_grid(scaled_MD, form, importance_D=scaled_DD.diagonal())
-    return feedback_codes(scaled_MD, grid, scaled_DD), grid, scale_D
+    return feedback_codes(scaled_MD, grid, scaled_DD), grid
 
 
 def encode_matrix(codes_MD: torch.Tensor, grid: Grid) -> dict[str, torch.Tensor]:

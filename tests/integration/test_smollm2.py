@@ -15,6 +15,7 @@ from tests.cli import ENVIRONMENT, ROOT, Cli, is_complete
 pytestmark = pytest.mark.real
 MODEL = ROOT / "models" / "smollm2.gguf"
 PROMPT = "The capital of France is"
+CERTAIN = "1, 2, 3, 4, 5, 6,"  # what follows is no matter of roundings, which differ by path
 NUM_LAYERS, NUM_NEURONS = 30, 1536
 
 # As a stranger would: the library cannot be imported, the code is what the folder ships.
@@ -86,11 +87,11 @@ def test_eval_stays_near_dense(converted: Path, hireconvert: Cli) -> None:
 
 def test_a_stranger_decodes_the_same_text(converted: Path, hireconvert: Cli) -> None:
     ended = hireconvert(
-        *("generate", converted, "-p", PROMPT, "--max-new-tokens", "8", "--no-chat")
+        *("generate", converted, "-p", CERTAIN, "--max-new-tokens", "8", "--no-chat")
     )
     assert ended.code == 0, ended.err
     done = subprocess.run(
-        [sys.executable, "-c", STRANGER, str(converted), PROMPT],
+        [sys.executable, "-c", STRANGER, str(converted), CERTAIN],
         env=os.environ | ENVIRONMENT | {"HF_MODULES_CACHE": str(converted.parent / "modules")},
         cwd=converted.parent,
         capture_output=True,
@@ -100,4 +101,4 @@ def test_a_stranger_decodes_the_same_text(converted: Path, hireconvert: Cli) -> 
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["class"] == "HireLlamaForCausalLM"
     assert found["stats"]["layers"]["0"]["rows"] == 7
-    assert len(found["text"]) > 8 and found["text"] == ended.out.removesuffix("\n")
+    assert found["text"] == ended.out.removesuffix("\n") == " 7, 8, 9"
