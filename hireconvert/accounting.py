@@ -5,7 +5,7 @@ by the runtime (`hire_predict.layer_bytes`); here are the tables of stored tenso
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import ceil, prod
 from typing import Any, TypeAlias
 
@@ -184,6 +184,18 @@ def head_bytes(head: Mapping[str, Any] | None, shape_VD: Sequence[int], weight_b
     return every + min(2 * asked, vocabulary) * read_on + exact
 
 
+def attention_tensors(
+    attention: Mapping[str, Any] | None, tensors: TensorTable
+) -> Iterator[tuple[int, str, tuple[int, ...]]]:
+    """(bits, dtype, shape) of every stored matrix that `config.hire.attention` names."""
+    matrices = {} if attention is None else attention["matrices"]
+    names = "|".join(map(re.escape, matrices))
+    for key, (dtype, shape) in tensors.items() if matrices else ():
+        found = re.search(rf"\.\d+\.({names})\.weight$", key)
+        if found and len(shape) == 2:
+            yield matrices[found[1]], dtype, shape
+
+
 def attention_bytes(attention: Mapping[str, Any] | None, tensors: TensorTable) -> tuple[int, int]:
     """Bytes of the attention's matrices as they are stored and as codes with their scales.
 
@@ -192,13 +204,10 @@ def attention_bytes(attention: Mapping[str, Any] | None, tensors: TensorTable) -
     dense = converted = 0
     if attention is None:
         return dense, converted
-    names = "|".join(map(re.escape, attention["matrices"]))
-    for key, (dtype, shape) in tensors.items():
-        found = re.search(rf"\.\d+\.({names})\.weight$", key)
-        if found and len(shape) == 2:
-            bits, scales = attention["matrices"][found[1]], ceil(shape[1] / attention["block"])
-            dense += ITEM_BYTES[dtype] * prod(shape)
-            converted += shape[0] * (ceil(shape[1] * bits / 8) + CODE_SCALE_BYTES[bits] * scales)
+    for bits, dtype, shape in attention_tensors(attention, tensors):
+        scales = ceil(shape[1] / attention["block"])
+        dense += ITEM_BYTES[dtype] * prod(shape)
+        converted += shape[0] * (ceil(shape[1] * bits / 8) + CODE_SCALE_BYTES[bits] * scales)
     return dense, converted
 
 

@@ -6,7 +6,7 @@ stored: of 8 bits it is the largest weight of a block over 127, of 4 bits a numb
 the weights tell it, and both survive rounding to bfloat16. Codes of 4 bits are fitted to what the
 matrices receive over the calibration text; 8 bits are rounded plainly, which costs little enough.
 
-Shape suffixes: M rows, D columns, N rows of inputs (tokens), W windows, T tokens of a window.
+Shape suffixes: M rows, D columns, W windows, T tokens of a window.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from hireconvert.errors import InputError
 from hireconvert.families import Layout, base_model, ffn_parts, num_layers
+from hireconvert.lowbit import Inputs, received
 from hireconvert.quantize import decode_codes, feedback_codes, round_codes, short_grid
 
 TOP_CODE = 127  # of 8 bits, which lie around zero
@@ -102,66 +103,7 @@ def fitted_rows(weight_MD: torch.Tensor, block: int, moment_DD: torch.Tensor) ->
     return decode_codes(feedback_codes(weight_MD, grid, moment_DD), grid)
 
 
-# --------------------------------------------------------------------------- what matrices receive
-
-
-class InputMoments:
-    """Second moments of what matrices of decoder layers receive while the model runs dense.
-
-    Matrices that receive the same tensor share one moment: queries, keys and values do.
-    """
-
-    def __init__(self, model: PreTrainedModel, layout: Layout, names: list[str]) -> None:
-        self._sums: dict[tuple[int, str], torch.Tensor] = {}
-        self._shared: dict[tuple[int, str], tuple[int, str]] = {}
-        self._last: tuple[Any, tuple[int, str]] | None = None
-        self._hooks = [
-            decoder_layer(model, layout, index)
-            .get_submodule(name)
-            .register_forward_pre_hook(self._noting((index, name)), with_kwargs=True)
-            for index in range(num_layers(model))
-            for name in names
-        ]
-        self.num_rows = 0
-
-    def __enter__(self) -> "InputMoments":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _noting(self, key: tuple[int, str]) -> Callable[..., None]:
-        def note(
-            _module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]
-        ) -> None:
-            given = (args or tuple(kwargs.values()))[0]
-            if self._last is not None and self._last[0] is given:
-                self._shared[key] = self._last[1]
-                return
-            x_ND = given.detach().flatten(0, -2).float()
-            if key not in self._sums:
-                self._sums[key] = x_ND.new_zeros(x_ND.shape[1], x_ND.shape[1])
-            self._sums[key].addmm_(x_ND.T, x_ND)
-            self._last = given, key
-
-        return note
-
-    def run(self, model: PreTrainedModel, ids_T: torch.Tensor) -> None:
-        """Take one window in."""
-        base_model(model)(input_ids=ids_T[None].to(model.device), use_cache=False)
-        self._last = None
-        self.num_rows += ids_T.numel()
-
-    def moment(self, index: int, name: str) -> torch.Tensor:
-        """float32 [D, D] on the CPU, of the rows taken in. Raises InputError where none came."""
-        key = self._shared.get((index, name), (index, name))
-        if key not in self._sums:
-            raise InputError(
-                f"layer {index}: {name} is not called as the model runs, so its codes cannot be "
-                f"fitted; keep it in 8 bits (--set attention.int8=[{name.rpartition('.')[2]}, ...])"
-            )
-        return self._sums[key].cpu() / self.num_rows
+# --------------------------------------------------------------------------- fitting
 
 
 @torch.no_grad()
@@ -179,20 +121,33 @@ def fit_attention(
     """
     names, count = fitted_names(attention), num_layers(model)
     total = len(ids_WT) + count
-    with InputMoments(model, layout, names) as moments:
-        for done, ids_T in enumerate(ids_WT, start=1):
-            moments.run(model, ids_T)
-            progress(done, total)
+    modules = {
+        (index, name): decoder_layer(model, layout, index).get_submodule(name)
+        for index in range(count)
+        for name in names
+    }
+    inputs = received(model, modules, ids_WT, lambda done: progress(done, total))
     for index in range(count):
-        layer, fitted = decoder_layer(model, layout, index), {}
+        fitted = {}
         for name in names:
-            weight: Any = layer.get_submodule(name).weight
-            moment_DD = moments.moment(index, name)
-            if not bool(torch.isfinite(moment_DD).all()):
-                raise InputError(
-                    f"layer {index}: what {name} receives over the calibration text is not finite; "
-                    "give attention.weights=int8"
-                )
+            weight: Any = modules[index, name].weight
+            moment_DD = _moment(inputs, index, name)
             fitted[name] = fitted_rows(weight.cpu().float(), attention["block"], moment_DD)
         yield index, fitted
         progress(len(ids_WT) + index + 1, total)
+
+
+def _moment(inputs: Mapping[tuple[int, str], Inputs], index: int, name: str) -> torch.Tensor:
+    """What a matrix is fitted to. Raises InputError where that is nothing, or not finite."""
+    if (index, name) not in inputs:
+        raise InputError(
+            f"layer {index}: {name} is not called as the model runs, so its codes cannot be "
+            f"fitted; keep it in 8 bits (--set attention.int8=[{name.rpartition('.')[2]}, ...])"
+        )
+    moment_DD = inputs[index, name].moment_DD
+    if not bool(torch.isfinite(moment_DD).all()):
+        raise InputError(
+            f"layer {index}: what {name} receives over the calibration text is not finite; "
+            "give attention.weights=int8"
+        )
+    return moment_DD

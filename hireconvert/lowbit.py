@@ -8,9 +8,9 @@ Shape suffixes: N rows (tokens), D width, F neurons, W windows, T tokens of a wi
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -32,6 +32,7 @@ from hireconvert.runtime.hire_ffn import FfnParts
 from hireconvert.runtime.hire_predict import Predictor, expected_errors
 from hireconvert.scoring import down_error
 
+Key = TypeVar("Key", bound=Hashable)
 ERROR_ROWS = 64  # of a batch, that typical errors of copies in training are taken on
 
 
@@ -58,41 +59,71 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What an FFN receives over a text, float32: mean [D], and second moment [D, D] about zero."""
+    """What a module receives, float32: mean [D], and second moment [D, D] about zero."""
 
     mean_D: torch.Tensor
     moment_DD: torch.Tensor
 
 
 @torch.no_grad()
-def ffn_inputs(model: PreTrainedModel, layout: Layout, ids_WT: torch.Tensor) -> list[Inputs]:
-    """The inputs of every layer's FFN over the windows, on the CPU; the model runs dense."""
-    sums: dict[int, list[torch.Tensor]] = {}
+def received(
+    model: PreTrainedModel,
+    modules: Mapping[Key, nn.Module],
+    ids_WT: torch.Tensor,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[Key, Inputs]:
+    """What modules receive over the windows, on the CPU; the model runs dense.
 
-    def noting(index: int) -> Callable[..., None]:
-        def note(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            x_ND = args[0].detach().flatten(0, -2).float()
-            if index not in sums:
+    Modules that receive the same tensor, as queries, keys and values do, share what is noted; those
+    that are never called are missing. `progress` is called with the windows done.
+    """
+    sums: dict[Key, tuple[torch.Tensor, torch.Tensor]] = {}
+    source: dict[Key, Key] = {}
+    last: tuple[torch.Tensor, Key] | None = None
+
+    def noting(key: Key) -> Callable[..., None]:
+        def note(
+            _module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]
+        ) -> None:
+            nonlocal last
+            given = (args or tuple(kwargs.values()))[0]
+            if last is not None and last[0] is given:
+                source[key] = last[1]
+                return
+            x_ND = given.detach().flatten(0, -2).float()
+            if key not in sums:
                 width = x_ND.shape[1]
-                sums[index] = [x_ND.new_zeros(width), x_ND.new_zeros(width, width)]
-            mean_D, moment_DD = sums[index]
+                sums[key] = x_ND.new_zeros(width), x_ND.new_zeros(width, width)
+            mean_D, moment_DD = sums[key]
             mean_D += x_ND.sum(0)
             moment_DD.addmm_(x_ND.T, x_ND)
+            source[key], last = key, (given, key)
 
         return note
 
     hooks = [
-        ffn_parts(model, layout, index).up.module.register_forward_pre_hook(noting(index))
-        for index in range(num_layers(model))
+        module.register_forward_pre_hook(noting(key), with_kwargs=True)
+        for key, module in modules.items()
     ]
     try:
-        for ids_T in ids_WT:
+        for done, ids_T in enumerate(ids_WT, start=1):
             base_model(model)(input_ids=ids_T[None].to(model.device), use_cache=False)
+            last = None
+            progress(done)
     finally:
         for hook in hooks:
             hook.remove()
     rows = ids_WT.numel()
-    return [Inputs(*(t.cpu() / rows for t in sums[index])) for index in range(num_layers(model))]
+    found = {key: Inputs(*(t.div_(rows).cpu() for t in both)) for key, both in sums.items()}
+    return {key: found[own] for key, own in source.items()}
+
+
+def ffn_inputs(model: PreTrainedModel, layout: Layout, ids_WT: torch.Tensor) -> list[Inputs]:
+    """The inputs of every layer's FFN over the windows, on the CPU; the model runs dense."""
+    layers = range(num_layers(model))
+    modules = {index: ffn_parts(model, layout, index).up.module for index in layers}
+    found = received(model, modules, ids_WT)
+    return [found[index] for index in layers]
 
 
 def estimates_of(ffn: FfnRecipe, count: int, *, selects: bool = False) -> list[Estimate]:
@@ -134,10 +165,13 @@ class LiveCopies:
         self._soft: dict[str, torch.Tensor] = {}  # typical errors [F], of copies fitted to inputs
         self._rest_error = 0.0  # of the output vectors' copy, as a share of their length
         self._constants: dict[str, torch.Tensor] = {}  # what the mean adds
-        for name in self._first:
-            self._fit(name, estimate.first, inputs)
+        if inputs is not None:
+            self._fit(inputs)
+        else:
+            for name in self._first:
+                self._round(name, estimate.first)
         if estimate.down is not None:
-            self._fit("down", estimate.down, None)
+            self._round("down", estimate.down)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -198,28 +232,36 @@ class LiveCopies:
         return part.weight_out_in()
 
     @torch.no_grad()
-    def _fit(self, name: str, form: GridFormat, inputs: Inputs | None) -> None:
+    def _fit(self, inputs: Inputs) -> None:
+        """Copies of gate and up, fitted to what they receive."""
+        weights = {name: self._weight(name).detach().float().cpu() for name in self._first}
+        moment_DD = inputs.moment_DD.double()
+        if self.estimate.centre:
+            moment_DD = moment_DD - torch.outer(inputs.mean_D, inputs.mean_D)
+        scale_D = torch.ones(moment_DD.shape[0])
+        if self.estimate.column_scale:  # one for both, which a conversion rounds as one matrix
+            scale_D = column_scales(torch.cat(list(weights.values())), moment_DD)
+        spread_DD = inputs.moment_DD - torch.outer(inputs.mean_D, inputs.mean_D)
+        for name, weight_FD in weights.items():
+            codes_FD, grid = fitted_codes(weight_FD, self.estimate.first, moment_DD, scale_D)
+            self._keep(name, codes_FD, grid, scale_D)
+            if self.estimate.by_error:
+                off_FD = self._weight(name).float() - self._copies[name]
+                square_F = ((off_FD @ spread_DD.to(off_FD.device)) * off_FD).sum(dim=1)
+                self._soft[name] = square_F.clamp_min(0).sqrt()
+
+    @torch.no_grad()
+    def _round(self, name: str, form: GridFormat) -> None:
+        """A copy rounded plainly."""
         weight_FD = self._weight(name).detach().float().cpu()
-        device, scale_D = self.parts.down_FD().device, torch.ones(weight_FD.shape[1])
-        if inputs is None:
-            grid = fit_grid(weight_FD, form)
-            codes_FD = round_codes(weight_FD, grid)
-        else:
-            moment_DD = inputs.moment_DD.double()
-            if self.estimate.centre:
-                moment_DD = moment_DD - torch.outer(inputs.mean_D, inputs.mean_D)
-            if self.estimate.column_scale:  # one for gate and up, which a conversion rounds as one
-                both_PD = torch.cat([self._weight(name).detach() for name in self._first])
-                scale_D = column_scales(both_PD.float().cpu(), moment_DD)
-            codes_FD, grid = fitted_codes(weight_FD, form, moment_DD, scale_D)
-        self._grids[name] = grid.to(device)
-        self._scales[name] = scale_D.to(device)
+        grid = fit_grid(weight_FD, form)
+        self._keep(name, round_codes(weight_FD, grid), grid, torch.ones(weight_FD.shape[1]))
+
+    def _keep(self, name: str, codes_FD: torch.Tensor, grid: Grid, scale_D: torch.Tensor) -> None:
+        """Keep a new grid, and the copy of these codes."""
+        device = self.parts.down_FD().device
+        self._grids[name], self._scales[name] = grid.to(device), scale_D.to(device)
         self._hold(name, decode_codes(codes_FD, grid).to(device))
-        if inputs is not None and self.estimate.by_error:
-            off_FD = weight_FD.to(device) - self._copies[name]
-            spread_DD = inputs.moment_DD - torch.outer(inputs.mean_D, inputs.mean_D)
-            square_F = ((off_FD @ spread_DD.to(device)) * off_FD).sum(dim=1)
-            self._soft[name] = square_F.clamp_min(0).sqrt()
 
     def _hold(self, name: str, scaled_FD: torch.Tensor) -> None:
         """Keep a decoded copy, and what goes with it."""

@@ -6,7 +6,6 @@ Factors of activations are fitted to measured peaks (docs/log.md); weights are c
 D width, F neurons, L layers, V vocabulary.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -14,8 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hireconvert.accounting import TensorTable, head_width
-from hireconvert.attention import fitted_names
+from hireconvert.accounting import TensorTable, attention_tensors, head_width
 from hireconvert.families import Layout
 from hireconvert.masked import PROBABILITIES_KEPT
 from hireconvert.measures import LOGITS_AT_ONCE
@@ -97,12 +95,11 @@ def activation_bytes(shapes: Shapes, recipe: Recipe) -> int:
     return calibration_rows(recipe) * 4 * widths
 
 
-def fitted_shapes(shapes: Shapes) -> list[tuple[int, int]]:
+def fitted_shapes(
+    attention: Mapping[str, Any] | None, tensors: TensorTable
+) -> list[tuple[int, ...]]:
     """[outputs, inputs] of the attention's matrices that are fitted to their inputs."""
-    names = fitted_names(shapes.hire.get("attention"))
-    pattern = rf"\.\d+\.({'|'.join(map(re.escape, names))})\.weight$"
-    found = [shape for key, (_, shape) in shapes.tensors.items() if re.search(pattern, key)]
-    return [(shape[0], shape[1]) for shape in found] if names else []
+    return [shape for bits, _, shape in attention_tensors(attention, tensors) if bits == 4]
 
 
 def fitted_attention(shapes: Shapes) -> tuple[int, int]:
@@ -111,7 +108,7 @@ def fitted_attention(shapes: Shapes) -> tuple[int, int]:
     That is the moments of their inputs, of which those that are shared are counted apart, and the
     largest matrix with its grid and the decompositions of its moment.
     """
-    found = fitted_shapes(shapes)
+    found = fitted_shapes(shapes.hire.get("attention"), shapes.tensors)
     moments = sum(4 * width * width for _, width in found)
     work = max((4 * (10 * prod(shape) + 11 * shape[1] ** 2) for shape in found), default=0)
     return 4 * sum(map(prod, found)), moments + work

@@ -323,8 +323,7 @@ def _seconds(skeleton: Skeleton, result: Mapping[str, Any], recipe: Recipe) -> f
 
 def _attention_operations(skeleton: Skeleton, result: Mapping[str, Any], recipe: Recipe) -> float:
     """A pass over the calibration text, moments of inputs, and error feedback under them."""
-    hire = {"attention": result["attention"]}
-    shapes = fitted_shapes(Shapes(skeleton.model, skeleton.layout, skeleton.tensors, hire))
+    shapes = fitted_shapes(result["attention"], skeleton.tensors)
     if not shapes:
         return 0.0
     rows, weights = calibration_rows(recipe), sum(prod(s) for _, s in skeleton.tensors.values())

@@ -295,7 +295,10 @@ def test_attention_in_four_bits_adds_disk_memory_and_time() -> None:
     assert len(sizes) == 2 * model.config.num_hidden_layers
     assert after["disk_bytes"] - before["disk_bytes"] == 4 * sum(m * d for m, d in sizes)
     shapes = Shapes(model.model, model.layout, model.tensors, planned_hire(model, short))
-    assert fitted_shapes(shapes) == sizes and fitted_attention(shapes)[1] > 0
+    assert (
+        fitted_shapes(shapes.hire["attention"], model.tensors) == sizes
+        and fitted_attention(shapes)[1] > 0
+    )
     work = [_attention_operations(model, found, short) for found in (before, after)]
     assert work[0] == 0 < work[1]
     odd = AttentionRecipe(weights="int4", block=48)
