@@ -64,6 +64,8 @@ def _declared(library: Any, path: Path) -> Any:
     if library.hire_abi() != ABI:
         raise ImportError(f"{path.name} has ABI {library.hire_abi()}, expected {ABI}")
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    library.hire_low_bytes.argtypes = [size] * 4
+    library.hire_low_bytes.restype = size
     library.hire_scratch_bytes.argtypes = [pointer, size]
     library.hire_scratch_bytes.restype = size
     library.hire_scratch_places.argtypes = [pointer, pointer]

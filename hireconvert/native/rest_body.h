@@ -92,7 +92,7 @@ HIRE_UNROLL
         const v16 scale = v_set1(table->scale[place[half]]);
         float *to = partial + 16 * half;
         /* Of normal levels the sums of all digits together do not fit 32 bits. */
-        const v16 whole = normal && !lowest ? from_digits(sum) : v_from_w(from_lowest(sum, lowest));
+        const v16 whole = normal && !lowest ? from_digits(sum, 0) : v_from_w(from_lowest(sum, lowest));
         v_store(to, v_fma(whole, scale, v_load(to)));
     }
 }
@@ -106,7 +106,7 @@ INLINE void rest_tile(const hire_layer *layer, const hire_run *run, const uint8_
     const uint8_t *codes = scales + (normal ? hire_whole_lines(size * blocks)
                                             : (layer->rest_symmetric ? 1 : 2) * size * blocks);
     float *offset = partial + layer->stride;
-    rest_table table;
+    _Alignas(64) rest_table table;
     for (int64_t begin = 0; begin < vectors; begin += SPAN) {
         const int64_t end = begin + SPAN < vectors ? begin + SPAN : vectors;
         const int64_t first = run->rest_scale_of[begin], last = run->rest_scale_of[end - 1];

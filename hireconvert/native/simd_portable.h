@@ -54,6 +54,20 @@ static inline float v_sum(v16 a)
     return a.l[0];
 }
 
+/* The sums of the lower eight lanes of sixteen vectors, and of the upper ones. */
+static inline void v_halves(const v16 *x, v16 *low, v16 *high)
+{
+    for (int i = 0; i < 16; i++) {
+        float quarter[4];
+        for (int q = 0; q < 4; q++) {
+            const float *l = x[i].l + 4 * q;
+            quarter[q] = (l[0] + l[2]) + (l[1] + l[3]);
+        }
+        low->l[i] = quarter[0] + quarter[1];
+        high->l[i] = quarter[2] + quarter[3];
+    }
+}
+
 /* The largest lane. */
 static inline float v_most(v16 a)
 {
@@ -207,6 +221,16 @@ static inline w16 w_by_byte(w16 a)
     HIRE_LOOP for (int k = 0; k < 4; k++)
         r.l[l / 4 * 4 + k] |= (a.l[l] >> 8 * k & 255) << 8 * (l % 4);
     return r;
+}
+/* Bytes 16 q + 4 r + i of the four rows side by side in lane 4 q + i of out[r]. */
+static inline void w_interleave(const w16 *row, w16 *out)
+{
+    for (int r = 0; r < 4; r++)
+        HIRE_LOOP {
+            const int lane = l / 4 * 4 + r, shift = 8 * (l % 4);
+            out[r].l[l] = 0;
+            for (int k = 0; k < 4; k++) out[r].l[l] |= (row[k].l[lane] >> shift & 255) << 8 * k;
+        }
 }
 /* Every byte of the codes, less than 16, as the table has it. */
 static inline w16 w_table(const uint8_t *table, w16 codes)
