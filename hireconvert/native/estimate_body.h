@@ -1,6 +1,6 @@
 /* Estimates of gate and up for all neurons, in tiles of sixteen; part of kernels_body.h. */
 
-enum { PREFETCH = 4096 }; /* bytes ahead in a tile's codes */
+enum { PREFETCH = 8192 }; /* bytes ahead in a tile's codes */
 
 /* Codes come in units: one word a lane of 4-bit or 2-bit codes, three words of 3-bit ones (two of
  * their low bits, one of their high bits). A quad is four neighbouring inputs, a byte each. Units of

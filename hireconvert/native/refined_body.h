@@ -132,15 +132,17 @@ HIRE_UNROLL
     v_store(table->middle, v_mul(v_mul(v_from_w(total), unit), v_set1(-HIRE_LOW_MIDDLE)));
 }
 
-/* Adds one digit of all rows to eight vectors of outputs, the blocks of which are given. */
+/* Adds all rows to up to eight vectors of outputs, whose blocks are given. */
 INLINE void add_low_line(const uint8_t *const *row, int64_t quads, int64_t line,
-                         const low_table *table, const int32_t *block, const int d,
-                         const int lowest, float *partial, int64_t vectors)
+                         const low_table *table, const int32_t *block, float *partial,
+                         int64_t vectors, const int lowest)
 {
     const w16 mask = w_set1(0x0f0f0f0f);
-    w16 sum[8];
+    w16 sum[8][DIGITS];
 HIRE_UNROLL
-    for (int v = 0; v < 8; v++) sum[v] = w_set1(0);
+    for (int v = 0; v < 8; v++)
+HIRE_UNROLL
+        for (int d = lowest; d < DIGITS; d++) sum[v][d] = w_set1(0);
     for (int64_t quad = 0; quad < quads; quad++) {
         const uint8_t *const *four = row + 4 * quad;
         const w16 word[4] = {w_load4(four[0] + line), w_load4(four[1] + line),
@@ -150,16 +152,18 @@ HIRE_UNROLL
 HIRE_UNROLL
         for (int v = 0; v < 8; v++) {
             const w16 code = w_and(v < 4 ? mixed[v] : w_right(mixed[v - 4], 4), mask);
-            sum[v] = w_dot(sum[v], code, (const int8_t *)&table->digits[quad][d][block[v]]);
+HIRE_UNROLL
+            for (int d = lowest; d < DIGITS; d++)
+                sum[v][d] = w_dot(sum[v][d], code,
+                                  (const int8_t *)&table->digits[quad][d][block[v]]);
         }
     }
 HIRE_UNROLL
     for (int v = 0; v < 8; v++) {
         if (v >= vectors) break;
-        const v16 scale = v_set1(table->scale[block[v]] * digit_unit(d - lowest));
-        v16 value = v_load(partial + 16 * v);
-        if (d == lowest) value = v_add(value, v_set1(table->middle[block[v]]));
-        v_store(partial + 16 * v, v_fma(v_from_w(sum[v]), scale, value));
+        const v16 value = v_add(v_load(partial + 16 * v), v_set1(table->middle[block[v]]));
+        v_store(partial + 16 * v,
+                v_fma(from_digits(sum[v], lowest), v_set1(table->scale[block[v]]), value));
     }
 }
 
@@ -181,9 +185,8 @@ INLINE void add_low_rows(const hire_layer *layer, const hire_run *run, const uin
             if (next < most) ask_for(layer, run, next++);
             for (int v = 0; v < 8; v++)
                 own[v] = at + v < end ? run->rest_scale_of[at + v] - (int32_t)first : 0;
-            for (int d = lowest; d < DIGITS; d++)
-                add_low_line(row, quads, run->low.down + 8 * at, &table, own, d, lowest,
-                             partial + 16 * at, end - at);
+            add_low_line(row, quads, run->low.down + 8 * at, &table, own, partial + 16 * at,
+                         end - at, lowest);
         }
     }
 }

@@ -25,6 +25,12 @@ static inline void v_store(float *p, v16 x)
     _mm256_storeu_ps(p, x.a);
     _mm256_storeu_ps(p + 8, x.b);
 }
+/* Four floats, four times. */
+static inline v16 v_four(const float *p)
+{
+    const __m256 twice = _mm256_broadcast_ps((const __m128 *)p);
+    return (v16){twice, twice};
+}
 static inline v16 v_add(v16 x, v16 y) { return HIRE_BOTH(_mm256_add_ps, x, y); }
 static inline v16 v_sub(v16 x, v16 y) { return HIRE_BOTH(_mm256_sub_ps, x, y); }
 static inline v16 v_mul(v16 x, v16 y) { return HIRE_BOTH(_mm256_mul_ps, x, y); }
@@ -97,6 +103,13 @@ static inline float v_most(v16 x)
     four = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
 }
+static inline __m256 v_most_half(__m256 x)
+{
+    x = _mm256_max_ps(x, _mm256_permute_ps(x, 0xb1));
+    return _mm256_max_ps(x, _mm256_permute_ps(x, 0x4e));
+}
+/* The largest of each four lanes, in all of them. */
+static inline v16 v_most_of_four(v16 x) { return (v16){v_most_half(x.a), v_most_half(x.b)}; }
 static inline int v_finite(v16 x)
 {
     const __m256 most = _mm256_set1_ps(__builtin_inff());
@@ -219,6 +232,14 @@ static inline w16 w_by_byte(w16 x)
 {
     const __m256i order = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0,
                                            4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return (w16){_mm256_shuffle_epi8(x.a, order), _mm256_shuffle_epi8(x.b, order)};
+}
+/* Byte 16 q + 4 r + i in lane 4 q + i. */
+static inline w16 w_bytes(w16 x, const int r)
+{
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 0, 1, 2, 3);
+    const __m256i byte = _mm256_add_epi32(lane, _mm256_set1_epi32(4 * r));
+    const __m256i order = _mm256_or_si256(byte, _mm256_set1_epi32((int)0xffffff00));
     return (w16){_mm256_shuffle_epi8(x.a, order), _mm256_shuffle_epi8(x.b, order)};
 }
 /* Bytes 16 q + 4 r + i of the four rows side by side in lane 4 q + i of out[r]. */

@@ -15,6 +15,8 @@ typedef __m512i w16;
 static inline v16 v_set1(float a) { return _mm512_set1_ps(a); }
 static inline v16 v_load(const float *p) { return _mm512_loadu_ps(p); }
 static inline void v_store(float *p, v16 x) { _mm512_storeu_ps(p, x); }
+/* Four floats, four times. */
+static inline v16 v_four(const float *p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
 static inline v16 v_add(v16 x, v16 y) { return _mm512_add_ps(x, y); }
 static inline v16 v_sub(v16 x, v16 y) { return _mm512_sub_ps(x, y); }
 static inline v16 v_mul(v16 x, v16 y) { return _mm512_mul_ps(x, y); }
@@ -62,6 +64,12 @@ HIRE_UNROLL
     *high = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd));
 }
 static inline float v_most(v16 x) { return _mm512_reduce_max_ps(x); }
+/* The largest of each four lanes, in all of them. */
+static inline v16 v_most_of_four(v16 x)
+{
+    x = _mm512_max_ps(x, _mm512_permute_ps(x, 0xb1));
+    return _mm512_max_ps(x, _mm512_permute_ps(x, 0x4e));
+}
 static inline int v_finite(v16 x)
 {
     return _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(__builtin_inff()), _CMP_LT_OQ) ==
@@ -142,6 +150,13 @@ static inline v16 v_lookup(v16 table, w16 place) { return _mm512_permutexvar_ps(
 static inline w16 w_by_byte(w16 x)
 {
     const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_shuffle_epi8(x, _mm512_broadcast_i32x4(order));
+}
+/* Byte 16 q + 4 r + i in lane 4 q + i. */
+static inline w16 w_bytes(w16 x, const int r)
+{
+    const __m128i byte = _mm_add_epi32(_mm_setr_epi32(0, 1, 2, 3), _mm_set1_epi32(4 * r));
+    const __m128i order = _mm_or_si128(byte, _mm_set1_epi32((int)0xffffff00));
     return _mm512_shuffle_epi8(x, _mm512_broadcast_i32x4(order));
 }
 /* Bytes 16 q + 4 r + i of the four rows side by side in lane 4 q + i of out[r]. */

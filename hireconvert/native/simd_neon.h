@@ -40,6 +40,12 @@ static inline v16 v_load(const float *p)
 {
     return (v16){q_float(p), q_float(p + 4), q_float(p + 8), q_float(p + 12)};
 }
+/* Four floats, four times. */
+static inline v16 v_four(const float *p)
+{
+    const float32x4_t x = q_float(p);
+    return (v16){x, x, x, x};
+}
 static inline void v_store(float *p, v16 x)
 {
     vst1q_f32(p, x.a);
@@ -117,6 +123,9 @@ static inline float v_most(v16 x)
 {
     return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.a, x.b), vmaxq_f32(x.c, x.d)));
 }
+static inline float32x4_t q_most(float32x4_t x) { return vdupq_n_f32(vmaxvq_f32(x)); }
+/* The largest of each four lanes, in all of them. */
+static inline v16 v_most_of_four(v16 x) { return HIRE_EACH(v16, q_most, x); }
 static inline uint32x4_t q_finite(float32x4_t x)
 {
     return vcltq_f32(vabsq_f32(x), vdupq_n_f32(INFINITY));
@@ -260,6 +269,20 @@ static inline int32x4_t q_by_byte(int32x4_t x)
 }
 /* Of each four lanes the lowest bytes side by side, then the next bytes, to the highest. */
 static inline w16 w_by_byte(w16 x) { return HIRE_EACH(w16, q_by_byte, x); }
+/* Byte 16 q + 4 r + i in lane 4 q + i. */
+static inline int32x4_t q_bytes(int32x4_t x, uint8x16_t order)
+{
+    return vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(x), order));
+}
+static inline w16 w_bytes(w16 x, const int r)
+{
+    static const int32_t lane[4] = {0, 1, 2, 3}; /* bytes from 16 on become zeros */
+    const int32x4_t byte = vaddq_s32(vld1q_s32(lane), vdupq_n_s32(4 * r));
+    const uint8x16_t order =
+        vreinterpretq_u8_s32(vorrq_s32(byte, vdupq_n_s32((int32_t)0xffffff00)));
+    return (w16){q_bytes(x.a, order), q_bytes(x.b, order), q_bytes(x.c, order),
+                 q_bytes(x.d, order)};
+}
 /* Of one quarter of four rows, the vectors r as w_interleave has them. */
 static inline int32x4_t q_mix(int32x4_t x, int32x4_t y, int32x4_t z, int32x4_t w, const int r)
 {

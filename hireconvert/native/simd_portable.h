@@ -19,6 +19,8 @@ typedef struct {
 
 static inline v16 v_set1(float a) { v16 r; HIRE_LOOP r.l[l] = a; return r; }
 static inline v16 v_load(const float *p) { v16 r; memcpy(&r, p, sizeof r); return r; }
+/* Four floats, four times. */
+static inline v16 v_four(const float *p) { v16 r; HIRE_LOOP r.l[l] = p[l % 4]; return r; }
 static inline void v_store(float *p, v16 a) { memcpy(p, &a, sizeof a); }
 static inline v16 v_add(v16 a, v16 b) { HIRE_LOOP a.l[l] += b.l[l]; return a; }
 static inline v16 v_sub(v16 a, v16 b) { HIRE_LOOP a.l[l] -= b.l[l]; return a; }
@@ -73,6 +75,18 @@ static inline float v_most(v16 a)
 {
     for (int l = 1; l < 16; l++) a.l[0] = a.l[l] > a.l[0] ? a.l[l] : a.l[0];
     return a.l[0];
+}
+
+/* The largest of each four lanes, in all of them. */
+static inline v16 v_most_of_four(v16 a)
+{
+    v16 r;
+    for (int q = 0; q < 16; q += 4) {
+        float most = a.l[q];
+        for (int l = q + 1; l < q + 4; l++) most = a.l[l] > most ? a.l[l] : most;
+        for (int l = q; l < q + 4; l++) r.l[l] = most;
+    }
+    return r;
 }
 
 static inline int v_finite(v16 a)
@@ -221,6 +235,13 @@ static inline w16 w_by_byte(w16 a)
     HIRE_LOOP for (int k = 0; k < 4; k++)
         r.l[l / 4 * 4 + k] |= (a.l[l] >> 8 * k & 255) << 8 * (l % 4);
     return r;
+}
+/* Byte 16 q + 4 r + i in lane 4 q + i. */
+static inline w16 w_bytes(w16 x, int r)
+{
+    w16 y;
+    HIRE_LOOP y.l[l] = x.l[l / 4 * 4 + r] >> 8 * (l % 4) & 255;
+    return y;
 }
 /* Bytes 16 q + 4 r + i of the four rows side by side in lane 4 q + i of out[r]. */
 static inline void w_interleave(const w16 *row, w16 *out)
