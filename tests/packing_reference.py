@@ -322,9 +322,7 @@ def _first_rows(low_M: _Low, parts: int, block: int) -> tuple[torch.Tensor, torc
     code = _whole(code_MGB, 8).unflatten(2, (words, 2, 4))
     word_MGW4 = code[:, :, :, 0] | code[:, :, :, 1] << LOW_BITS
     codes, scales = [], []
-    for word, scale in zip(
-        word_MGW4.split(lanes, 1), low_M.scale_MG.split(lanes, 1), strict=True
-    ):
+    for word, scale in zip(word_MGW4.split(lanes, 1), low_M.scale_MG.split(lanes, 1), strict=True):
         each = min(lanes // word.shape[1], words)  # lanes to a block
         word = _whole(word.transpose(2, 3), each).unflatten(3, (-1, each))  # [M, G, 4, depth, each]
         word = word.permute(0, 3, 2, 1, 4).flatten(3)

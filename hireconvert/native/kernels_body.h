@@ -94,13 +94,13 @@ enum { DIGITS = 3 };
 #define HIRE_LARGEST 8355000.0f
 #define HIRE_SMALLEST 1e-30f /* whose inverse times HIRE_LARGEST is still a float */
 
-/* Digits below these are left out where weights have 16 bits and resolve 4e-3 or 5e-4 themselves: of
- * estimates and values of the rest what is below 2e-5 of the largest in a block; of refinements, which
- * are a sixteenth of a step of the copies and less, what is below 4e-3. */
+/* Digits below these are left out where weights have 16 bits and resolve 4e-3 or 5e-4 themselves. Of
+ * estimates and values of the rest that is what is below 2e-5 of the largest in a block. Refinements
+ * are some hundredths of the weights: of theirs bfloat16 needs no more than one digit. */
 INLINE int lowest_digit(const hire_layer *layer) { return layer->weight_type != HIRE_FLOAT32; }
 INLINE int lowest_low_digit(const hire_layer *layer)
 {
-    return layer->weight_type != HIRE_FLOAT32 ? DIGITS - 1 : 0;
+    return layer->weight_type == HIRE_BFLOAT16 ? 2 : lowest_digit(layer);
 }
 
 /* What a digit counts. */
@@ -196,8 +196,8 @@ static void split_inputs(const hire_layer *layer, hire_run *run)
 }
 
 /* Digits, scale and middle of a group of vectors for refined rows, all of which have been zeros. */
-INLINE void end_group(const hire_layer *layer, hire_run *run, int64_t group, int64_t from,
-                      int64_t to, const int lowest)
+static void end_group(const hire_layer *layer, hire_run *run, int64_t group, int64_t from,
+                      int64_t to, int lowest)
 {
     const float unit = digit_unit(lowest - lowest_digit(layer));
     w16 sum[DIGITS];
@@ -221,7 +221,7 @@ INLINE void end_group(const hire_layer *layer, hire_run *run, int64_t group, int
 }
 
 /* The inputs' digits once more, for refined rows, each at the lanes of its block. */
-INLINE void spread_inputs(const hire_layer *layer, hire_run *run, const int lowest)
+static void spread_inputs(const hire_layer *layer, hire_run *run, int lowest)
 {
     const hire_low_rows *low = &run->low;
     const int64_t padded = (layer->block + 31) / 32 * 32, digits = DIGITS - lowest;
@@ -257,9 +257,7 @@ static void start(const hire_layer *layer, const void *x, int type, hire_run *ru
     }
     for (int64_t j = width; j < layer->stride; j++) run->x[j] = 0.0f;
     if (layer->num_candidates < layer->num_neurons || layer->low != NULL) split_inputs(layer, run);
-    if (layer->low != NULL)
-        lowest_low_digit(layer) ? spread_inputs(layer, run, DIGITS - 1)
-                                : spread_inputs(layer, run, 0);
+    if (layer->low != NULL) spread_inputs(layer, run, lowest_low_digit(layer));
     if (layer->rest != NULL)
         for (int64_t j = 0; j < layer->stride; j += 16)
             run->rest_scale_of[j / 16] =
