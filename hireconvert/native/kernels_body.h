@@ -196,8 +196,8 @@ static void split_inputs(const hire_layer *layer, hire_run *run)
 }
 
 /* Digits, scale and middle of a group of vectors for refined rows, all of which have been zeros. */
-static void end_group(const hire_layer *layer, hire_run *run, int64_t group, int64_t from,
-                      int64_t to, int lowest)
+INLINE void end_group(const hire_layer *layer, hire_run *run, int64_t group, int64_t from,
+                      int64_t to, const int lowest)
 {
     const float unit = digit_unit(lowest - lowest_digit(layer));
     w16 sum[DIGITS];
@@ -221,7 +221,7 @@ static void end_group(const hire_layer *layer, hire_run *run, int64_t group, int
 }
 
 /* The inputs' digits once more, for refined rows, each at the lanes of its block. */
-static void spread_inputs(const hire_layer *layer, hire_run *run, int lowest)
+INLINE void spread_from(const hire_layer *layer, hire_run *run, const int lowest)
 {
     const hire_low_rows *low = &run->low;
     const int64_t padded = (layer->block + 31) / 32 * 32, digits = DIGITS - lowest;
@@ -243,6 +243,15 @@ static void spread_inputs(const hire_layer *layer, hire_run *run, int lowest)
         end_group(layer, run, low->full, low->full * low->words, low->vectors, lowest);
 }
 
+static void spread_inputs(const hire_layer *layer, hire_run *run)
+{
+    switch (lowest_low_digit(layer)) {
+    case 0: spread_from(layer, run, 0); break;
+    case 1: spread_from(layer, run, 1); break;
+    default: spread_from(layer, run, 2); break;
+    }
+}
+
 static void start(const hire_layer *layer, const void *x, int type, hire_run *run)
 {
     const int64_t width = layer->width, whole = width / 16 * 16;
@@ -257,7 +266,7 @@ static void start(const hire_layer *layer, const void *x, int type, hire_run *ru
     }
     for (int64_t j = width; j < layer->stride; j++) run->x[j] = 0.0f;
     if (layer->num_candidates < layer->num_neurons || layer->low != NULL) split_inputs(layer, run);
-    if (layer->low != NULL) spread_inputs(layer, run, lowest_low_digit(layer));
+    if (layer->low != NULL) spread_inputs(layer, run);
     if (layer->rest != NULL)
         for (int64_t j = 0; j < layer->stride; j += 16)
             run->rest_scale_of[j / 16] =

@@ -93,8 +93,8 @@ static inline w16 w_load1(const uint8_t *p)
 {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
 }
-/* The codes that start `shift` bits up in every lane, less the middle code. Up to 4 bits a permutation of a table is the
- * conversion: it looks at 4 bits of each lane only. */
+/* The codes that start `shift` bits up in every lane, less the middle code. Up to 3 bits a permutation
+ * of a table is the conversion: it looks at 4 bits of each lane only. */
 static inline v16 v_code(w16 x, int shift, int bits)
 {
     const __m512i moved = shift ? _mm512_srli_epi32(x, (unsigned)shift) : x;
@@ -106,10 +106,6 @@ static inline v16 v_code(w16 x, int shift, int bits)
         return _mm512_permutexvar_ps(
             moved, _mm512_setr_ps(-3.5f, -2.5f, -1.5f, -0.5f, 0.5f, 1.5f, 2.5f, 3.5f, -3.5f, -2.5f,
                                   -1.5f, -0.5f, 0.5f, 1.5f, 2.5f, 3.5f));
-    if (bits == 4)
-        return _mm512_permutexvar_ps(
-            moved, _mm512_setr_ps(-7.5f, -6.5f, -5.5f, -4.5f, -3.5f, -2.5f, -1.5f, -0.5f, 0.5f,
-                                  1.5f, 2.5f, 3.5f, 4.5f, 5.5f, 6.5f, 7.5f));
     const __m512 code =
         _mm512_cvtepi32_ps(_mm512_and_epi32(moved, _mm512_set1_epi32((1 << bits) - 1)));
     return _mm512_sub_ps(code, _mm512_set1_ps((float)((1 << bits) - 1) / 2));
