@@ -67,19 +67,19 @@ static inline float v_sum(v16 x)
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
 /* Of two vectors, in each quarter: lanes 0 + 2 of x and of y, then lanes 1 + 3. */
-static inline __m256 v_pairs(__m256 x, __m256 y)
+static inline __m256 half_pairs(__m256 x, __m256 y)
 {
     return _mm256_add_ps(_mm256_unpacklo_ps(x, y), _mm256_unpackhi_ps(x, y));
 }
 /* Of four vectors: the sums of their quarters side by side. */
-static inline __m256 v_quarters(__m256 x, __m256 y, __m256 z, __m256 w)
+static inline __m256 half_quarters(__m256 x, __m256 y, __m256 z, __m256 w)
 {
-    const __m256d a = _mm256_castps_pd(v_pairs(x, y)), b = _mm256_castps_pd(v_pairs(z, w));
+    const __m256d a = _mm256_castps_pd(half_pairs(x, y)), b = _mm256_castps_pd(half_pairs(z, w));
     return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)),
                          _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
 }
 /* Of eight vectors: the sums of both their quarters. */
-static inline __m256 v_eight(__m256 x, __m256 y)
+static inline __m256 half_eight(__m256 x, __m256 y)
 {
     return _mm256_add_ps(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31));
 }
@@ -90,11 +90,11 @@ static inline void v_halves(const v16 *x, v16 *low, v16 *high)
 HIRE_UNROLL
     for (int i = 0; i < 4; i++) {
         const v16 *four = x + 4 * i;
-        a[i] = v_quarters(four[0].a, four[1].a, four[2].a, four[3].a);
-        b[i] = v_quarters(four[0].b, four[1].b, four[2].b, four[3].b);
+        a[i] = half_quarters(four[0].a, four[1].a, four[2].a, four[3].a);
+        b[i] = half_quarters(four[0].b, four[1].b, four[2].b, four[3].b);
     }
-    *low = (v16){v_eight(a[0], a[1]), v_eight(a[2], a[3])};
-    *high = (v16){v_eight(b[0], b[1]), v_eight(b[2], b[3])};
+    *low = (v16){half_eight(a[0], a[1]), half_eight(a[2], a[3])};
+    *high = (v16){half_eight(b[0], b[1]), half_eight(b[2], b[3])};
 }
 static inline float v_most(v16 x)
 {
@@ -103,13 +103,13 @@ static inline float v_most(v16 x)
     four = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
 }
-static inline __m256 v_most_half(__m256 x)
+static inline __m256 half_most(__m256 x)
 {
     x = _mm256_max_ps(x, _mm256_permute_ps(x, 0xb1));
     return _mm256_max_ps(x, _mm256_permute_ps(x, 0x4e));
 }
 /* The largest of each four lanes, in all of them. */
-static inline v16 v_most_of_four(v16 x) { return (v16){v_most_half(x.a), v_most_half(x.b)}; }
+static inline v16 v_most_of_four(v16 x) { return (v16){half_most(x.a), half_most(x.b)}; }
 static inline int v_finite(v16 x)
 {
     const __m256 most = _mm256_set1_ps(__builtin_inff());
@@ -243,12 +243,12 @@ static inline w16 w_bytes(w16 x, const int r)
     return (w16){_mm256_shuffle_epi8(x.a, order), _mm256_shuffle_epi8(x.b, order)};
 }
 /* Bytes 16 q + 4 r + i of the four rows side by side in lane 4 q + i of out[r]. */
-static inline w16 w_mix_low(w16 x, w16 y) { return HIRE_WHOLE(_mm256_unpacklo_epi8, x, y); }
-static inline w16 w_mix_high(w16 x, w16 y) { return HIRE_WHOLE(_mm256_unpackhi_epi8, x, y); }
 static inline void w_interleave(const w16 *row, w16 *out)
 {
-    const w16 a = w_mix_low(row[0], row[1]), b = w_mix_high(row[0], row[1]);
-    const w16 c = w_mix_low(row[2], row[3]), d = w_mix_high(row[2], row[3]);
+    const w16 a = HIRE_WHOLE(_mm256_unpacklo_epi8, row[0], row[1]);
+    const w16 b = HIRE_WHOLE(_mm256_unpackhi_epi8, row[0], row[1]);
+    const w16 c = HIRE_WHOLE(_mm256_unpacklo_epi8, row[2], row[3]);
+    const w16 d = HIRE_WHOLE(_mm256_unpackhi_epi8, row[2], row[3]);
     out[0] = HIRE_WHOLE(_mm256_unpacklo_epi16, a, c);
     out[1] = HIRE_WHOLE(_mm256_unpackhi_epi16, a, c);
     out[2] = HIRE_WHOLE(_mm256_unpacklo_epi16, b, d);
