@@ -64,6 +64,8 @@ def _declared(library: Any, path: Path) -> Any:
     if library.hire_abi() != ABI:
         raise ImportError(f"{path.name} has ABI {library.hire_abi()}, expected {ABI}")
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    library.hire_low_bytes.argtypes = [size] * 4
+    library.hire_low_bytes.restype = size
     library.hire_scratch_bytes.argtypes = [pointer, size]
     library.hire_scratch_bytes.restype = size
     library.hire_scratch_places.argtypes = [pointer, pointer]
@@ -179,22 +181,27 @@ class FfnLayer:
         Output bits depend neither on the number of threads nor on the other rows. Raises
         ValueError when x is not [N, D] of the weights' type.
         """
-        if x_ND.dim() != 2 or x_ND.shape[1] != self._width or x_ND.dtype != self.dtype:
-            raise ValueError(f"native: x is {x_ND.dtype} {list(x_ND.shape)}, width {self._width}")
-        x_ND, num_rows = x_ND.contiguous(), x_ND.shape[0]
-        y_ND, finite_N = torch.empty_like(x_ND), torch.empty(num_rows, dtype=torch.bool)
+        shape = x_ND.shape
+        if len(shape) != 2 or shape[1] != self._width or x_ND.dtype != self.dtype:
+            raise ValueError(f"native: x is {x_ND.dtype} {list(shape)}, width {self._width}")
+        x_ND, num_rows = x_ND.contiguous(), shape[0]
+        y_ND = torch.empty_like(x_ND)
+        # Behind the scratch memory one byte a row, whether it was finite: seldom is one not.
+        size = self._scratch_bytes[min(num_rows, ROWS_TOGETHER)]
+        memory = scratch(size + num_rows)
+        start = memory.data_ptr()
         bad = LIBRARY.hire_ffn(
             self._address,
             x_ND.data_ptr(),
             y_ND.data_ptr(),
-            finite_N.data_ptr(),
+            start + size,
             None if counts is None else counts.data_ptr(),
-            scratch(self._scratch_bytes[min(num_rows, ROWS_TOGETHER)]).data_ptr(),
+            start,
             num_rows,
             torch.get_num_threads(),
             self._level,
         )
-        return y_ND, (finite_N if bad else None)
+        return y_ND, (memory[size : size + num_rows].bool() if bad else None)
 
     def last(self) -> dict[str, torch.Tensor]:
         """What the first row of this thread's last call left in the scratch memory; for tests.

@@ -305,29 +305,28 @@ class _Layer:
         self.held.append(tensor)
         return tensor.data_ptr()
 
-    def _refined(self) -> dict[str, Any]:
+    def _refined(self, library: Any) -> dict[str, Any]:
         """The shape of refined rows; none where blocks are cut through."""
         numbers, packing, given = self.numbers, self.packing, self.given
         if (numbers["bits"], numbers.get("rest_bits")) != (LOW_BITS, LOW_BITS):
             raise ValueError("native: refined rows without 4-bit copies")
-        width, stride = numbers["width"], numbers["stride"]
+        width = numbers["width"]
         if numbers["block"] % LANES and numbers["block"] < width:
             return {}
-        size = 0
         for copy, prefix in ((packing.first, ""), (packing.down, "down_")):
             blocks = -(-width // copy.block)
             copy.low = self._address(given.halves(f"{prefix}low_scale", copy.rows, blocks))
-            codes = _lane_bytes(stride, LOW_BITS) if prefix else self.parts * stride // 2
-            size += codes + 2 * blocks * (1 if prefix else self.parts)
-        packing.low_bytes = size
-        return {"low": (torch.uint8, (numbers["num_neurons"], size))}
+        packing.low_bytes = library.hire_low_bytes(
+            width, self.parts, packing.first.block, packing.down.block
+        )
+        return {"low": (torch.uint8, (numbers["num_neurons"], packing.low_bytes))}
 
     def refined(self, library: Any, level: int) -> dict[str, torch.Tensor] | None:
         """Packed with the weights as codes beyond those of the copies; None where they are not.
 
         They are not where blocks are cut through, or weights were trained or merged since.
         """
-        low = self._refined()
+        low = self._refined(library)
         if not low:
             return None
         small = {**self.small, "low_bias": torch.zeros_like(self.small["bias"])}

@@ -82,6 +82,11 @@ def _filled(codes: torch.Tensor, unit: int) -> torch.Tensor:
     return torch.cat([codes, codes.new_zeros(*codes.shape[:-2], missing, codes.shape[-1])], dim=-2)
 
 
+def _whole(rows: torch.Tensor, unit: int) -> torch.Tensor:
+    """Zeros behind the last dimension, up to whole units."""
+    return torch.nn.functional.pad(rows, (0, -rows.shape[-1] % unit))
+
+
 def _octets(halves: torch.Tensor) -> torch.Tensor:
     return halves.to(torch.float16).contiguous().view(torch.uint8)
 
@@ -283,8 +288,9 @@ def _refined(
     pairs = ((value_MD, first_MD), (low_F.value_MD, down_FD))
     if not all(_is_rounded(value, weight, dtype) for value, weight in pairs):
         return None
-    rows = [*low_M.words(numbers["stride"]).chunk(parts), low_F.rows(numbers["stride"])]
-    low = torch.cat(rows, dim=1).contiguous()
+    codes, scales = zip(_first_rows(low_M, parts, block), low_F.lines(), strict=True)
+    low = torch.cat([*codes, *scales], dim=1)
+    low = _whole(low, 64).contiguous()
     numbers["low_bytes"] = low.shape[1]
     bias_M = value_MD.double() @ given.floats("mean", width).double()
     bias_M -= given.floats("bias", parts * neurons)
@@ -302,15 +308,28 @@ class _Low:
     scale_MG: torch.Tensor
     value_MD: torch.Tensor
 
-    def words(self, stride: int) -> torch.Tensor:
-        """uint8 [M, bytes]: words of 8 codes (byte i those of i and 4 + i), then scales."""
-        code = _padded(self.code_MD, stride).unflatten(1, (-1, 2, 4))
-        packed = (code[:, :, 0] | code[:, :, 1] << LOW_BITS).flatten(1)
-        return torch.cat([packed, _octets(self.scale_MG)], dim=1)
+    def lines(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 [M, bytes] of codes in lines of 128 outputs (native/low_rows.h), and of scales."""
+        code = _whole(self.code_MD, 128).unflatten(1, (-1, 2, 4, 4, 4))  # halves, r, q, i
+        packed = (code[:, :, 0] | code[:, :, 1] << LOW_BITS).transpose(2, 3)
+        return packed.flatten(1), _octets(self.scale_MG)
 
-    def rows(self, stride: int) -> torch.Tensor:
-        """uint8 [M, bytes]: codes with 16 neighbours side by side, then scales."""
-        return _rest_rows(self.code_MD, [self.scale_MG], LOW_BITS, stride)
+
+def _first_rows(low_M: _Low, parts: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gate and up as native/low_rows.h has them: uint8 [F, bytes] of codes, and of scales."""
+    lanes, words = 16 // parts, -(-block // 8)
+    code_MGB = torch.stack([_whole(each, block) for each in low_M.code_MD.split(block, 1)], 1)
+    code = _whole(code_MGB, 8).unflatten(2, (words, 2, 4))
+    word_MGW4 = code[:, :, :, 0] | code[:, :, :, 1] << LOW_BITS
+    codes, scales = [], []
+    for word, scale in zip(word_MGW4.split(lanes, 1), low_M.scale_MG.split(lanes, 1), strict=True):
+        each = min(lanes // word.shape[1], words)  # lanes to a block
+        word = _whole(word.transpose(2, 3), each).unflatten(3, (-1, each))  # [M, G, 4, depth, each]
+        word = word.permute(0, 3, 2, 1, 4).flatten(3)
+        codes.append(torch.cat(_whole(word, lanes).chunk(parts), 3).transpose(2, 3).flatten(1))
+        scale = scale if 2 * scale.shape[1] <= lanes else _whole(scale, lanes)
+        scales.append(_octets(torch.cat(scale.chunk(parts), 1)))
+    return torch.cat(codes, 1), torch.cat(scales, 1)
 
 
 def _low(

@@ -80,14 +80,20 @@ int64_t hire_cut_scratch(const hire_layer *layer, char *scratch, hire_run *run)
     const int64_t lanes = HIRE_LANES, padded = whole(layer->num_neurons, lanes);
     const int64_t parts = layer->gated ? 2 : 1, blocks = layer->width / layer->block + 1;
     const int64_t block = whole(layer->block, 32);
-    const int64_t words = layer->low == NULL ? 0 : whole(layer->stride / 8, lanes);
-    int64_t rest_blocks = 0;
+    int64_t rest_blocks = 0, groups = 0;
     if (layer->rest != NULL) rest_blocks = whole(layer->width / layer->rest_block + 1, lanes);
+    memset(&run->low, 0, sizeof run->low);
+    if (layer->low != NULL) {
+        run->low = hire_low_rows_of(layer->width, parts, layer->block, layer->rest_block);
+        groups = run->low.full + 1;
+    }
     run->partial_stride = layer->stride + lanes * rest_blocks;
     const int64_t sizes[] = {layer->stride, block, blocks * block, 4 * blocks, blocks, blocks,
-                             6 * words, words, words, words, parts * padded, padded, padded,
+                             6 * lanes * run->low.vectors, lanes * groups, lanes * groups,
+                             lanes, parts * padded, padded, padded,
                              padded, padded, padded + 1, padded + 1, padded,
-                             layer->stride / lanes, HIRE_SEGMENTS * run->partial_stride};
+                             layer->stride / lanes, HIRE_SEGMENTS * run->partial_stride,
+                             HIRE_SEGMENTS};
     void *places[sizeof sizes / sizeof *sizes];
     int64_t total = 0;
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
@@ -101,9 +107,9 @@ int64_t hire_cut_scratch(const hire_layer *layer, char *scratch, hire_run *run)
     run->u_scale = places[4];
     run->u_sum = places[5];
     run->x_digits = places[6];
-    run->x_first = places[7];
-    run->x_place = places[8];
-    run->x_scale = places[9];
+    run->x_scale = places[7];
+    run->x_middle = places[8];
+    run->x_place = places[9];
     run->z = places[10];
     run->score = places[11];
     run->value = places[12];
@@ -114,7 +120,13 @@ int64_t hire_cut_scratch(const hire_layer *layer, char *scratch, hire_run *run)
     run->spare = places[17];
     run->rest_scale_of = places[18];
     run->partial = places[19];
+    run->together = places[20];
     return total;
+}
+
+int64_t hire_low_bytes(int64_t width, int64_t parts, int64_t block, int64_t down_block)
+{
+    return hire_low_rows_of(width, parts, block, down_block).bytes;
 }
 
 int64_t hire_scratch_bytes(const hire_layer *layer, int64_t num_rows)
@@ -217,13 +229,42 @@ static void sum_kept(const hire_layer *layer, const hire_kernels *kernels, hire_
         for (int64_t i = begin; i < end; i++) run->value[run->index[i]] = run->h[i];
 }
 
-static void sum_segment(const hire_layer *layer, const hire_kernels *kernels,
-                        hire_run *const *rows, int64_t num_rows, int64_t s)
+/* Where the neurons of piece s begin. */
+static int64_t cut_neurons(const hire_layer *layer, int64_t s)
 {
-    const int64_t all = layer->num_neurons, unit = layer->rest_bits == 4 ? HIRE_LANES : 4;
-    const int64_t from = cut(all, unit, s), to = cut(all, unit, s + 1);
-    for (int64_t i = 0; i < num_rows; i++) sum_kept(layer, kernels, rows[i], s, from, to);
-    if (layer->rest != NULL) kernels->rest(layer, rows, num_rows, s, from, to);
+    return cut(layer->num_neurons, layer->rest_bits == 4 ? HIRE_LANES : 4, s);
+}
+
+/* Adds up pieces [begin, end), a thread's own, as far as pairs lie among them. */
+static void add_pieces(const hire_layer *layer, const hire_kernels *kernels, const hire_run *run,
+                       int64_t begin, int64_t end)
+{
+    for (int64_t s = begin; s < end; s++) run->together[s] = 1;
+    for (int64_t num = 1; num < HIRE_SEGMENTS; num *= 2)
+        for (int64_t s = (begin + 2 * num - 1) / (2 * num) * 2 * num; s + 2 * num <= end;
+             s += 2 * num) {
+            kernels->add(run->partial + s * run->partial_stride,
+                         run->partial + (s + num) * run->partial_stride, layer->stride);
+            run->together[s] = (int32_t)(2 * num);
+        }
+}
+
+/* What pieces add up: the kept first, rows that lie apart, and then the rest, which is one stream. A
+ * thread goes twice over the same pieces. */
+static void sum_segments(const hire_layer *layer, const hire_kernels *kernels,
+                         hire_run *const *rows, int64_t num_rows)
+{
+    const int64_t begin = team_cut(HIRE_SEGMENTS, 1, 0), end = team_cut(HIRE_SEGMENTS, 1, 1);
+    for (int64_t s = begin; s < end; s++)
+        for (int64_t i = 0; i < num_rows; i++)
+            sum_kept(layer, kernels, rows[i], s, cut_neurons(layer, s),
+                     cut_neurons(layer, s + 1));
+    if (layer->rest != NULL)
+        for (int64_t s = begin; s < end; s++)
+            kernels->rest(layer, rows, num_rows, s, cut_neurons(layer, s),
+                          cut_neurons(layer, s + 1));
+    for (int64_t i = 0; i < num_rows; i++) add_pieces(layer, kernels, rows[i], begin, end);
+    team_barrier();
 }
 
 /* Weights are the outer loop and rows the inner one, wherever rows read the same weights. */
@@ -251,7 +292,7 @@ void hire_rows_of_team(const hire_layer *layer, const hire_kernels *kernels, hir
         num = sound_rows(runs, num_rows, 1, rows);
         TEAM_FOR(i, num, 1) choose_kept(layer, kernels, rows[i]);
     }
-    TEAM_FOR(s, HIRE_SEGMENTS, 1) sum_segment(layer, kernels, rows, num, s);
+    sum_segments(layer, kernels, rows, num);
 }
 
 /* Up to HIRE_ROWS rows, of row_bytes each; what became of them is in their `bad`. */

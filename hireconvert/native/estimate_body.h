@@ -1,6 +1,6 @@
 /* Estimates of gate and up for all neurons, in tiles of sixteen; part of kernels_body.h. */
 
-enum { PREFETCH = 4096 }; /* bytes ahead in a tile's codes */
+enum { PREFETCH = 8192 }; /* bytes ahead in a tile's codes */
 
 /* Codes come in units: one word a lane of 4-bit or 2-bit codes, three words of 3-bit ones (two of
  * their low bits, one of their high bits). A quad is four neighbouring inputs, a byte each. Units of
@@ -24,7 +24,7 @@ INLINE w16 quad_codes(const w16 *word, const int quad, const int bits, const int
 /* Adds a unit of `parts` matrices, one behind the other: the sums over a block of code times each
  * digit of u, which is read once for both. */
 INLINE void add_unit(const uint8_t *codes, const int8_t *digits, const int bits, const int normal,
-                     const int parts, w16 (*sum)[DIGITS])
+                     const int parts, const int lowest, w16 (*sum)[DIGITS])
 {
     w16 word[2][3];
 HIRE_UNROLL
@@ -41,7 +41,7 @@ HIRE_UNROLL
         for (int part = 0; part < parts; part++)
             code[part] = quad_codes(word[part], quad, bits, normal);
 HIRE_UNROLL
-        for (int d = 0; d < DIGITS; d++)
+        for (int d = lowest; d < DIGITS; d++)
 HIRE_UNROLL
             for (int part = 0; part < parts; part++)
                 sum[part][d] = w_dot(sum[part][d], code[part], digits + 16 * quad + 4 * d);
@@ -55,7 +55,8 @@ INLINE v16 middle_value(v16 scale, const void *offset, const int bits)
 }
 
 INLINE void estimate_tile(const hire_layer *layer, const hire_run *run, int64_t tile,
-                          const int bits, const int gated, v16 *gate_z, v16 *up_z)
+                          const int bits, const int gated, const int lowest, v16 *gate_z,
+                          v16 *up_z)
 {
     const int64_t padded = (layer->num_neurons + 15) / 16 * 16, width = layer->width;
     const int64_t block = layer->block, digit_bytes = (block + 31) / 32 * 32 * 4;
@@ -68,18 +69,20 @@ INLINE void estimate_tile(const hire_layer *layer, const hire_run *run, int64_t 
         const int64_t units = (n + unit_codes(bits) - 1) / unit_codes(bits);
         w16 sum[2][DIGITS]; /* of gate and up, or of up */
 HIRE_UNROLL
-        for (int d = 0; d < DIGITS; d++) sum[0][d] = sum[1][d] = w_set1(run->u_first[4 * b + d]);
+        for (int d = lowest; d < DIGITS; d++)
+            sum[0][d] = sum[1][d] = w_set1(run->u_first[4 * b + d]);
         for (int64_t i = 0; i < units; i++, p += (1 + gated) * unit_bytes(bits))
-            add_unit(p, digits + i * 4 * unit_codes(bits), bits, 0, 1 + gated, sum);
+            add_unit(p, digits + i * 4 * unit_codes(bits), bits, 0, 1 + gated,
+                     lowest, sum);
         const v16 total = v_set1(run->u_sum[b]), scale = v_set1(run->u_scale[b]);
         const uint8_t *offsets = p + 32 * (1 + gated);
         const v16 up_scale = v_load_f16(p + 32 * gated);
-        up = v_fma(up_scale, v_mul(from_digits(sum[gated]), scale), up);
+        up = v_fma(up_scale, v_mul(from_digits(sum[gated], lowest), scale), up);
         if (!layer->symmetric)
             up = v_fma(middle_value(up_scale, offsets + 32 * gated, bits), total, up);
         if (gated) {
             const v16 gate_scale = v_load_f16(p);
-            gate = v_fma(gate_scale, v_mul(from_digits(sum[0]), scale), gate);
+            gate = v_fma(gate_scale, v_mul(from_digits(sum[0], lowest), scale), gate);
             if (!layer->symmetric)
                 gate = v_fma(middle_value(gate_scale, offsets, bits), total, gate);
         }
@@ -97,7 +100,7 @@ INLINE v16 scale_codes(const uint8_t *scales)
 
 /* The same where levels are normal: a line of scales comes before the codes of its blocks. */
 INLINE void normal_tile(const hire_layer *layer, const hire_run *run, int64_t tile,
-                        const int gated, v16 *gate_z, v16 *up_z)
+                        const int gated, const int lowest, v16 *gate_z, v16 *up_z)
 {
     const int64_t padded = (layer->num_neurons + 15) / 16 * 16, width = layer->width;
     const int64_t block = layer->block, digit_bytes = (block + 31) / 32 * 32 * 4;
@@ -114,14 +117,15 @@ INLINE void normal_tile(const hire_layer *layer, const hire_run *run, int64_t ti
         const int64_t left = width - b * block, n = left < block ? left : block;
         w16 sum[2][DIGITS];
 HIRE_UNROLL
-        for (int d = 0; d < DIGITS; d++) sum[0][d] = sum[1][d] = w_set1(run->u_first[4 * b + d]);
+        for (int d = lowest; d < DIGITS; d++)
+            sum[0][d] = sum[1][d] = w_set1(run->u_first[4 * b + d]);
         for (int64_t i = 0; i < n; i += unit_codes(4), p += (1 + gated) * unit_bytes(4))
-            add_unit(p, digits + 4 * i, 4, 1, 1 + gated, sum);
+            add_unit(p, digits + 4 * i, 4, 1, 1 + gated, lowest, sum);
         const v16 scale = v_set1(run->u_scale[b]);
         const v16 up_scale = scale_codes(scales + HIRE_LANES * gated);
-        up = v_fma(up_scale, v_mul(from_digits(sum[gated]), scale), up);
+        up = v_fma(up_scale, v_mul(from_digits(sum[gated], lowest), scale), up);
         if (gated)
-            gate = v_fma(scale_codes(scales), v_mul(from_digits(sum[0]), scale), gate);
+            gate = v_fma(scale_codes(scales), v_mul(from_digits(sum[0], lowest), scale), gate);
     }
     const float *unit = layer->unit + tile * 16, *bias = layer->bias + tile * 16;
     *gate_z = v_fma(gate, v_load(unit), v_load(bias));
@@ -183,31 +187,38 @@ INLINE int finish_tile(const hire_layer *layer, hire_run *run, int64_t tile, con
 }
 
 INLINE int estimate_as(const hire_layer *layer, hire_run *run, int64_t from, int64_t to,
-                       const int bits, const int normal, const int gated)
+                       const int bits, const int normal, const int gated, const int lowest)
 {
     int finite = 1;
     for (int64_t tile = from; tile < to; tile++) {
         v16 gate, up;
         if (normal)
-            normal_tile(layer, run, tile, gated, &gate, &up);
+            normal_tile(layer, run, tile, gated, lowest, &gate, &up);
         else
-            estimate_tile(layer, run, tile, bits, gated, &gate, &up);
+            estimate_tile(layer, run, tile, bits, gated, lowest, &gate, &up);
         finite &= finish_tile(layer, run, tile, gated, gate, up);
     }
     return finite;
 }
 
-static int estimate(const hire_layer *layer, hire_run *run, int64_t from, int64_t to)
+INLINE int estimate_from(const hire_layer *layer, hire_run *run, int64_t from, int64_t to,
+                         const int lowest)
 {
     if (layer->normal)
-        return layer->gated ? estimate_as(layer, run, from, to, 4, 1, 1)
-                            : estimate_as(layer, run, from, to, 4, 1, 0);
+        return layer->gated ? estimate_as(layer, run, from, to, 4, 1, 1, lowest)
+                            : estimate_as(layer, run, from, to, 4, 1, 0, lowest);
     switch (layer->bits * 2 + (layer->gated != 0)) {
-    case 4: return estimate_as(layer, run, from, to, 2, 0, 0);
-    case 5: return estimate_as(layer, run, from, to, 2, 0, 1);
-    case 6: return estimate_as(layer, run, from, to, 3, 0, 0);
-    case 7: return estimate_as(layer, run, from, to, 3, 0, 1);
-    case 8: return estimate_as(layer, run, from, to, 4, 0, 0);
-    default: return estimate_as(layer, run, from, to, 4, 0, 1);
+    case 4: return estimate_as(layer, run, from, to, 2, 0, 0, lowest);
+    case 5: return estimate_as(layer, run, from, to, 2, 0, 1, lowest);
+    case 6: return estimate_as(layer, run, from, to, 3, 0, 0, lowest);
+    case 7: return estimate_as(layer, run, from, to, 3, 0, 1, lowest);
+    case 8: return estimate_as(layer, run, from, to, 4, 0, 0, lowest);
+    default: return estimate_as(layer, run, from, to, 4, 0, 1, lowest);
     }
+}
+
+static int estimate(const hire_layer *layer, hire_run *run, int64_t from, int64_t to)
+{
+    return lowest_digit(layer) ? estimate_from(layer, run, from, to, 1)
+                               : estimate_from(layer, run, from, to, 0);
 }

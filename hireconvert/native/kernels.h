@@ -6,12 +6,15 @@
 #ifndef HIRE_KERNELS_H
 #define HIRE_KERNELS_H
 
+#include "low_rows.h"
+
 #include <stdint.h>
 
 #define HIRE_ABI 3
 #define HIRE_LANES 16
-/* Rows of weights are cut into this many pieces whatever the number of threads, and the sums of the
- * pieces are added in order: the output's bits do not depend on how many threads there are. */
+/* Rows of weights are cut into this many pieces, a power of two, whatever the number of threads, and
+ * sums of pieces are added by pairs, pairs of pairs and so on: the output's bits do not depend on how
+ * many threads there are, and a thread adds most of its own before another reads them. */
 #define HIRE_SEGMENTS 32
 /* Rows of x that go over the weights together: each weight is read from memory once for all of
  * them. More would only be more scratch memory; where they come in, weights lie in the cache. */
@@ -95,12 +98,13 @@ typedef struct {
     float *u;        /* [Bp]: a block of the predictor's input; Bp is a block in whole 32s */
     int8_t *u_digits; /* [G, Bp / 4, 4, 4]: digits (the fourth is 0) of four inputs at a time */
     int32_t *u_first; /* [G, 4]: sums over a block's codes begin with these digits */
-    float *u_scale;  /* [G]: of the digits of a block */
+    float *u_scale;  /* [G]: of a block's digits, in units of the lowest that counts */
     float *u_sum;    /* [G]: sums of u over blocks */
-    int8_t *x_digits; /* for refined rows, in words of 8 inputs [W / 16, 2, 3, 16, 4]: digits of */
-    int32_t *x_first; /* four inputs of each word; [W]: what its sum of codes begins with, */
-    int32_t *x_place; /* [W]: its block, counted from that of the first of the sixteen words, */
-    float *x_scale;   /* [W]: and the scale of its digits */
+    hire_low_rows low; /* how refined rows lie; for each vector of theirs */
+    int8_t *x_digits;  /* [vectors, 2, digits, 16, 4]: digits of four inputs of each word, */
+    float *x_scale;    /* [groups, 16]: the digits' scale, */
+    float *x_middle;   /* [groups, 16]: what the codes' middle takes off, */
+    int32_t *x_place;  /* [16]: and of the last group, which scale a lane has */
     float *z;        /* [parts, Fp] estimates */
     float *score;    /* [Fp] estimated */
     float *value;    /* [Fp] hidden values of the rest: estimates, exact where computed; of the
@@ -113,6 +117,7 @@ typedef struct {
     int32_t *rest_scale_of; /* [stride / 16]: block of each vector of outputs */
     float *partial;  /* [HIRE_SEGMENTS, partial_stride]: sums of outputs, then a row's scales */
     int64_t partial_stride;
+    int32_t *together; /* [HIRE_SEGMENTS]: how many pieces the sum at the first of them is of */
     int *bad;        /* [2], zeros before: estimates, exact values met NaN or inf */
 } hire_run;
 
@@ -127,6 +132,7 @@ typedef struct {
      * 4 bits `from` starts a tile. */
     void (*rest)(const hire_layer *, hire_run *const *, int64_t num_rows, int64_t s, int64_t from,
                  int64_t to);
+    void (*add)(float *to, const float *from, int64_t num);
     /* As hire_top_k. */
     void (*top_k)(const float *score, int64_t n, int64_t k, int32_t *out, int32_t *spare);
     void (*finish)(const hire_layer *, hire_run *, void *y, int type);
@@ -163,6 +169,8 @@ enum hire_threads { HIRE_OPENMP = 0, HIRE_OWN_THREADS = 1, HIRE_ONE_THREAD = 2 }
 HIRE_API int hire_threads(void);
 /* The highest level that this machine runs and that is at most `wanted`. */
 HIRE_API int hire_level_at_most(int wanted);
+/* Bytes of a refined row. */
+HIRE_API int64_t hire_low_bytes(int64_t width, int64_t parts, int64_t block, int64_t down_block);
 /* Bytes of scratch memory that `hire_ffn` needs for the layer and so many rows. */
 HIRE_API int64_t hire_scratch_bytes(const hire_layer *layer, int64_t num_rows);
 /* Where in the scratch memory z, score, index and chosen of a call's first row lie, for tests. */

@@ -25,8 +25,8 @@
 #endif
 
 const hire_kernels hire_kernels_avx2 = {
-    start, estimate, exact, kept, rest, top_k, finish};
+    start, estimate, exact, kept, rest, add_to, top_k, finish};
 const hire_step_kernels hire_step_avx2 = {
-    split_rows, matrix, norm, rotate, store_at, attend, sum_segments, activate_all, add_to,
+    split_rows, matrix, norm, rotate, store_at, attend, sum_pieces, activate_all, add_to,
     all_finite};
 #endif

@@ -90,13 +90,21 @@ static NOINLINE v16 activate(v16 x, int activation)
 
 /* Numbers that share a scale become whole numbers of 24 bits, written in base 256 with digits from
  * -128 to 127: sums of codes times digits are exact, and the scale comes in once at their end. */
-enum { DIGITS = 3, BATCH = 16 /* neurons */ };
+enum { DIGITS = 3 };
 #define HIRE_LARGEST 8355000.0f
 #define HIRE_SMALLEST 1e-30f /* whose inverse times HIRE_LARGEST is still a float */
 
-/* Of output rows and refinements, digits below this one are left out: they are beyond what weights
- * of 16 bits resolve. */
+/* Digits below these are left out where weights have 16 bits and resolve 4e-3 or 5e-4 themselves. Of
+ * estimates and values of the rest that is what is below 2e-5 of the largest in a block. Refinements
+ * are some hundredths of the weights: of theirs bfloat16 needs no more than one digit. */
 INLINE int lowest_digit(const hire_layer *layer) { return layer->weight_type != HIRE_FLOAT32; }
+INLINE int lowest_low_digit(const hire_layer *layer)
+{
+    return layer->weight_type == HIRE_BFLOAT16 ? 2 : lowest_digit(layer);
+}
+
+/* What a digit counts. */
+INLINE float digit_unit(const int digit) { return (float)(1 << 8 * digit); }
 
 /* One digit to a byte, the lowest first; the fourth byte is 0. For |x| of at most HIRE_LARGEST. */
 INLINE w16 digits_of(w16 x)
@@ -105,10 +113,14 @@ INLINE w16 digits_of(w16 x)
     return w_xor(w_add(x, middle), middle);
 }
 
-INLINE v16 from_digits(const w16 *sum)
+/* Sums over digits from the `lowest` on, in units of it. */
+INLINE v16 from_digits(const w16 *sum, const int lowest)
 {
-    const v16 low = v_fma(v_from_w(sum[1]), v_set1(256.0f), v_from_w(sum[0]));
-    return v_fma(v_from_w(sum[2]), v_set1(65536.0f), low);
+    v16 total = v_from_w(sum[lowest]);
+HIRE_UNROLL
+    for (int d = lowest + 1; d < DIGITS; d++)
+        total = v_fma(v_from_w(sum[d]), v_set1(digit_unit(d - lowest)), total);
+    return total;
 }
 
 /* The sum of the lanes. */
@@ -163,6 +175,7 @@ static void split_block(const float *u, int64_t n, int8_t *digits, float *scale,
 static void split_inputs(const hire_layer *layer, hire_run *run)
 {
     const int64_t width = layer->width, padded = (layer->block + 31) / 32 * 32;
+    const int lowest = lowest_digit(layer);
     for (int64_t begin = 0, b = 0; begin < width; begin += layer->block, b++) {
         const int64_t end = begin + layer->block < width ? begin + layer->block : width;
         int32_t sums[4];
@@ -170,38 +183,72 @@ static void split_inputs(const hire_layer *layer, hire_run *run)
             v_store(run->u + j, centred(layer, run->x, begin + j, end));
         split_block(run->u, padded, run->u_digits + 4 * padded * b, &run->u_scale[b], sums);
         const int64_t total = sums[0] + 256 * (int64_t)sums[1] + 65536 * (int64_t)sums[2];
-        const int64_t first = layer->normal ? -HIRE_LEVEL_BIAS * total
-                                            : (total * (1 - (1 << layer->bits)) - 1) / 2;
+        const int64_t counted = lowest ? (total - sums[0]) / 256 : total;
+        const int64_t first = layer->normal ? -HIRE_LEVEL_BIAS * counted
+                                            : (counted * (1 - (1 << layer->bits)) - 1) / 2;
         run->u_sum[b] = (float)total * run->u_scale[b];
-        run->u_first[4 * b] = (int32_t)(first & 255);
-        run->u_first[4 * b + 1] = (int32_t)(first >> 8 & 255);
-        run->u_first[4 * b + 2] = (int32_t)(first >> 16);
+        for (int d = lowest; d < DIGITS; d++) {
+            const int64_t above = first >> 8 * (d - lowest);
+            run->u_first[4 * b + d] = (int32_t)(d + 1 < DIGITS ? above & 255 : above);
+        }
+        run->u_scale[b] *= digit_unit(lowest);
     }
 }
 
-/* The inputs' digits once more, for refined rows: those of sixteen words of eight inputs side by
- * side. With weights of 16 bits the lowest digit is not used: sums then count in units of 256. */
+/* Digits, scale and middle of a group of vectors for refined rows, all of which have been zeros. */
+INLINE void end_group(const hire_layer *layer, hire_run *run, int64_t group, int64_t from,
+                      int64_t to, const int lowest)
+{
+    const float unit = digit_unit(lowest - lowest_digit(layer));
+    w16 sum[DIGITS];
+    float scale[16];
+    for (int d = lowest; d < DIGITS; d++) sum[d] = w_set1(0);
+    for (int64_t i = 2 * from; i < 2 * to; i++)
+        for (int d = lowest; d < DIGITS; d++)
+            sum[d] = w_dot_each(sum[d], w_set1(0x01010101),
+                                run->x_digits + 64 * ((DIGITS - lowest) * i + d - lowest));
+    for (int64_t l = 0; l < 16; l++) {
+        const int64_t part = l / run->low.lanes, at = l % run->low.lanes;
+        const int64_t left = group < run->low.full ? run->low.lanes : run->low.left;
+        const int64_t each = group < run->low.full ? 1 : run->low.each;
+        const int64_t own = at / each < left ? at / each : left - 1;
+        scale[l] = run->u_scale[group * run->low.lanes + own] * unit;
+        if (group == run->low.full) run->x_place[l] = (int32_t)(part * left + own);
+    }
+    const v16 middle = v_mul(from_digits(sum, lowest), v_set1(-HIRE_LOW_MIDDLE));
+    v_store(run->x_scale + 16 * group, v_load(scale));
+    v_store(run->x_middle + 16 * group, v_mul(middle, v_load(scale)));
+}
+
+/* The inputs' digits once more, for refined rows, each at the lanes of its block. */
+INLINE void spread_from(const hire_layer *layer, hire_run *run, const int lowest)
+{
+    const hire_low_rows *low = &run->low;
+    const int64_t padded = (layer->block + 31) / 32 * 32, digits = DIGITS - lowest;
+    memset(run->x_digits, 0, (size_t)(64 * 2 * digits * low->vectors));
+    for (int64_t begin = 0, b = 0; begin < layer->width; begin += layer->block, b++) {
+        const int8_t *own = run->u_digits + 4 * padded * b;
+        for (int64_t word = 0; word < low->words; word++, own += 32) {
+            int8_t *to = run->x_digits + 64 * 2 * digits * hire_low_vector(low, b, word);
+            for (int64_t lane = hire_low_lane(low, 0, b, word); lane < 16; lane += low->lanes)
+                for (int64_t half = 0; half < 2; half++)
+                    for (int64_t d = 0; d < digits; d++)
+                        memcpy(to + 64 * (digits * half + d) + 4 * lane,
+                               own + 16 * half + 4 * (lowest + d), 4);
+        }
+    }
+    for (int64_t group = 0; group < low->full; group++)
+        end_group(layer, run, group, group * low->words, (group + 1) * low->words, lowest);
+    if (low->left > 0)
+        end_group(layer, run, low->full, low->full * low->words, low->vectors, lowest);
+}
+
 static void spread_inputs(const hire_layer *layer, hire_run *run)
 {
-    const int64_t block = layer->block, padded = (block + 31) / 32 * 32;
-    const int64_t words = (layer->stride + 127) / 128 * 16;
-    const int lowest = lowest_digit(layer);
-    for (int64_t w = 0; w < words; w++) {
-        const int64_t input = 8 * w, b = input / block;
-        int8_t *to = run->x_digits + w / 16 * (64 * 2 * DIGITS) + w % 16 * 4;
-        int8_t own[2][4][4] = {0};
-        int32_t sum = 0;
-        if (input < layer->width)
-            memcpy(own, run->u_digits + 4 * (padded * b + input - b * block), sizeof own);
-        for (int h = 0; h < 2; h++)
-            for (int d = 0; d < DIGITS; d++) {
-                memcpy(to + 64 * (DIGITS * h + d), own[h][d], 4);
-                if (d < lowest) continue;
-                for (int i = 0; i < 4; i++) sum += own[h][d][i] * (1 << 8 * (d - lowest));
-            }
-        run->x_first[w] = -15 * sum / 2; /* the middle code stands for zero */
-        run->x_scale[w] = input < layer->width ? run->u_scale[b] * (lowest ? 256.0f : 1.0f) : 0.0f;
-        run->x_place[w] = input < layer->width ? (int32_t)(b - w / 16 * 128 / block) : 0;
+    switch (lowest_low_digit(layer)) {
+    case 0: spread_from(layer, run, 0); break;
+    case 1: spread_from(layer, run, 1); break;
+    default: spread_from(layer, run, 2); break;
     }
 }
 
@@ -414,17 +461,17 @@ static int exact(const hire_layer *layer, hire_run *run, int64_t from, int64_t t
 /* Of refined rows only what the copies left: the rest runs through all neurons. */
 static void kept(const hire_layer *layer, hire_run *run, int64_t from, int64_t to, float *partial)
 {
-    int32_t index[BATCH];
-    float h[BATCH];
-    for (int64_t at = from; at < to; at += BATCH) {
-        const int64_t num = to - at < BATCH ? to - at : BATCH;
+    int32_t index[LOW_BATCH];
+    float h[LOW_BATCH];
+    for (int64_t at = from; at < to; at += LOW_BATCH) {
+        const int64_t num = to - at < LOW_BATCH ? to - at : LOW_BATCH;
         for (int64_t i = 0; i < num; i++) {
             const int32_t place = run->chosen[at + i];
             index[i] = run->index[place];
             h[i] = run->h[place];
         }
         if (layer->low != NULL)
-            low_outputs(layer, run, index, h, num, partial);
+            low_outputs(layer, run, index, h, num, layer->num_candidates, partial);
         else
             outputs(layer, index, h, num, partial);
     }
@@ -444,17 +491,41 @@ static void store_as(void *to, const float *from, int64_t num, int type)
         }
 }
 
+static void add_to(float *to, const float *from, int64_t num)
+{
+    int64_t j = 0;
+    for (; j + 16 <= num; j += 16) v_store(to + j, v_add(v_load(to + j), v_load(from + j)));
+    for (; j < num; j++) to[j] += from[j];
+}
+
+/* Sixteen outputs: what is left to add of the pieces, by pairs. */
+INLINE v16 all_pieces(const hire_run *run, int64_t at)
+{
+    v16 sum[HIRE_SEGMENTS];
+    int64_t pieces[HIRE_SEGMENTS], num = 0;
+    for (int64_t s = 0; s < HIRE_SEGMENTS; s += run->together[s]) {
+        sum[num] = v_load(run->partial + s * run->partial_stride + at);
+        pieces[num++] = run->together[s];
+        for (; num > 1 && pieces[num - 1] == pieces[num - 2]; num--) {
+            sum[num - 2] = v_add(sum[num - 2], sum[num - 1]);
+            pieces[num - 2] *= 2;
+        }
+    }
+    return sum[0];
+}
+
+/* Columns [from, to), whole vectors, of a row's output. */
+static void sum_pieces(const hire_layer *layer, const hire_run *run, int64_t from, int64_t to,
+                       float *out)
+{
+    for (int64_t j = from; j < to; j += 16) v_store(out + j, all_pieces(run, j));
+    if (layer->down_bias != NULL)
+        for (int64_t j = from; j < to && j < layer->width; j++) out[j] += layer->down_bias[j];
+}
+
 static void finish(const hire_layer *layer, hire_run *run, void *y, int type)
 {
-    const int64_t width = layer->width;
     float *out = run->x; /* no longer needed, and as long */
-    for (int64_t j = 0; j < layer->stride; j += 16) {
-        v16 sum = v_load(run->partial + j);
-        for (int64_t s = 1; s < HIRE_SEGMENTS; s++)
-            sum = v_add(sum, v_load(run->partial + s * run->partial_stride + j));
-        v_store(out + j, sum);
-    }
-    if (layer->down_bias != NULL)
-        for (int64_t j = 0; j < width; j++) out[j] += layer->down_bias[j];
-    store_as(y, out, width, type);
+    sum_pieces(layer, run, 0, layer->stride, out);
+    store_as(y, out, layer->width, type);
 }

@@ -305,6 +305,33 @@ static double product(const float *a, const float *b, int64_t n)
     return sum;
 }
 
+/* The codes and scales of gate or up in their row (low_rows.h). */
+static void put_low_words(const hire_low_rows *rows, const pack_run *run, const uint16_t *scale,
+                          int64_t part, int64_t width, int64_t block, uint8_t *out)
+{
+    for (int64_t begin = 0, b = 0; begin < width; begin += block, b++) {
+        memcpy(out + hire_low_scale(rows, part, b), scale + b, sizeof *scale);
+        for (int64_t word = 0; word < rows->words && begin + 8 * word < width; word++) {
+            const int64_t vector = hire_low_vector(rows, b, word);
+            put(out + 64 * vector + 4 * hire_low_lane(rows, part, b, word),
+                quads(run->low + begin + 8 * word, 2, 0, 4));
+        }
+    }
+}
+
+/* Those of down. */
+static void put_low_lines(const hire_low_rows *rows, const pack_run *run, const uint16_t *scale,
+                          int64_t width, int64_t blocks, uint8_t *out)
+{
+    for (int64_t k = 0; k < width; k++) {
+        const int64_t vector = k % 128 / 16, lane = k % 16;
+        uint8_t *line = out + rows->down + 64 * (k / 128);
+        line[16 * (lane / 4) + 4 * (vector % 4) + lane % 4] |=
+            (uint8_t)(run->low[k] << (vector < 4 ? 0 : 4));
+    }
+    memcpy(out + rows->down_scales, scale, (size_t)blocks * sizeof *scale);
+}
+
 /* What the copies left of a part of n neurons, whose codes run->codes holds. */
 static int put_low(const hire_packing *packing, const pack_run *run, int64_t part, int64_t from,
                    int64_t first, int64_t n)
@@ -312,23 +339,24 @@ static int put_low(const hire_packing *packing, const pack_run *run, int64_t par
     const int64_t stride = packing->stride, width = packing->width, is_down = part == packing->parts;
     const hire_copy *copy = is_down ? &packing->down : &packing->first;
     const int64_t blocks = blocks_of(copy, width);
-    const int64_t size = stride / 2 + 2 * blocks_of(&packing->first, width);
+    const hire_low_rows rows = hire_low_rows_of(width, packing->parts, packing->first.block,
+                                                packing->down.block);
     for (int64_t k = 0; k < n; k++) {
         const int64_t row = is_down ? first + k : part * packing->num_neurons + first + k;
         const char *raw = raw_row(packing, run, packing->dense + part, from, first - from + k);
-        uint8_t *out = packing->low + (first + k) * packing->low_bytes + part * size;
+        const uint16_t *scale = copy->low + row * blocks;
+        uint8_t *out = packing->low + (first + k) * packing->low_bytes;
         widen(raw, packing->weight_type, width, run->weight);
         const uint32_t largest = refine(packing, copy, run, is_down ? run->ones : packing->factor,
                                         run->codes + k * stride, row);
         if (!is_rounded(packing, run, largest)) return 0;
+        if (part == 0) memset(out, 0, (size_t)packing->low_bytes);
         if (is_down) {
-            out = put_lanes(out, run->low, stride, 4);
+            put_low_lines(&rows, run, scale, width, blocks, out);
         } else {
             packing->low_sum[row] = product(run->value, packing->mean, width);
-            for (int64_t word = 0; word < stride; word += 8, out += 4)
-                put(out, quads(run->low + word, 2, 0, 4));
+            put_low_words(&rows, run, scale, part, width, copy->block, out);
         }
-        put_scales(out, copy->low, row, blocks);
     }
     return 1;
 }

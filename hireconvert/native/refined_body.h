@@ -1,102 +1,224 @@
 /* Refined rows: candidates' weights as their low-bit copies and 4 bits more; part of kernels_body.h.
  *
- * A neuron's row of `low` holds what the copies left, for gate, up and down in turn: codes around
- * zero and a scale for each block. The copies' own products come from the estimates and, for
- * outputs, from the rest, which runs through all neurons. low_bias is what the estimates' bias lacks.
- *
- * Gate and up run in whole numbers: a word is eight neighbouring inputs, byte i its inputs i (low
- * half) and 4 + i (high half), and every word has its own scale and place among the digits. */
+ * A neuron's row of `low` (low_rows.h) holds what the copies left, codes around zero and a scale for
+ * each block. The copies' own products come from the estimates and, for outputs, from the rest, which
+ * runs through all neurons. low_bias is what the estimates' bias lacks. Everything runs in whole
+ * numbers; with bfloat16 weights inputs and hidden values have one digit here. */
 
-/* Adds 128 inputs, from word 16 i on, of one row. */
-INLINE v16 add_low(const uint8_t *row, const uint8_t *scales, const hire_run *run, int64_t i,
-                   v16 total, const int lowest)
+enum {
+    LOW_BATCH = 32, /* candidates whose output rows go together */
+    LOW_QUADS = LOW_BATCH / 4,
+    /* Rows lie apart: what reads them asks for whole ones as far ahead, and for so many more while
+     * output rows are added up. */
+    ROWS_AHEAD = 3,
+    ROWS_MORE = 8
+};
+
+/* Adds a vector of words to the sums over digits. */
+INLINE void add_words(const uint8_t *words, const int8_t *digits, const int lowest, w16 *sum)
 {
-    const w16 word = w_load4(row + 64 * i), mask = w_set1(0x0f0f0f0f);
+    const w16 word = w_load4(words), mask = w_set1(0x0f0f0f0f);
     const w16 half[2] = {w_and(word, mask), w_and(w_right(word, 4), mask)};
-    const int8_t *digits = run->x_digits + 64 * 2 * DIGITS * i;
-    w16 sum[DIGITS] = {w_set1(0), w_set1(0), w_set1(0)};
 HIRE_UNROLL
     for (int h = 0; h < 2; h++)
 HIRE_UNROLL
         for (int d = lowest; d < DIGITS; d++)
-            sum[d] = w_dot_each(sum[d], half[h], digits + 64 * (DIGITS * h + d));
-    const w16 first = w_load4((const uint8_t *)(run->x_first + 16 * i));
-    const w16 place = w_load4((const uint8_t *)(run->x_place + 16 * i));
-    const v16 whole = v_from_w(w_add(from_lowest(sum, lowest), first));
-    const v16 scale = v_mul(v_lookup(v_load_f16(scales), place), v_load(run->x_scale + 16 * i));
-    return v_fma(whole, scale, total);
+            sum[d] = w_dot_each(sum[d], half[h],
+                                digits + 64 * ((DIGITS - lowest) * h + d - lowest));
 }
 
-/* Products of the predictor's input with what the copies left of one row of gate and of up. */
-INLINE void low_dots(const hire_layer *layer, const hire_run *run, const uint8_t *gate,
-                     const uint8_t *up, const int gated, const int lowest, float *gate_dot,
-                     float *up_dot)
+/* Adds a group of vectors, whose lanes are blocks with these scales. */
+INLINE v16 add_group(const hire_run *run, int64_t group, const uint8_t *words, int64_t from,
+                     int64_t num, v16 scale, const int lowest, v16 total)
 {
-    const int64_t vectors = (layer->stride + 127) / 128, codes = layer->stride / 2;
-    v16 a = v_set1(0.0f), b = a;
-    for (int64_t i = 0; i < vectors; i++) {
-        const int64_t scales = codes + 2 * (128 * i / layer->block);
-        a = add_low(gate, gate + scales, run, i, a, lowest);
-        if (gated) b = add_low(up, up + scales, run, i, b, lowest);
-    }
-    *gate_dot = v_sum(a);
-    if (gated) *up_dot = v_sum(b);
+    const int8_t *digits = run->x_digits + 64 * 2 * (DIGITS - lowest) * from;
+    w16 sum[DIGITS];
+    for (int d = lowest; d < DIGITS; d++) sum[d] = w_set1(0);
+    for (int64_t i = 0; i < num; i++)
+        add_words(words + 64 * (from + i), digits + 64 * 2 * (DIGITS - lowest) * i, lowest, sum);
+    const v16 whole = from_digits(sum, lowest);
+    const v16 value = v_fma(whole, v_load(run->x_scale + 16 * group),
+                            v_load(run->x_middle + 16 * group));
+    return v_fma(value, scale, total);
 }
 
-/* Bytes of gate, or of up, in a row of `low`. */
-INLINE int64_t low_part(const hire_layer *layer)
+/* Products of the predictor's input with what the copies left of a row, by lane: to be added up over
+ * those of gate and over those of up. */
+INLINE v16 low_products(const hire_run *run, const uint8_t *row, const int lowest)
 {
-    return layer->stride / 2 + 2 * ((layer->width + layer->block - 1) / layer->block);
+    const hire_low_rows *low = &run->low;
+    const uint8_t *scales = row + low->scales;
+    v16 total = v_set1(0.0f);
+    for (int64_t group = 0; group < low->full; group++)
+        total = add_group(run, group, row, group * low->words, low->words,
+                          v_load_f16(scales + 32 * group), lowest, total);
+    if (low->left == 0) return total;
+    v16 scale = v_load_f16(scales + 32 * low->full);
+    if (hire_low_short(low)) scale = v_lookup(scale, w_load4((const uint8_t *)run->x_place));
+    return add_group(run, low->full, row, low->full * low->words, low->depth, scale, lowest, total);
 }
 
-enum { ROWS_AHEAD = 3 };
-
-INLINE void ask_for(const uint8_t *row, int64_t bytes)
+/* Asks for the row of the candidate at this place, if there is one. A line after the other, so that
+ * the memory takes them for a stream. */
+INLINE void ask_for(const hire_layer *layer, const hire_run *run, int64_t place)
 {
-    for (int64_t at = 0; at < bytes; at += 64) prefetch_far(row + at);
+    if (place >= layer->num_candidates) return;
+    const uint8_t *row = layer->low + run->index[place] * layer->low_bytes;
+    for (int64_t at = 0; at < layer->low_bytes; at += 64) prefetch(row + at);
 }
 
 /* Hidden values and scores of up to 16 candidates. */
 INLINE int refined_group(const hire_layer *layer, hire_run *run, int64_t at, int64_t num,
-                         int64_t last, const int gated, const int lowest)
+                         const int lowest)
 {
-    const int64_t padded = (layer->num_neurons + 15) / 16 * 16, part = low_part(layer);
+    const int64_t padded = (layer->num_neurons + 15) / 16 * 16;
+    const int gated = layer->gated != 0;
     float gate[16] = {0}, up[16] = {0}, norm[16] = {0};
+    v16 product[16], lower, upper;
     for (int64_t i = 0; i < num; i++) {
         const int64_t neuron = run->index[at + i];
-        const int64_t ahead = at + i + ROWS_AHEAD < last ? at + i + ROWS_AHEAD : last;
-        const uint8_t *row = layer->low + neuron * layer->low_bytes;
-        ask_for(layer->low + run->index[ahead] * layer->low_bytes, layer->low_bytes);
-        low_dots(layer, run, row, row + part, gated, lowest, &gate[i], &up[i]);
-        gate[i] += run->z[neuron] + layer->low_bias[neuron];
-        if (gated) up[i] += run->z[padded + neuron] + layer->low_bias[padded + neuron];
+        ask_for(layer, run, at + i + ROWS_AHEAD);
+        product[i] = low_products(run, layer->low + neuron * layer->low_bytes, lowest);
+        gate[i] = run->z[neuron] + layer->low_bias[neuron];
+        if (gated) up[i] = run->z[padded + neuron] + layer->low_bias[padded + neuron];
         norm[i] = layer->norm[neuron];
     }
+    for (int64_t i = num; i < 16; i++) product[i] = v_set1(0.0f);
+    v_halves(product, &lower, &upper);
+    if (!gated) lower = v_add(lower, upper);
+    v_store(gate, v_add(v_load(gate), lower));
+    v_store(up, v_add(v_load(up), upper));
     return finish_group(layer, run, at, num, gate, up, norm);
 }
 
-/* What the copies left of output rows; their own rows are the rest's. */
-static void low_outputs(const hire_layer *layer, hire_run *run, const int32_t *index,
-                        const float *h, int64_t num, float *partial)
+/* ------------------------------------------------------------------ output rows */
+
+/* What the codes of four rows each are multiplied with in sixteen blocks: digits of values times
+ * scales, which share a scale in a block; and what the codes' middle takes off. */
+typedef struct {
+    int32_t digits[LOW_QUADS][DIGITS][16];
+    float scale[16];
+    float middle[16];
+} low_table;
+
+INLINE void fill_low_table(const uint8_t *const *row, const float *h, int64_t num, int64_t quads,
+                           int64_t scales, const int lowest, low_table *table)
 {
-    const int64_t down = (1 + (layer->gated != 0)) * low_part(layer);
-    const uint8_t *row[BATCH];
-    for (int64_t i = 0; i < num; i++) row[i] = layer->low + index[i] * layer->low_bytes + down;
-    int64_t done = 0;
-    for (; done + 4 <= num; done += 4)
-        rest_rows(layer, run, row + done, h + done, 4, 4, 1, partial);
-    for (; done < num; done++) rest_rows(layer, run, row + done, h + done, 1, 4, 1, partial);
+    const int one = lowest == DIGITS - 1; /* digit alone: rounded as such */
+    const v16 levels = v_set1(one ? 127.0f : HIRE_LARGEST);
+    v16 factor[LOW_BATCH], most = v_set1(HIRE_SMALLEST);
+    w16 total = w_set1(0);
+    for (int64_t i = 0; i < num; i++) {
+        factor[i] = v_mul(v_set1(h[i]), v_load_f16(row[i] + scales));
+        most = v_max(v_abs(factor[i]), most);
+    }
+    for (int64_t i = num; i < 4 * quads; i++) factor[i] = v_set1(0.0f);
+    const v16 inverse = v_div(levels, most), unit = v_div(most, levels);
+    for (int64_t quad = 0; quad < quads; quad++) {
+        w16 four[DIGITS];
+        for (int d = lowest; d < DIGITS; d++) four[d] = w_set1(0);
+HIRE_UNROLL
+        for (int i = 0; i < 4; i++) {
+            const w16 whole = w_round(v_mul(factor[4 * quad + i], inverse));
+            const w16 digits = one ? whole : digits_of(whole);
+            total = w_add(total, whole);
+            for (int d = lowest; d < DIGITS; d++) {
+                const w16 own = w_and(w_right(digits, one ? 0 : 8 * d), w_set1(255));
+                four[d] = w_or(four[d], w_left(own, 8 * i));
+            }
+        }
+        for (int d = lowest; d < DIGITS; d++) w_store(table->digits[quad][d], four[d]);
+    }
+    v_store(table->scale, one ? unit : v_mul(unit, v_set1(digit_unit(lowest))));
+    v_store(table->middle, v_mul(v_mul(v_from_w(total), unit), v_set1(-HIRE_LOW_MIDDLE)));
 }
 
+/* Adds all rows to up to eight vectors of outputs, whose blocks are given. */
+INLINE void add_low_line(const uint8_t *const *row, int64_t quads, int64_t line,
+                         const low_table *table, const int32_t *block, float *partial,
+                         int64_t vectors, const int lowest)
+{
+    const w16 mask = w_set1(0x0f0f0f0f);
+    w16 sum[8][DIGITS];
+HIRE_UNROLL
+    for (int v = 0; v < 8; v++)
+HIRE_UNROLL
+        for (int d = lowest; d < DIGITS; d++) sum[v][d] = w_set1(0);
+    for (int64_t quad = 0; quad < quads; quad++) {
+        const uint8_t *const *four = row + 4 * quad;
+        const w16 word[4] = {w_load4(four[0] + line), w_load4(four[1] + line),
+                             w_load4(four[2] + line), w_load4(four[3] + line)};
+        w16 mixed[4];
+        w_interleave(word, mixed);
+HIRE_UNROLL
+        for (int v = 0; v < 8; v++) {
+            const w16 code = w_and(v < 4 ? mixed[v] : w_right(mixed[v - 4], 4), mask);
+HIRE_UNROLL
+            for (int d = lowest; d < DIGITS; d++)
+                sum[v][d] = w_dot(sum[v][d], code,
+                                  (const int8_t *)&table->digits[quad][d][block[v]]);
+        }
+    }
+HIRE_UNROLL
+    for (int v = 0; v < 8; v++) {
+        if (v >= vectors) break;
+        const v16 value = v_add(v_load(partial + 16 * v), v_set1(table->middle[block[v]]));
+        v_store(partial + 16 * v,
+                v_fma(from_digits(sum[v], lowest), v_set1(table->scale[block[v]]), value));
+    }
+}
+
+/* What the copies left of up to LOW_BATCH output rows; their own rows are the rest's. Rows of the
+ * candidates from place `next` on are asked for meanwhile. */
+INLINE void add_low_rows(const hire_layer *layer, const hire_run *run, const uint8_t *const *row,
+                         const float *h, int64_t num, int64_t next, float *partial,
+                         const int lowest)
+{
+    const int64_t quads = (num + 3) / 4, vectors = layer->stride / 16, block = layer->rest_block;
+    const int64_t blocks = (layer->width + block - 1) / block, most = next + ROWS_MORE;
+    _Alignas(64) low_table table;
+    for (int64_t first = 0; first < blocks; first += 16) {
+        const int64_t begin = first * block / 16;
+        const int64_t end = first + 16 < blocks ? (first + 16) * block / 16 : vectors;
+        fill_low_table(row, h, num, quads, run->low.down_scales + 2 * first, lowest, &table);
+        for (int64_t at = begin; at < end; at += 8) {
+            int32_t own[8];
+            if (next < most) ask_for(layer, run, next++);
+            for (int v = 0; v < 8; v++)
+                own[v] = at + v < end ? run->rest_scale_of[at + v] - (int32_t)first : 0;
+            add_low_line(row, quads, run->low.down + 8 * at, &table, own, partial + 16 * at,
+                         end - at, lowest);
+        }
+    }
+}
+
+static void low_outputs(const hire_layer *layer, hire_run *run, const int32_t *index,
+                        const float *h, int64_t num, int64_t next, float *partial)
+{
+    const uint8_t *row[LOW_BATCH];
+    if (num == 0) return;
+    for (int64_t i = 0; i < LOW_BATCH; i++)
+        row[i] = layer->low + index[i < num ? i : 0] * layer->low_bytes;
+    switch (lowest_low_digit(layer)) {
+    case 0: add_low_rows(layer, run, row, h, num, next, partial, 0); break;
+    case 1: add_low_rows(layer, run, row, h, num, next, partial, 1); break;
+    default: add_low_rows(layer, run, row, h, num, next, partial, 2); break;
+    }
+}
+
+/* ------------------------------------------------------------------ candidates */
+
 INLINE int exact_low(const hire_layer *layer, hire_run *run, int64_t from, int64_t to,
-                     float *partial, const int gated, const int lowest)
+                     float *partial, const int lowest)
 {
     int finite = 1;
-    for (int64_t at = from; at < to; at += BATCH) {
-        const int64_t num = to - at < BATCH ? to - at : BATCH;
-        finite &= refined_group(layer, run, at, num, to - 1, gated, lowest);
+    for (int64_t at = from; at < to; at += LOW_BATCH) {
+        const int64_t num = to - at < LOW_BATCH ? to - at : LOW_BATCH;
+        for (int64_t i = 0; i < num; i += 16)
+            finite &= refined_group(layer, run, at + i, num - i < 16 ? num - i : 16, lowest);
         if (partial != NULL)
-            low_outputs(layer, run, run->index + at, run->h + at, num, partial);
+            low_outputs(layer, run, run->index + at, run->h + at, num, at + num + ROWS_AHEAD,
+                        partial);
     }
     return finite;
 }
@@ -104,10 +226,9 @@ INLINE int exact_low(const hire_layer *layer, hire_run *run, int64_t from, int64
 static int exact_refined(const hire_layer *layer, hire_run *run, int64_t from, int64_t to,
                          float *partial)
 {
-    switch (2 * (layer->gated != 0) + lowest_digit(layer)) {
-    case 0: return exact_low(layer, run, from, to, partial, 0, 0);
-    case 1: return exact_low(layer, run, from, to, partial, 0, 1);
-    case 2: return exact_low(layer, run, from, to, partial, 1, 0);
-    default: return exact_low(layer, run, from, to, partial, 1, 1);
+    switch (lowest_low_digit(layer)) {
+    case 0: return exact_low(layer, run, from, to, partial, 0);
+    case 1: return exact_low(layer, run, from, to, partial, 1);
+    default: return exact_low(layer, run, from, to, partial, 2);
     }
 }

@@ -15,13 +15,13 @@ enum {
     FAR = 8192, /* bytes ahead, for the second cache */
     QUADS = HIRE_LANES / 4,
     UNIT = 64 * QUADS, /* bytes of a tile for 32 outputs */
-    SPAN = 64          /* vectors of outputs that a table serves, of as many blocks at most */
+    SPAN = 64          /* blocks of outputs that a table serves */
 };
 
 /* What a tile's codes are multiplied with, by block: a digit of four neurons side by side. */
 typedef struct {
-    int32_t digits[SPAN][QUADS][4];
-    float scale[SPAN];
+    int32_t digits[QUADS][SPAN][4];
+    float scale[SPAN][4]; /* one of the four is used */
 } rest_table;
 
 /* Sums over digits from the `lowest` on, in units of 256^lowest. */
@@ -31,40 +31,76 @@ INLINE w16 from_lowest(const w16 *sum, const int lowest)
     return lowest ? high : w_add(w_left(high, 8), sum[0]);
 }
 
-/* Bytes of a tile's scales for a block, and the scales. */
+/* Bytes of a tile's scales for a block. */
 INLINE int64_t scale_bytes(const int normal) { return normal ? HIRE_LANES : 2 * HIRE_LANES; }
 
-INLINE v16 rest_scale(const uint8_t *scales, const int normal)
+/* Of values times scales in one block of outputs. */
+INLINE void fill_block(v16 value, const uint8_t *scales, rest_table *table, int64_t at,
+                       const int lowest)
 {
-    return normal ? scale_codes(scales) : v_load_f16(scales);
-}
-
-INLINE void fill_table(v16 value, const uint8_t *scales, rest_table *table, int64_t at,
-                       const int normal, const int lowest)
-{
+    int32_t digits[QUADS][4];
     prefetch_far(scales + FAR);
-    const v16 factor = v_mul(value, rest_scale(scales, normal));
+    const v16 factor = v_mul(value, v_load_f16(scales));
     const float most = v_most(v_max(v_abs(factor), v_set1(HIRE_SMALLEST)));
     const w16 whole = w_round(v_mul(factor, v_set1(HIRE_LARGEST / most)));
-    w_store(table->digits[at], w_by_byte(digits_of(whole)));
-    table->scale[at] = most * ((lowest ? 256.0f : 1.0f) / HIRE_LARGEST);
+    w_store(digits, w_by_byte(digits_of(whole)));
+    for (int q = 0; q < QUADS; q++) memcpy(table->digits[q][at], digits[q], sizeof *digits);
+    table->scale[at][0] = most * (digit_unit(lowest) / HIRE_LARGEST);
 }
 
 /* What the codes' zero points add to a block: by lane, for the tiles so far. */
-INLINE void add_offset(const hire_layer *layer, v16 value, const uint8_t *scales, float *offset,
-                       const int normal)
+INLINE void add_offset(const hire_layer *layer, v16 value, const uint8_t *scales, float *offset)
 {
-    if (normal) {
-        const v16 least = v_mul(scale_codes(scales), v_set1((float)-HIRE_LEVEL_BIAS));
-        v_store(offset, v_fma(value, least, v_load(offset)));
-        return;
-    }
     const int64_t blocks = (layer->width + layer->rest_block - 1) / layer->rest_block;
     const uint8_t *offsets = scales + 32 * blocks;
     prefetch_far(offsets + FAR);
     const v16 least = layer->rest_symmetric ? v_mul(v_load_f16(scales), v_set1(-7.5f))
                                             : v_load_f16(offsets);
     v_store(offset, v_fma(value, least, v_load(offset)));
+}
+
+/* The same where levels are normal, of four blocks, whose scales are a line: a quarter of a vector is
+ * a block, its lanes are four neurons. `offset` likewise has four lanes for each block. */
+INLINE void fill_four_blocks(const v16 *value, const uint8_t *scales, rest_table *table,
+                             int64_t at, float *offset, const int lowest)
+{
+    const w16 line = w_load4(scales);
+    v16 factor[QUADS], most = v_set1(HIRE_SMALLEST), sum = v_set1(0.0f);
+    prefetch_far(scales + FAR);
+HIRE_UNROLL
+    for (int q = 0; q < QUADS; q++) {
+        const v16 scale = v_sub(v_from_w(w_bytes(line, q)), v_set1((float)HIRE_SCALE_BIAS));
+        factor[q] = v_mul(value[q], scale);
+        most = v_max(v_abs(factor[q]), most);
+        sum = v_add(sum, factor[q]);
+    }
+    most = v_most_of_four(most);
+    const v16 inverse = v_div(v_set1(HIRE_LARGEST), most);
+HIRE_UNROLL
+    for (int q = 0; q < QUADS; q++)
+        w_store(table->digits[q][at], w_by_byte(digits_of(w_round(v_mul(factor[q], inverse)))));
+    v_store(table->scale[at], v_mul(most, v_set1(digit_unit(lowest) / HIRE_LARGEST)));
+    v_store(offset, v_fma(sum, v_set1((float)-HIRE_LEVEL_BIAS), v_load(offset)));
+}
+
+/* The table of blocks [first, last). */
+INLINE void fill_table(const hire_layer *layer, v16 value, const uint8_t *scales, rest_table *table,
+                       int64_t first, int64_t last, float *offset, const int normal,
+                       const int lowest)
+{
+    if (!normal) {
+        for (int64_t b = first; b < last; b++) {
+            fill_block(value, scales + 32 * b, table, b - first, lowest);
+            add_offset(layer, value, scales + 32 * b, offset + 16 * b);
+        }
+        return;
+    }
+    float lanes[HIRE_LANES];
+    v16 four[QUADS];
+    v_store(lanes, value);
+    for (int q = 0; q < QUADS; q++) four[q] = v_four(lanes + 4 * q);
+    for (int64_t b = first; b < last; b += 4)
+        fill_four_blocks(four, scales + HIRE_LANES * b, table, b - first, offset + 4 * b, lowest);
 }
 
 /* Adds a unit to two vectors of outputs, whose blocks lie at place[0] and place[1] of the table. */
@@ -85,14 +121,14 @@ HIRE_UNROLL
         for (int q = 0; q < QUADS; q++) {
             w16 code = w_and(half ? w_right(word[q], 4) : word[q], mask);
             if (normal) code = w_table(NORMAL_LEVELS, code);
-            const int32_t *digit = table->digits[place[half]][q];
+            const int32_t *digit = table->digits[q][place[half]];
             for (int d = lowest; d < DIGITS; d++)
                 sum[d] = w_dot(sum[d], code, (const int8_t *)(digit + d));
         }
-        const v16 scale = v_set1(table->scale[place[half]]);
+        const v16 scale = v_set1(table->scale[place[half]][0]);
         float *to = partial + 16 * half;
         /* Of normal levels the sums of all digits together do not fit 32 bits. */
-        const v16 whole = normal && !lowest ? from_digits(sum) : v_from_w(from_lowest(sum, lowest));
+        const v16 whole = normal && !lowest ? from_digits(sum, 0) : v_from_w(from_lowest(sum, lowest));
         v_store(to, v_fma(whole, scale, v_load(to)));
     }
 }
@@ -105,17 +141,13 @@ INLINE void rest_tile(const hire_layer *layer, const hire_run *run, const uint8_
     const int64_t blocks = (layer->width + block - 1) / block, size = scale_bytes(normal);
     const uint8_t *codes = scales + (normal ? hire_whole_lines(size * blocks)
                                             : (layer->rest_symmetric ? 1 : 2) * size * blocks);
-    float *offset = partial + layer->stride;
-    rest_table table;
-    for (int64_t begin = 0; begin < vectors; begin += SPAN) {
-        const int64_t end = begin + SPAN < vectors ? begin + SPAN : vectors;
-        const int64_t first = run->rest_scale_of[begin], last = run->rest_scale_of[end - 1];
-        for (int64_t b = first; b <= last; b++) {
-            fill_table(value, scales + size * b, &table, b - first, normal, lowest);
-            if (b * block >= 16 * begin) /* else the span before has added it */
-                add_offset(layer, value, scales + size * b, offset + 16 * b, normal);
-        }
-        for (int64_t v = begin; v < end; v += 2) {
+    _Alignas(64) rest_table table;
+    for (int64_t first = 0; first < blocks; first += SPAN) {
+        const int64_t last = first + SPAN < blocks ? first + SPAN : blocks;
+        const int64_t end = last < blocks ? last * block / 16 : vectors;
+        fill_table(layer, value, scales, &table, first, last, partial + layer->stride, normal,
+                   lowest);
+        for (int64_t v = first * block / 16; v < end; v += 2) {
             const int64_t place[2] = {run->rest_scale_of[v] - first,
                                       run->rest_scale_of[v + 1] - first};
             add_rest_unit(codes + v / 2 * UNIT, &table, place, partial + 16 * v, normal, lowest);
@@ -141,11 +173,15 @@ INLINE void rest_tiles(const hire_layer *layer, hire_run *const *runs, int64_t n
         }
     for (int64_t i = 0; i < num_rows; i++) {
         float *offset = partial[i] + layer->stride;
-        for (int64_t b = 0; b < blocks; b++) offset[16 * b] = v_sum(v_load(offset + 16 * b));
+        for (int64_t b = 0; b < blocks; b++) {
+            const float *four = offset + 4 * b;
+            offset[b] = normal ? four[0] + four[1] + (four[2] + four[3])
+                               : v_sum(v_load(offset + 16 * b));
+        }
         for (int64_t v = 0; v < layer->stride / 16; v++)
             v_store(partial[i] + 16 * v,
                     v_add(v_load(partial[i] + 16 * v),
-                          v_set1(offset[16 * runs[i]->rest_scale_of[v]])));
+                          v_set1(offset[runs[i]->rest_scale_of[v]])));
     }
 }
 

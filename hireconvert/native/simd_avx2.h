@@ -25,6 +25,12 @@ static inline void v_store(float *p, v16 x)
     _mm256_storeu_ps(p, x.a);
     _mm256_storeu_ps(p + 8, x.b);
 }
+/* Four floats, four times. */
+static inline v16 v_four(const float *p)
+{
+    const __m256 twice = _mm256_broadcast_ps((const __m128 *)p);
+    return (v16){twice, twice};
+}
 static inline v16 v_add(v16 x, v16 y) { return HIRE_BOTH(_mm256_add_ps, x, y); }
 static inline v16 v_sub(v16 x, v16 y) { return HIRE_BOTH(_mm256_sub_ps, x, y); }
 static inline v16 v_mul(v16 x, v16 y) { return HIRE_BOTH(_mm256_mul_ps, x, y); }
@@ -60,6 +66,36 @@ static inline float v_sum(v16 x)
     four = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
+/* Of two vectors, in each quarter: lanes 0 + 2 of x and of y, then lanes 1 + 3. */
+static inline __m256 half_pairs(__m256 x, __m256 y)
+{
+    return _mm256_add_ps(_mm256_unpacklo_ps(x, y), _mm256_unpackhi_ps(x, y));
+}
+/* Of four vectors: the sums of their quarters side by side. */
+static inline __m256 half_quarters(__m256 x, __m256 y, __m256 z, __m256 w)
+{
+    const __m256d a = _mm256_castps_pd(half_pairs(x, y)), b = _mm256_castps_pd(half_pairs(z, w));
+    return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)),
+                         _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
+}
+/* Of eight vectors: the sums of both their quarters. */
+static inline __m256 half_eight(__m256 x, __m256 y)
+{
+    return _mm256_add_ps(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31));
+}
+/* The sums of the lower eight lanes of sixteen vectors, and of the upper ones. */
+static inline void v_halves(const v16 *x, v16 *low, v16 *high)
+{
+    __m256 a[4], b[4];
+HIRE_UNROLL
+    for (int i = 0; i < 4; i++) {
+        const v16 *four = x + 4 * i;
+        a[i] = half_quarters(four[0].a, four[1].a, four[2].a, four[3].a);
+        b[i] = half_quarters(four[0].b, four[1].b, four[2].b, four[3].b);
+    }
+    *low = (v16){half_eight(a[0], a[1]), half_eight(a[2], a[3])};
+    *high = (v16){half_eight(b[0], b[1]), half_eight(b[2], b[3])};
+}
 static inline float v_most(v16 x)
 {
     const __m256 eight = _mm256_max_ps(x.a, x.b);
@@ -67,6 +103,13 @@ static inline float v_most(v16 x)
     four = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
 }
+static inline __m256 half_most(__m256 x)
+{
+    x = _mm256_max_ps(x, _mm256_permute_ps(x, 0xb1));
+    return _mm256_max_ps(x, _mm256_permute_ps(x, 0x4e));
+}
+/* The largest of each four lanes, in all of them. */
+static inline v16 v_most_of_four(v16 x) { return (v16){half_most(x.a), half_most(x.b)}; }
 static inline int v_finite(v16 x)
 {
     const __m256 most = _mm256_set1_ps(__builtin_inff());
@@ -191,7 +234,26 @@ static inline w16 w_by_byte(w16 x)
                                            4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     return (w16){_mm256_shuffle_epi8(x.a, order), _mm256_shuffle_epi8(x.b, order)};
 }
-
+/* Byte 16 q + 4 r + i in lane 4 q + i. */
+static inline w16 w_bytes(w16 x, const int r)
+{
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 0, 1, 2, 3);
+    const __m256i byte = _mm256_add_epi32(lane, _mm256_set1_epi32(4 * r));
+    const __m256i order = _mm256_or_si256(byte, _mm256_set1_epi32((int)0xffffff00));
+    return (w16){_mm256_shuffle_epi8(x.a, order), _mm256_shuffle_epi8(x.b, order)};
+}
+/* Bytes 16 q + 4 r + i of the four rows side by side in lane 4 q + i of out[r]. */
+static inline void w_interleave(const w16 *row, w16 *out)
+{
+    const w16 a = HIRE_WHOLE(_mm256_unpacklo_epi8, row[0], row[1]);
+    const w16 b = HIRE_WHOLE(_mm256_unpackhi_epi8, row[0], row[1]);
+    const w16 c = HIRE_WHOLE(_mm256_unpacklo_epi8, row[2], row[3]);
+    const w16 d = HIRE_WHOLE(_mm256_unpackhi_epi8, row[2], row[3]);
+    out[0] = HIRE_WHOLE(_mm256_unpacklo_epi16, a, c);
+    out[1] = HIRE_WHOLE(_mm256_unpackhi_epi16, a, c);
+    out[2] = HIRE_WHOLE(_mm256_unpacklo_epi16, b, d);
+    out[3] = HIRE_WHOLE(_mm256_unpackhi_epi16, b, d);
+}
 /* Every byte of the codes, less than 16, as the table has it. */
 static inline w16 w_table(const uint8_t *table, w16 codes)
 {

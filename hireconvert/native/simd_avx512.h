@@ -15,6 +15,8 @@ typedef __m512i w16;
 static inline v16 v_set1(float a) { return _mm512_set1_ps(a); }
 static inline v16 v_load(const float *p) { return _mm512_loadu_ps(p); }
 static inline void v_store(float *p, v16 x) { _mm512_storeu_ps(p, x); }
+/* Four floats, four times. */
+static inline v16 v_four(const float *p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
 static inline v16 v_add(v16 x, v16 y) { return _mm512_add_ps(x, y); }
 static inline v16 v_sub(v16 x, v16 y) { return _mm512_sub_ps(x, y); }
 static inline v16 v_mul(v16 x, v16 y) { return _mm512_mul_ps(x, y); }
@@ -35,7 +37,39 @@ static inline v16 v_pow2(v16 x)
     return _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23));
 }
 static inline float v_sum(v16 x) { return _mm512_reduce_add_ps(x); }
+/* Of two vectors, in each quarter: lanes 0 + 2 of x and of y, then lanes 1 + 3. */
+static inline v16 v_pairs(v16 x, v16 y)
+{
+    return _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
+}
+/* Of two such vectors, in each quarter: sums of the quarters of four vectors. */
+static inline v16 v_quarters(v16 x, v16 y)
+{
+    const __m512d a = _mm512_castps_pd(x), b = _mm512_castps_pd(y);
+    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                         _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+}
+/* The sums of the lower eight lanes of sixteen vectors, and of the upper ones. */
+static inline void v_halves(const v16 *x, v16 *low, v16 *high)
+{
+    v16 four[4];
+HIRE_UNROLL
+    for (int i = 0; i < 4; i++)
+        four[i] = v_quarters(v_pairs(x[4 * i], x[4 * i + 1]), v_pairs(x[4 * i + 2], x[4 * i + 3]));
+    const v16 a = _mm512_shuffle_f32x4(four[0], four[1], 0x44);
+    const v16 b = _mm512_shuffle_f32x4(four[2], four[3], 0x44);
+    const v16 c = _mm512_shuffle_f32x4(four[0], four[1], 0xee);
+    const v16 d = _mm512_shuffle_f32x4(four[2], four[3], 0xee);
+    *low = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    *high = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd));
+}
 static inline float v_most(v16 x) { return _mm512_reduce_max_ps(x); }
+/* The largest of each four lanes, in all of them. */
+static inline v16 v_most_of_four(v16 x)
+{
+    x = _mm512_max_ps(x, _mm512_permute_ps(x, 0xb1));
+    return _mm512_max_ps(x, _mm512_permute_ps(x, 0x4e));
+}
 static inline int v_finite(v16 x)
 {
     return _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(__builtin_inff()), _CMP_LT_OQ) ==
@@ -59,8 +93,8 @@ static inline w16 w_load1(const uint8_t *p)
 {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
 }
-/* The codes that start `shift` bits up in every lane, less the middle code. Up to 4 bits a permutation of a table is the
- * conversion: it looks at 4 bits of each lane only. */
+/* The codes that start `shift` bits up in every lane, less the middle code. Up to 3 bits a permutation
+ * of a table is the conversion: it looks at 4 bits of each lane only. */
 static inline v16 v_code(w16 x, int shift, int bits)
 {
     const __m512i moved = shift ? _mm512_srli_epi32(x, (unsigned)shift) : x;
@@ -72,10 +106,6 @@ static inline v16 v_code(w16 x, int shift, int bits)
         return _mm512_permutexvar_ps(
             moved, _mm512_setr_ps(-3.5f, -2.5f, -1.5f, -0.5f, 0.5f, 1.5f, 2.5f, 3.5f, -3.5f, -2.5f,
                                   -1.5f, -0.5f, 0.5f, 1.5f, 2.5f, 3.5f));
-    if (bits == 4)
-        return _mm512_permutexvar_ps(
-            moved, _mm512_setr_ps(-7.5f, -6.5f, -5.5f, -4.5f, -3.5f, -2.5f, -1.5f, -0.5f, 0.5f,
-                                  1.5f, 2.5f, 3.5f, 4.5f, 5.5f, 6.5f, 7.5f));
     const __m512 code =
         _mm512_cvtepi32_ps(_mm512_and_epi32(moved, _mm512_set1_epi32((1 << bits) - 1)));
     return _mm512_sub_ps(code, _mm512_set1_ps((float)((1 << bits) - 1) / 2));
@@ -117,6 +147,23 @@ static inline w16 w_by_byte(w16 x)
 {
     const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     return _mm512_shuffle_epi8(x, _mm512_broadcast_i32x4(order));
+}
+/* Byte 16 q + 4 r + i in lane 4 q + i. */
+static inline w16 w_bytes(w16 x, const int r)
+{
+    const __m128i byte = _mm_add_epi32(_mm_setr_epi32(0, 1, 2, 3), _mm_set1_epi32(4 * r));
+    const __m128i order = _mm_or_si128(byte, _mm_set1_epi32((int)0xffffff00));
+    return _mm512_shuffle_epi8(x, _mm512_broadcast_i32x4(order));
+}
+/* Bytes 16 q + 4 r + i of the four rows side by side in lane 4 q + i of out[r]. */
+static inline void w_interleave(const w16 *row, w16 *out)
+{
+    const __m512i a = _mm512_unpacklo_epi8(row[0], row[1]), b = _mm512_unpackhi_epi8(row[0], row[1]);
+    const __m512i c = _mm512_unpacklo_epi8(row[2], row[3]), d = _mm512_unpackhi_epi8(row[2], row[3]);
+    out[0] = _mm512_unpacklo_epi16(a, c);
+    out[1] = _mm512_unpackhi_epi16(a, c);
+    out[2] = _mm512_unpacklo_epi16(b, d);
+    out[3] = _mm512_unpackhi_epi16(b, d);
 }
 /* Every byte of the codes, less than 16, as the table has it. */
 static inline w16 w_table(const uint8_t *table, w16 codes)

@@ -40,6 +40,12 @@ static inline v16 v_load(const float *p)
 {
     return (v16){q_float(p), q_float(p + 4), q_float(p + 8), q_float(p + 12)};
 }
+/* Four floats, four times. */
+static inline v16 v_four(const float *p)
+{
+    const float32x4_t x = q_float(p);
+    return (v16){x, x, x, x};
+}
 static inline void v_store(float *p, v16 x)
 {
     vst1q_f32(p, x.a);
@@ -83,11 +89,43 @@ static inline float v_sum(v16 x)
     const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
     return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
 }
+/* Of two vectors, in each quarter: lanes 0 + 2 of x and of y, then lanes 1 + 3. */
+static inline float32x4_t q_pairs(float32x4_t x, float32x4_t y)
+{
+    return vaddq_f32(vzip1q_f32(x, y), vzip2q_f32(x, y));
+}
+/* The sums of four quarters. */
+static inline float32x4_t q_sums(float32x4_t x, float32x4_t y, float32x4_t z, float32x4_t w)
+{
+    const float64x2_t a = vreinterpretq_f64_f32(q_pairs(x, y));
+    const float64x2_t b = vreinterpretq_f64_f32(q_pairs(z, w));
+    return vaddq_f32(vreinterpretq_f32_f64(vzip1q_f64(a, b)),
+                     vreinterpretq_f32_f64(vzip2q_f64(a, b)));
+}
+static inline float32x4_t q_lower(const v16 *x)
+{
+    return vaddq_f32(q_sums(x[0].a, x[1].a, x[2].a, x[3].a),
+                     q_sums(x[0].b, x[1].b, x[2].b, x[3].b));
+}
+static inline float32x4_t q_upper(const v16 *x)
+{
+    return vaddq_f32(q_sums(x[0].c, x[1].c, x[2].c, x[3].c),
+                     q_sums(x[0].d, x[1].d, x[2].d, x[3].d));
+}
+/* The sums of the lower eight lanes of sixteen vectors, and of the upper ones. */
+static inline void v_halves(const v16 *x, v16 *low, v16 *high)
+{
+    *low = (v16){q_lower(x), q_lower(x + 4), q_lower(x + 8), q_lower(x + 12)};
+    *high = (v16){q_upper(x), q_upper(x + 4), q_upper(x + 8), q_upper(x + 12)};
+}
 /* The largest lane. */
 static inline float v_most(v16 x)
 {
     return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.a, x.b), vmaxq_f32(x.c, x.d)));
 }
+static inline float32x4_t q_most(float32x4_t x) { return vdupq_n_f32(vmaxvq_f32(x)); }
+/* The largest of each four lanes, in all of them. */
+static inline v16 v_most_of_four(v16 x) { return HIRE_EACH(v16, q_most, x); }
 static inline uint32x4_t q_finite(float32x4_t x)
 {
     return vcltq_f32(vabsq_f32(x), vdupq_n_f32(INFINITY));
@@ -231,6 +269,39 @@ static inline int32x4_t q_by_byte(int32x4_t x)
 }
 /* Of each four lanes the lowest bytes side by side, then the next bytes, to the highest. */
 static inline w16 w_by_byte(w16 x) { return HIRE_EACH(w16, q_by_byte, x); }
+/* Byte 16 q + 4 r + i in lane 4 q + i. */
+static inline int32x4_t q_bytes(int32x4_t x, uint8x16_t order)
+{
+    return vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(x), order));
+}
+static inline w16 w_bytes(w16 x, const int r)
+{
+    static const int32_t lane[4] = {0, 1, 2, 3}; /* bytes from 16 on become zeros */
+    const int32x4_t byte = vaddq_s32(vld1q_s32(lane), vdupq_n_s32(4 * r));
+    const uint8x16_t order =
+        vreinterpretq_u8_s32(vorrq_s32(byte, vdupq_n_s32((int32_t)0xffffff00)));
+    return (w16){q_bytes(x.a, order), q_bytes(x.b, order), q_bytes(x.c, order),
+                 q_bytes(x.d, order)};
+}
+/* Of one quarter of four rows, the vectors r as w_interleave has them. */
+static inline int32x4_t q_mix(int32x4_t x, int32x4_t y, int32x4_t z, int32x4_t w, const int r)
+{
+    const int8x16_t a = vreinterpretq_s8_s32(x), b = vreinterpretq_s8_s32(y);
+    const int8x16_t c = vreinterpretq_s8_s32(z), d = vreinterpretq_s8_s32(w);
+    const int16x8_t ab = vreinterpretq_s16_s8(r < 2 ? vzip1q_s8(a, b) : vzip2q_s8(a, b));
+    const int16x8_t cd = vreinterpretq_s16_s8(r < 2 ? vzip1q_s8(c, d) : vzip2q_s8(c, d));
+    return vreinterpretq_s32_s16(r % 2 == 0 ? vzip1q_s16(ab, cd) : vzip2q_s16(ab, cd));
+}
+/* Bytes 16 q + 4 r + i of the four rows side by side in lane 4 q + i of out[r]. */
+static inline void w_interleave(const w16 *row, w16 *out)
+{
+HIRE_UNROLL
+    for (int r = 0; r < 4; r++)
+        out[r] = (w16){q_mix(row[0].a, row[1].a, row[2].a, row[3].a, r),
+                       q_mix(row[0].b, row[1].b, row[2].b, row[3].b, r),
+                       q_mix(row[0].c, row[1].c, row[2].c, row[3].c, r),
+                       q_mix(row[0].d, row[1].d, row[2].d, row[3].d, r)};
+}
 static inline int32x4_t q_table(uint8x16_t table, int32x4_t codes)
 {
     return vreinterpretq_s32_u8(vqtbl1q_u8(table, vreinterpretq_u8_s32(codes)));

@@ -19,6 +19,8 @@ typedef struct {
 
 static inline v16 v_set1(float a) { v16 r; HIRE_LOOP r.l[l] = a; return r; }
 static inline v16 v_load(const float *p) { v16 r; memcpy(&r, p, sizeof r); return r; }
+/* Four floats, four times. */
+static inline v16 v_four(const float *p) { v16 r; HIRE_LOOP r.l[l] = p[l % 4]; return r; }
 static inline void v_store(float *p, v16 a) { memcpy(p, &a, sizeof a); }
 static inline v16 v_add(v16 a, v16 b) { HIRE_LOOP a.l[l] += b.l[l]; return a; }
 static inline v16 v_sub(v16 a, v16 b) { HIRE_LOOP a.l[l] -= b.l[l]; return a; }
@@ -54,11 +56,37 @@ static inline float v_sum(v16 a)
     return a.l[0];
 }
 
+/* The sums of the lower eight lanes of sixteen vectors, and of the upper ones. */
+static inline void v_halves(const v16 *x, v16 *low, v16 *high)
+{
+    for (int i = 0; i < 16; i++) {
+        float quarter[4];
+        for (int q = 0; q < 4; q++) {
+            const float *l = x[i].l + 4 * q;
+            quarter[q] = (l[0] + l[2]) + (l[1] + l[3]);
+        }
+        low->l[i] = quarter[0] + quarter[1];
+        high->l[i] = quarter[2] + quarter[3];
+    }
+}
+
 /* The largest lane. */
 static inline float v_most(v16 a)
 {
     for (int l = 1; l < 16; l++) a.l[0] = a.l[l] > a.l[0] ? a.l[l] : a.l[0];
     return a.l[0];
+}
+
+/* The largest of each four lanes, in all of them. */
+static inline v16 v_most_of_four(v16 a)
+{
+    v16 r;
+    for (int q = 0; q < 16; q += 4) {
+        float most = a.l[q];
+        for (int l = q + 1; l < q + 4; l++) most = a.l[l] > most ? a.l[l] : most;
+        for (int l = q; l < q + 4; l++) r.l[l] = most;
+    }
+    return r;
 }
 
 static inline int v_finite(v16 a)
@@ -207,6 +235,23 @@ static inline w16 w_by_byte(w16 a)
     HIRE_LOOP for (int k = 0; k < 4; k++)
         r.l[l / 4 * 4 + k] |= (a.l[l] >> 8 * k & 255) << 8 * (l % 4);
     return r;
+}
+/* Byte 16 q + 4 r + i in lane 4 q + i. */
+static inline w16 w_bytes(w16 x, int r)
+{
+    w16 y;
+    HIRE_LOOP y.l[l] = x.l[l / 4 * 4 + r] >> 8 * (l % 4) & 255;
+    return y;
+}
+/* Bytes 16 q + 4 r + i of the four rows side by side in lane 4 q + i of out[r]. */
+static inline void w_interleave(const w16 *row, w16 *out)
+{
+    for (int r = 0; r < 4; r++)
+        HIRE_LOOP {
+            const int lane = l / 4 * 4 + r, shift = 8 * (l % 4);
+            out[r].l[l] = 0;
+            for (int k = 0; k < 4; k++) out[r].l[l] |= (row[k].l[lane] >> shift & 255) << 8 * k;
+        }
 }
 /* Every byte of the codes, less than 16, as the table has it. */
 static inline w16 w_table(const uint8_t *table, w16 codes)

@@ -207,6 +207,7 @@ static void start_rows(const hire_job *job, const hire_layer *layer, const hire_
         runs->chosen = shared.chosen;
         runs->spare = shared.spare;
         runs->partial = shared.partial;
+        runs->together = shared.together;
         job->kernels->start(layer, x, HIRE_FLOAT32, runs);
         return;
     }
@@ -230,7 +231,7 @@ static int sparse_rows(hire_job *job, const hire_layer *layer, const hire_own *o
         if (job->bad[i][0] || job->bad[i][1]) return 0;
     TEAM_FOR(unit, num * pieces, 1) {
         const int64_t i = unit / pieces, from = unit % pieces * 32;
-        job->step->sum_segments(layer, runs + i, from, from + 32,
+        job->step->sum_pieces(layer, runs + i, from, from + 32,
                                 job->output + (at + i) * job->width);
     }
     return 1;

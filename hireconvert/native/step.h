@@ -115,7 +115,7 @@ typedef struct {
     void (*attend)(const hire_block *, int64_t heads, const float *q, int64_t stride,
                    const char *keys, const char *values, int64_t from, int64_t to, float *score,
                    int64_t score_stride, float *out);
-    void (*sum_segments)(const hire_layer *, const hire_run *, int64_t from, int64_t to,
+    void (*sum_pieces)(const hire_layer *, const hire_run *, int64_t from, int64_t to,
                          float *out);
     /* gate[i] = act(gate[i]) * up[i], or up[i] = act(up[i]) without gate. */
     void (*activate)(int activation, float *gate, float *up, int64_t num);

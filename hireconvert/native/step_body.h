@@ -143,7 +143,7 @@ INLINE void add_sums(const hire_inputs *in, int64_t at, int64_t block, v16 unit,
 HIRE_UNROLL
     for (int c = 0; c < columns; c++) {
         const v16 own = v_set1(in->scale[(at + c) * most + block]);
-        total[c] = v_fma(v_mul(from_digits(sum[c]), own), unit, total[c]);
+        total[c] = v_fma(v_mul(from_digits(sum[c], 0), own), unit, total[c]);
     }
 }
 
@@ -306,13 +306,6 @@ static void rotate(float *x, const float *cosine, const float *sine, int64_t rot
 static void store_at(void *to, int64_t place, const float *from, int64_t num, int type)
 {
     store_as((char *)to + place * type_size(type), from, num, type);
-}
-
-static void add_to(float *to, const float *from, int64_t num)
-{
-    int64_t j = 0;
-    for (; j + 16 <= num; j += 16) v_store(to + j, v_add(v_load(to + j), v_load(from + j)));
-    for (; j < num; j++) to[j] += from[j];
 }
 
 static int all_finite(const float *x, int64_t num)
@@ -498,20 +491,4 @@ static void attend(const hire_block *block, int64_t heads, const float *q, int64
                      HIRE_FLOAT16);
         break;
     }
-}
-
-/* ------------------------------------------------------------------ the sparse FFN's output */
-
-/* Columns [from, to), whole vectors, of what the segments of a row add up to, as `finish` adds. */
-static void sum_segments(const hire_layer *layer, const hire_run *run, int64_t from, int64_t to,
-                         float *out)
-{
-    for (int64_t j = from; j < to; j += 16) {
-        v16 sum = v_load(run->partial + j);
-        for (int64_t s = 1; s < HIRE_SEGMENTS; s++)
-            sum = v_add(sum, v_load(run->partial + s * run->partial_stride + j));
-        v_store(out + j, sum);
-    }
-    if (layer->down_bias != NULL)
-        for (int64_t j = from; j < to && j < layer->width; j++) out[j] += layer->down_bias[j];
 }

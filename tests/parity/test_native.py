@@ -60,11 +60,12 @@ def test_a_row_is_what_float64_says(name, level):
         found, x_D = layer.last(), x_1D[0]
         if case.candidates < case.neurons:
             exact_M = estimates(case, tensors, x_D, torch.float64)
-            torch_error = (estimates(case, tensors, x_D, torch.float32) - exact_M).abs().max()
+            torch_error = (estimates(case, tensors, x_D, case.dtype) - exact_M).abs().max()
             error = (found["z"].flatten() - exact_M).abs().max()
             assert error <= 2 * torch_error + 1e-6
             score_F = sizes(case, tensors, exact_M) * tensors["norm"]
-            assert (found["score"] - score_F).abs().max() < 2e-6 * score_F.max() + 1e-6
+            share = 2e-6 if case.dtype == torch.float32 else 1e-4  # two digits of an input
+            assert (found["score"] - score_F).abs().max() < share * score_F.max() + 1e-6
             assert torch.equal(found["index"].long(), selected(found["score"], case.candidates))
         index = found["index"].long()
         exact_C = (exact_hidden(case, tensors, x_D).abs() * tensors["norm"])[index]

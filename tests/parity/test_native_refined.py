@@ -4,6 +4,7 @@ Shape suffixes: N rows, D width.
 """
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,8 +16,20 @@ from hireconvert.rounding import low_scales
 from hireconvert.runtime.hire_native import pack
 from hireconvert.runtime.hire_predict import decode_blocks, decode_down
 from tests import packing_reference
+from tests.decoding import decode_matrix
 from tests.ffn_reference import relative
-from tests.native import LEVELS, _native
+from tests.native import (
+    LEVELS,
+    Case,
+    _native,
+    estimates,
+    hidden,
+    normal_rest,
+    output,
+    rows_of,
+    settings_of,
+    tensors_of,
+)
 from tests.tiny import hire_model, sparse_layers, tiny_model
 
 pytestmark = pytest.mark.skipif(_native is None, reason="this machine has no compiler")
@@ -135,6 +148,48 @@ def test_narrow_weights_are_found_again(dtype: torch.dtype, setting: str) -> Non
         x_ND = rows(native.numbers["width"], dtype)
         found_ND, _ = native.run(x_ND)
         assert relative(found_ND.float(), expected(layer, x_ND).float()) < 0.03
+
+
+@torch.no_grad()
+def plain(case: Case, tensors: dict[str, Any], x_D: torch.Tensor, kept: Any) -> torch.Tensor:
+    """The output in the arithmetic of x, rounded after every operation."""
+    gate_FD, up_FD, down_FD = (tensors[name].to(x_D.dtype) for name in ("gate", "up", "down"))
+    copy = {name.removeprefix("down_"): each for name, each in tensors.items() if "down_" in name}
+    form = GridFormat(*case.rest)
+    rest_FD = decode_matrix(copy, form, (case.neurons, case.width)).to(x_D.dtype)
+    value_F = hidden(case, estimates(case, tensors, x_D, x_D.dtype))
+    value_F[kept] = 0.0
+    h_K = hidden(replace(case, neurons=len(kept)), torch.cat([gate_FD[kept], up_FD[kept]]) @ x_D)
+    return h_K @ down_FD[kept] + value_F @ rest_FD
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loud", [1.0, 10.0])
+def test_the_error_is_at_most_twice_that_of_plain_pytorch(
+    loud: float, dtype: torch.dtype, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inputs and hidden values have fewer digits with narrow weights; some inputs are loud."""
+    monkeypatch.setenv(_native.VARIABLE, level)
+    case = Case(
+        576, 320, 80, 80, levels="normal", rest=normal_rest(32), refined=True, dtype=torch.float32
+    )
+    tensors = tensors_of(case)
+    narrow = {name: tensors[name].to(dtype) for name in ("gate", "up", "down")}
+    native = _native.FfnLayer.pack(settings_of(case), tensors | narrow)
+    assert "low" in native.tensors
+    own, plainly = [], []
+    for x_1D in rows_of(case, 8).split(1):
+        x_1D[:, ::50] *= loud
+        x_1D = x_1D.to(dtype)
+        found_1D, _ = native.run(x_1D)
+        kept = native.last()["index"].long()
+        exact_D = output(case, tensors, x_1D[0], kept, kept)
+        own.append((found_1D[0].double() - exact_D).norm() / exact_D.norm())
+        plainly.append(
+            (plain(case, tensors, x_1D[0], kept).double() - exact_D).norm() / exact_D.norm()
+        )
+    assert sum(own) <= 2 * sum(plainly)
 
 
 @pytest.mark.parametrize("setting", ["top_k", "normal"])

@@ -72,7 +72,7 @@ def test_setup_takes_own_threads_where_openmp_is_not(refuses, wanted, threads, t
     """OpenMP's, those of HIRE_OPENMP=off, and those of a compiler that knows no -fopenmp."""
     native = tmp_path / "hireconvert" / "native"
     native.mkdir(parents=True)
-    for name in ("team.c", "team.h", "kernels.h"):
+    for name in ("team.c", "team.h", "kernels.h", "low_rows.h"):
         shutil.copy(SOURCES / name, native)
     shutil.copy(ROOT / "setup.py", tmp_path)
     compiler = tmp_path / "cc"
