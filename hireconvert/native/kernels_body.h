@@ -94,14 +94,9 @@ enum { DIGITS = 3 };
 #define HIRE_LARGEST 8355000.0f
 #define HIRE_SMALLEST 1e-30f /* whose inverse times HIRE_LARGEST is still a float */
 
-/* Digits below these are left out where weights have 16 bits and resolve 4e-3 or 5e-4 themselves. Of
- * estimates and values of the rest that is what is below 2e-5 of the largest in a block. Refinements
- * are some hundredths of the weights: of theirs bfloat16 needs no more than one digit. */
+/* Digits below this one are left out: what is below 2e-5 of the largest in a block is beyond what
+ * weights of 16 bits resolve, 4e-3 or 5e-4. */
 INLINE int lowest_digit(const hire_layer *layer) { return layer->weight_type != HIRE_FLOAT32; }
-INLINE int lowest_low_digit(const hire_layer *layer)
-{
-    return layer->weight_type == HIRE_BFLOAT16 ? 2 : lowest_digit(layer);
-}
 
 /* What a digit counts. */
 INLINE float digit_unit(const int digit) { return (float)(1 << 8 * digit); }
@@ -196,10 +191,8 @@ static void split_inputs(const hire_layer *layer, hire_run *run)
 }
 
 /* Digits, scale and middle of a group of vectors for refined rows, all of which have been zeros. */
-INLINE void end_group(const hire_layer *layer, hire_run *run, int64_t group, int64_t from,
-                      int64_t to, const int lowest)
+INLINE void end_group(hire_run *run, int64_t group, int64_t from, int64_t to, const int lowest)
 {
-    const float unit = digit_unit(lowest - lowest_digit(layer));
     w16 sum[DIGITS];
     float scale[16];
     for (int d = lowest; d < DIGITS; d++) sum[d] = w_set1(0);
@@ -212,7 +205,7 @@ INLINE void end_group(const hire_layer *layer, hire_run *run, int64_t group, int
         const int64_t left = group < run->low.full ? run->low.lanes : run->low.left;
         const int64_t each = group < run->low.full ? 1 : run->low.each;
         const int64_t own = at / each < left ? at / each : left - 1;
-        scale[l] = run->u_scale[group * run->low.lanes + own] * unit;
+        scale[l] = run->u_scale[group * run->low.lanes + own];
         if (group == run->low.full) run->x_place[l] = (int32_t)(part * left + own);
     }
     const v16 middle = v_mul(from_digits(sum, lowest), v_set1(-HIRE_LOW_MIDDLE));
@@ -238,18 +231,17 @@ INLINE void spread_from(const hire_layer *layer, hire_run *run, const int lowest
         }
     }
     for (int64_t group = 0; group < low->full; group++)
-        end_group(layer, run, group, group * low->words, (group + 1) * low->words, lowest);
+        end_group(run, group, group * low->words, (group + 1) * low->words, lowest);
     if (low->left > 0)
-        end_group(layer, run, low->full, low->full * low->words, low->vectors, lowest);
+        end_group(run, low->full, low->full * low->words, low->vectors, lowest);
 }
 
 static void spread_inputs(const hire_layer *layer, hire_run *run)
 {
-    switch (lowest_low_digit(layer)) {
-    case 0: spread_from(layer, run, 0); break;
-    case 1: spread_from(layer, run, 1); break;
-    default: spread_from(layer, run, 2); break;
-    }
+    if (lowest_digit(layer))
+        spread_from(layer, run, 1);
+    else
+        spread_from(layer, run, 0);
 }
 
 static void start(const hire_layer *layer, const void *x, int type, hire_run *run)

@@ -2,8 +2,7 @@
  *
  * A neuron's row of `low` (low_rows.h) holds what the copies left, codes around zero and a scale for
  * each block. The copies' own products come from the estimates and, for outputs, from the rest, which
- * runs through all neurons. low_bias is what the estimates' bias lacks. Everything runs in whole
- * numbers; with bfloat16 weights inputs and hidden values have one digit here. */
+ * runs through all neurons. low_bias is what the estimates' bias lacks. All runs in whole numbers. */
 
 enum {
     LOW_BATCH = 32, /* candidates whose output rows go together */
@@ -104,8 +103,7 @@ typedef struct {
 INLINE void fill_low_table(const uint8_t *const *row, const float *h, int64_t num, int64_t quads,
                            int64_t scales, const int lowest, low_table *table)
 {
-    const int one = lowest == DIGITS - 1; /* digit alone: rounded as such */
-    const v16 levels = v_set1(one ? 127.0f : HIRE_LARGEST);
+    const v16 levels = v_set1(HIRE_LARGEST);
     v16 factor[LOW_BATCH], most = v_set1(HIRE_SMALLEST);
     w16 total = w_set1(0);
     for (int64_t i = 0; i < num; i++) {
@@ -120,16 +118,16 @@ INLINE void fill_low_table(const uint8_t *const *row, const float *h, int64_t nu
 HIRE_UNROLL
         for (int i = 0; i < 4; i++) {
             const w16 whole = w_round(v_mul(factor[4 * quad + i], inverse));
-            const w16 digits = one ? whole : digits_of(whole);
+            const w16 digits = digits_of(whole);
             total = w_add(total, whole);
             for (int d = lowest; d < DIGITS; d++) {
-                const w16 own = w_and(w_right(digits, one ? 0 : 8 * d), w_set1(255));
+                const w16 own = w_and(w_right(digits, 8 * d), w_set1(255));
                 four[d] = w_or(four[d], w_left(own, 8 * i));
             }
         }
         for (int d = lowest; d < DIGITS; d++) w_store(table->digits[quad][d], four[d]);
     }
-    v_store(table->scale, one ? unit : v_mul(unit, v_set1(digit_unit(lowest))));
+    v_store(table->scale, v_mul(unit, v_set1(digit_unit(lowest))));
     v_store(table->middle, v_mul(v_mul(v_from_w(total), unit), v_set1(-HIRE_LOW_MIDDLE)));
 }
 
@@ -199,11 +197,10 @@ static void low_outputs(const hire_layer *layer, hire_run *run, const int32_t *i
     if (num == 0) return;
     for (int64_t i = 0; i < LOW_BATCH; i++)
         row[i] = layer->low + index[i < num ? i : 0] * layer->low_bytes;
-    switch (lowest_low_digit(layer)) {
-    case 0: add_low_rows(layer, run, row, h, num, next, partial, 0); break;
-    case 1: add_low_rows(layer, run, row, h, num, next, partial, 1); break;
-    default: add_low_rows(layer, run, row, h, num, next, partial, 2); break;
-    }
+    if (lowest_digit(layer))
+        add_low_rows(layer, run, row, h, num, next, partial, 1);
+    else
+        add_low_rows(layer, run, row, h, num, next, partial, 0);
 }
 
 /* ------------------------------------------------------------------ candidates */
@@ -226,9 +223,6 @@ INLINE int exact_low(const hire_layer *layer, hire_run *run, int64_t from, int64
 static int exact_refined(const hire_layer *layer, hire_run *run, int64_t from, int64_t to,
                          float *partial)
 {
-    switch (lowest_low_digit(layer)) {
-    case 0: return exact_low(layer, run, from, to, partial, 0);
-    case 1: return exact_low(layer, run, from, to, partial, 1);
-    default: return exact_low(layer, run, from, to, partial, 2);
-    }
+    return lowest_digit(layer) ? exact_low(layer, run, from, to, partial, 1)
+                               : exact_low(layer, run, from, to, partial, 0);
 }
