@@ -13,5 +13,4 @@
 const hire_kernels hire_kernels_portable = {
     start, estimate, exact, kept, rest, add_to, top_k, finish};
 const hire_step_kernels hire_step_portable = {
-    split_rows, matrix, norm, rotate, store_at, attend, sum_pieces, activate_all, add_to,
-    all_finite};
+    split_rows, matrix, norm, rotate, store_at, attend, sum_pieces, activate_all, all_finite};

@@ -232,7 +232,7 @@ static int sparse_rows(hire_job *job, const hire_layer *layer, const hire_own *o
     TEAM_FOR(unit, num * pieces, 1) {
         const int64_t i = unit / pieces, from = unit % pieces * 32;
         job->step->sum_pieces(layer, runs + i, from, from + 32,
-                                job->output + (at + i) * job->width);
+                              job->output + (at + i) * job->width);
     }
     return 1;
 }
@@ -256,7 +256,7 @@ static void add_output(const hire_job *job, const hire_block *b, const float *no
         output = own->normed;
     }
     for (int64_t i = 0; i < job->num_rows; i++)
-        job->step->add(own->x + i * job->width, output + i * job->width, b->width);
+        job->kernels->add(own->x + i * job->width, output + i * job->width, b->width);
 }
 
 /* Every thread of the team runs this; -1, or the block that met NaN or inf. */

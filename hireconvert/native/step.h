@@ -116,10 +116,9 @@ typedef struct {
                    const char *keys, const char *values, int64_t from, int64_t to, float *score,
                    int64_t score_stride, float *out);
     void (*sum_pieces)(const hire_layer *, const hire_run *, int64_t from, int64_t to,
-                         float *out);
+                       float *out);
     /* gate[i] = act(gate[i]) * up[i], or up[i] = act(up[i]) without gate. */
     void (*activate)(int activation, float *gate, float *up, int64_t num);
-    void (*add)(float *to, const float *from, int64_t num);
     int (*finite)(const float *x, int64_t num);
 } hire_step_kernels;
 

@@ -16,9 +16,10 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -27,10 +28,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from evidence_finetune import figures, texts
 
+from hireconvert.calibrate import calibrate, layer_file, load_rows
 from hireconvert.data import evaluation_windows, training_tokens
 from hireconvert.distill import distill_layer
 from hireconvert.evaluate import hidden_states
-from hireconvert.families import Layout, ffn_parts, find_layout, num_layers, read_ffn_weights
+from hireconvert.families import (
+    FfnWeights,
+    Layout,
+    ffn_parts,
+    find_layout,
+    num_layers,
+    read_ffn_weights,
+)
 from hireconvert.finetune import finetune
 from hireconvert.runtime.hire_predict import Predictor
 from hireconvert.schema import DataRecipe, FfnRecipe, FinetuneRecipe
@@ -61,52 +70,17 @@ RUNS: dict[str, tuple[dict[str, Any], float | None]] = {
     "twice the rate": ({"learning_rate": 1.0e-4}, None),
 }
 
-Inputs = list[torch.Tensor]  # [N, D] of every layer
 Predictors = list[tuple[dict[str, Any], dict[str, torch.Tensor]]]
 
 
-@torch.no_grad()
-def ffn_rows(model: Any, layout: Layout, ids_WT: torch.Tensor) -> Inputs:
-    """What every FFN receives in the dense model."""
-    rows: list[Inputs] = [[] for _ in range(num_layers(model))]
-
-    def catching(index: int) -> Callable[..., None]:
-        return lambda _module, args: rows[index].append(args[0].flatten(0, -2).clone())
-
-    hooks = [
-        ffn_parts(model, layout, index).up.module.register_forward_pre_hook(catching(index))
-        for index in range(len(rows))
-    ]
-    hidden_states(model, ids_WT)
-    for hook in hooks:
-        hook.remove()
-    return [torch.cat(found) for found in rows]
-
-
-def fitted(model: Any, layout: Layout, ids_WT: torch.Tensor, ffn: FfnRecipe) -> Predictors:
-    """A predictor for every layer of a model as it is now."""
-    found: Predictors = []
-    for index, x_ND in enumerate(ffn_rows(model, layout, ids_WT)):
-        weights = read_ffn_weights(model, layout, index)
-        x_ND, held_ND = x_ND[:-HELD_ROWS], x_ND[-HELD_ROWS:]
-        recipe, keep = ffn.predictor, ffn.keep_fraction
-        assert not isinstance(recipe, list) and not isinstance(keep, list)
-        made = distill_layer(weights, x_ND, held_ND, ffn, recipe, keep, seed=index, ordered=True)
-        found.append((made.spec, made.tensors))
-    return found
-
-
-def recalled(
-    model: Any, layout: Layout, ids_WT: torch.Tensor, predictors: Predictors
-) -> tuple[float, float]:
-    """(recall, score mass), means over layers, of predictors on what the model's FFNs receive."""
-    totals = torch.zeros(2)
-    for index, x_ND in enumerate(ffn_rows(model, layout, ids_WT)):
-        spec, tensors = predictors[index]
-        found = measured(read_ffn_weights(model, layout, index), x_ND, spec, tensors)
-        totals += torch.tensor([found["recall"], found["score_mass"]])
-    recall, mass = (totals / len(predictors)).tolist()
-    return recall, mass
+def predictor(
+    index: int, weights: FfnWeights, fit_ND: torch.Tensor, held_ND: torch.Tensor, ffn: FfnRecipe
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """One layer's predictor as the recipe, which is the same for all layers, has it."""
+    recipe, keep = ffn.predictor, ffn.keep_fraction
+    assert not isinstance(recipe, list) and not isinstance(keep, list)
+    made = distill_layer(weights, fit_ND, held_ND, ffn, recipe, keep, seed=index, ordered=True)
+    return made.spec, made.tensors
 
 
 @contextmanager
@@ -152,7 +126,7 @@ class Bench:
             seed=0,
         ).fit_WT
         self.fit_WT = self.text[arguments.tokens // 512 :]  # not trained on
-        self.kept = fitted(self.original, self.layout, self.fit_WT, self.ffn)
+        self.kept, _ = self.fitted(self.original, [])
 
     def load(self) -> Any:
         """A fresh copy of the original."""
@@ -165,13 +139,10 @@ class Bench:
         recipe = FinetuneRecipe(num_tokens=self.arguments.tokens, **{"anneal": 0.0, **changes})
         ffn = self.ffn if keep is None else self.ffn.model_copy(update={"keep_fraction": keep})
 
-        def fit(index: int, weights: Any, fit_ND: torch.Tensor, held_ND: torch.Tensor) -> Any:
-            own, share = ffn.predictor, ffn.keep_fraction
-            assert not isinstance(own, list) and not isinstance(share, list)
-            made = distill_layer(
-                weights, fit_ND, held_ND, ffn, own, share, seed=index, ordered=True
-            )
-            return made.spec, made.tensors
+        def fit(
+            index: int, weights: FfnWeights, fit_ND: torch.Tensor, held_ND: torch.Tensor
+        ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+            return predictor(index, weights, fit_ND, held_ND, ffn)
 
         windows_WT = self.text[: self.arguments.tokens // 512]
         finetune(model, self.layout, windows_WT, recipe=recipe, ffn=ffn, seed=0, fit=fit)
@@ -185,22 +156,38 @@ class Bench:
         return {"name": name, "seconds": time.time() - start, **self.measured(model)}
 
     @torch.no_grad()
+    def fitted(self, model: Any, kept: Predictors) -> tuple[Predictors, dict[str, Any]]:
+        """Predictors of a model as it is now, and what they and those `kept` recall.
+
+        That is (recall, score mass) on the windows, means over layers.
+        """
+        held_WT = torch.cat(list(self.windows.values()))
+        new: Predictors = []
+        totals: dict[str, Any] = {}
+        with TemporaryDirectory() as folder:
+            calibrate(model, self.layout, self.fit_WT, held_WT, out=Path(folder))
+            for index in range(num_layers(model)):
+                weights = read_ffn_weights(model, self.layout, index)
+                fit_ND, x_ND = load_rows(Path(folder), layer_file(index))
+                rows = fit_ND[:-HELD_ROWS], fit_ND[-HELD_ROWS:]
+                new.append(predictor(index, weights, *rows, self.ffn))
+                for name, own in (("recall_new", new), ("recall_kept", kept or new)):
+                    found = measured(weights, x_ND, *own[index])
+                    both = torch.tensor([found["recall"], found["score_mass"]])
+                    totals[name] = totals.get(name, 0) + both
+        return new, {name: (total / len(new)).tolist() for name, total in totals.items()}
+
+    @torch.no_grad()
     def measured(self, model: Any) -> dict[str, Any]:
         """The figures of a model."""
-        new = fitted(model, self.layout, self.fit_WT, self.ffn)
+        new, recalls = self.fitted(model, self.kept)
         neurons = ffn_parts(model, self.layout, 0).down_FD().shape[0]
         counts = layer_counts(neurons, self.ffn, self.arguments.keep)
         found = {}
         for arm, predictors in (("exact", None), ("named", new)):
             with selects(model, self.layout, counts, predictors):
                 found[arm] = self.figures(model)
-        held_WT = torch.cat(list(self.windows.values()))
-        return {
-            "dense": self.figures(model),
-            **found,
-            "recall_new": recalled(model, self.layout, held_WT, new),
-            "recall_kept": recalled(model, self.layout, held_WT, self.kept),
-        }
+        return {"dense": self.figures(model), **found, **recalls}
 
     def figures(self, model: Any) -> dict[str, Any]:
         """Of each text: perplexity over the original's with its interval, and mean KL."""
