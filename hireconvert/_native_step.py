@@ -57,9 +57,11 @@ class _Block(ctypes.Structure):
 _POINTER, _SIZE, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 LIBRARY.hire_step_scratch.argtypes = [_POINTER, _SIZE, _SIZE, _NUMBER]
 LIBRARY.hire_step_scratch.restype = _SIZE
-LIBRARY.hire_step.argtypes = [*[_POINTER] * 1, _SIZE, *[_POINTER] * 3, _SIZE, _POINTER, _SIZE,
-                              _POINTER, ctypes.c_double, _NUMBER, _NUMBER]  # fmt: skip
-LIBRARY.hire_step.restype = _SIZE
+LIBRARY.hire_step_sequences.argtypes = [
+    _POINTER, _SIZE, *[_POINTER] * 3, _SIZE, _POINTER, _SIZE, _POINTER, ctypes.c_double, _NUMBER,
+    _NUMBER, _POINTER, _SIZE,
+]  # fmt: skip
+LIBRARY.hire_step_sequences.restype = _SIZE
 LIBRARY.hire_matvec_scratch.argtypes = [_POINTER, _SIZE]
 LIBRARY.hire_matvec_scratch.restype = _SIZE
 LIBRARY.hire_matvec.argtypes = [*[_POINTER] * 3, _SIZE, _POINTER, _NUMBER, _NUMBER]
@@ -352,13 +354,22 @@ class Step:
         return torch.zeros(len(self.blocks), len(PAST_FIELDS), dtype=torch.int64)
 
     def run(
-        self, x_QD: torch.Tensor, past_B5: torch.Tensor, angles: Sequence[torch.Tensor], most: int
+        self,
+        x_QD: torch.Tensor,
+        past_B5: torch.Tensor,
+        angles: Sequence[torch.Tensor],
+        most: int,
+        *,
+        unseen_Q: torch.Tensor | None = None,
+        seen: int = 0,
     ) -> int:
         """All layers, and the last norm, over `x_QD` (float32, contiguous), in place.
 
         `past_B5` as `past` gives it, filled in by the caller (it vouches for the addresses: room
         for Q more positions, SLACK behind the end). `angles`: cos and sin, float32 [Q, rotary] and
         contiguous, of each rope. `most`: at least the longest cache's length and Q together.
+        With `unseen_Q` (int64 [Q]) every row is the next position of a sequence of its own, in
+        caches [Q, J, room, E], and does not see the first so many of the `seen` positions before.
         Returns -1, or the first layer that met NaN or inf, when x and no count is of use. Raises
         ValueError when sizes do not fit.
         """
@@ -378,11 +389,18 @@ class Step:
             for angle in angles[2 * rope : 2 * rope + 2]:
                 if angle.shape != (num_rows, rotary) or angle.dtype != torch.float32:
                     raise ValueError(f"native: angles are {angle.dtype} {list(angle.shape)}")
+        if unseen_Q is not None and (
+            unseen_Q.dtype != torch.int64
+            or unseen_Q.shape != (num_rows,)
+            or not all(0 <= unseen <= seen for unseen in unseen_Q.tolist())
+        ):
+            raise ValueError(f"native: {unseen_Q} of {seen} positions are not seen")
         room, memory, threads = self.room(most)
         pointers = (ctypes.c_void_p * len(angles))(*[angle.data_ptr() for angle in angles])
-        bad: int = LIBRARY.hire_step(
+        bad: int = LIBRARY.hire_step_sequences(
             self._address, len(self.blocks), past_B5.data_ptr(), ctypes.addressof(pointers),
             x_QD.data_ptr(), num_rows, memory.data_ptr(), room, *self._last, threads, self._level,
+            None if unseen_Q is None else unseen_Q.data_ptr(), seen,
         )  # fmt: skip
         return bad
 

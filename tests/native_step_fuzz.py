@@ -73,12 +73,14 @@ def random_block(dice: random.Random, width: int) -> Block:
     )
 
 
-def cache_of(block: Block, cached: int, new: int) -> tuple[list[Any], list[torch.Tensor]]:
+def cache_of(
+    block: Block, cached: int, new: int, sequences: int
+) -> tuple[list[Any], list[torch.Tensor]]:
     """A row of `past`, and the memory that it points at: room for the new positions, no more."""
     keys, room = block.matrices["k"], cached + new
     outputs = keys.outputs if isinstance(keys, Codes) else len(keys.weight_OI)
     pairs = outputs // block.head_dim
-    numel = pairs * room * block.head_dim
+    numel = sequences * pairs * room * block.head_dim
     memory = [
         torch.zeros(numel + SLACK // torch.tensor([], dtype=block.cache_type).element_size())
         .to(block.cache_type)
@@ -95,15 +97,18 @@ def run(dice: random.Random) -> None:
     step, held = Step(blocks), []
     past = step.past()
     cached = dice.choice([0, 1, 5, 17, 70])
+    apart = dice.random() < 0.5  # every row a sequence of its own
     for index, block in enumerate(blocks):
-        row, memory = cache_of(block, cached, num_rows)
+        row, memory = cache_of(block, cached, *((1, num_rows) if apart else (num_rows, 1)))
         past[index] = torch.tensor(row)
         held.append(memory)
     angles = torch.rand(2, num_rows, 2)
     x_QD = torch.randn(num_rows, width)
     if dice.random() < 0.2:
         x_QD[-1, -1] = dice.choice([float("nan"), float("inf"), 1e30])
-    bad = step.run(x_QD, past, [angles[0], angles[1]], cached + num_rows)
+    unseen_Q = torch.tensor([dice.randint(0, cached) for _ in range(num_rows)]) if apart else None
+    most = cached + (1 if apart else num_rows)
+    bad = step.run(x_QD, past, [angles[0], angles[1]], most, unseen_Q=unseen_Q, seen=cached)
     assert bad >= 0 or bool(x_QD.isfinite().all())
 
 

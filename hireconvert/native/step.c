@@ -49,6 +49,28 @@ static void norm_rows(const hire_job *job, const float *x, int64_t num, const fl
 
 static int64_t type_bytes(int64_t type) { return type == HIRE_FLOAT32 ? 4 : 2; }
 
+/* Where a head of row i begins in the keys and values of a layer, in elements. */
+static int64_t head_start(const hire_job *job, const hire_block *b, const hire_past *past,
+                          int64_t i, int64_t head)
+{
+    const int64_t sequence = job->unseen == NULL ? 0 : i;
+    return (sequence * b->kv_heads + head) * past->head_stride;
+}
+
+/* The position that row i writes. */
+static int64_t position(const hire_job *job, const hire_past *past, int64_t i)
+{
+    return past->first + past->length + (job->unseen == NULL ? i : 0);
+}
+
+/* The first position of a layer that row i may see. */
+static int64_t first_seen(const hire_job *job, const hire_past *past, int64_t i)
+{
+    if (job->unseen == NULL) return past->first;
+    const int64_t unseen = job->unseen[i] - (job->seen - past->length);
+    return past->first + (unseen > 0 ? unseen : 0);
+}
+
 /* One head of queries, keys or values: its rows, its norm, its angles; keys and values go to the
  * cache. */
 static void project(const hire_job *job, const hire_block *b, const hire_past *past,
@@ -67,7 +89,7 @@ static void project(const hire_job *job, const hire_block *b, const hire_past *p
         if (part < 2)
             job->step->rotate(row, angles[0] + i * b->rotary, angles[1] + i * b->rotary,
                               b->rotary);
-        const int64_t place = head * past->head_stride + (past->first + past->length + i) * size;
+        const int64_t place = head_start(job, b, past, i, head) + position(job, past, i) * size;
         if (part > 0)
             job->step->store(part == 1 ? past->keys : past->values, place, row, size,
                              (int)b->cache_type);
@@ -95,10 +117,10 @@ static void attend(const hire_job *job, const hire_block *b, const hire_past *pa
     const int64_t pieces = (group + most - 1) / most, pair = unit / pieces;
     const int64_t first = unit % pieces * most;
     const int64_t heads = group - first < most ? group - first : most;
-    const int64_t start = pair * past->head_stride * type_bytes(b->cache_type);
     for (int64_t i = 0; i < job->num_rows; i++) {
-        const int64_t to = past->first + past->length + i + 1;
-        int64_t from = past->first;
+        const int64_t start = head_start(job, b, past, i, pair) * type_bytes(b->cache_type);
+        const int64_t to = position(job, past, i) + 1;
+        int64_t from = first_seen(job, past, i);
         if (b->window > 0 && to - b->window > from) from = to - b->window;
         const int64_t place = i * job->heads + (pair * group + first) * size;
         for (int64_t h = 0; h < heads; h++) {
@@ -321,10 +343,10 @@ static void run_call(void *context)
         memcpy(call->x + i * width, own.x + i * job->width, (size_t)width * sizeof(float));
 }
 
-int64_t hire_step(const hire_block *blocks, int64_t num_blocks, const hire_past *pasts,
-                  const float *const *angles, float *x, int64_t num_rows, void *scratch,
-                  int64_t most, const float *last_norm, double eps, int32_t num_threads,
-                  int32_t level)
+int64_t hire_step_sequences(const hire_block *blocks, int64_t num_blocks, const hire_past *pasts,
+                            const float *const *angles, float *x, int64_t num_rows, void *scratch,
+                            int64_t most, const float *last_norm, double eps, int32_t num_threads,
+                            int32_t level, const int64_t *unseen, int64_t seen)
 {
     const int64_t width = blocks[0].width;
     hire_job job;
@@ -334,6 +356,8 @@ int64_t hire_step(const hire_block *blocks, int64_t num_blocks, const hire_past 
     job.step = hire_step_kernels_of(level);
     job.num_rows = num_rows;
     job.num_threads = num_threads;
+    job.unseen = unseen;
+    job.seen = seen;
     hire_call call = {&job, blocks, num_blocks, pasts, angles, x, -1};
     team_run(num_threads, run_call, &call);
     if (call.bad >= 0) return call.bad;
@@ -343,6 +367,15 @@ int64_t hire_step(const hire_block *blocks, int64_t num_blocks, const hire_past 
         for (int64_t i = 0; i < num_rows; i++)
             job.step->norm(x + i * width, last_norm, eps, width, x + i * width);
     return -1;
+}
+
+int64_t hire_step(const hire_block *blocks, int64_t num_blocks, const hire_past *pasts,
+                  const float *const *angles, float *x, int64_t num_rows, void *scratch,
+                  int64_t most, const float *last_norm, double eps, int32_t num_threads,
+                  int32_t level)
+{
+    return hire_step_sequences(blocks, num_blocks, pasts, angles, x, num_rows, scratch, most,
+                               last_norm, eps, num_threads, level, NULL, 0);
 }
 
 typedef struct {

@@ -88,8 +88,9 @@ typedef struct {
     int64_t *counts;             /* as hire_ffn takes them, or NULL */
 } hire_block;
 
-/* Keys and values of one layer: [J, room, E] of cache_type, and 64 bytes behind the last that may
- * be read. Positions [first, first + length) are cached, the Q behind them are written. */
+/* Keys and values of one layer: [J, room, E] of cache_type, for every sequence in turn, and 64 bytes
+ * behind the last that may be read. Positions [first, first + length) are cached, the Q behind them
+ * are written. */
 typedef struct {
     void *keys;
     void *values;
@@ -145,6 +146,13 @@ HIRE_API int64_t hire_step(const hire_block *blocks, int64_t num_blocks, const h
                            const float *const *angles, float *x, int64_t num_rows, void *scratch,
                            int64_t most, const float *last_norm, double eps, int32_t num_threads,
                            int32_t level);
+/* The same where every row is the next position of a sequence of its own. Row i does not see the
+ * first unseen[i] of the `seen` positions that came before, some of which a layer may have dropped. */
+HIRE_API int64_t hire_step_sequences(const hire_block *blocks, int64_t num_blocks,
+                                     const hire_past *pasts, const float *const *angles, float *x,
+                                     int64_t num_rows, void *scratch, int64_t most,
+                                     const float *last_norm, double eps, int32_t num_threads,
+                                     int32_t level, const int64_t *unseen, int64_t seen);
 /* y [num_rows, outputs] from x [num_rows, inputs]; up to HIRE_STEP_ROWS rows. Scratch holds
  * hire_matvec_scratch bytes. */
 HIRE_API int64_t hire_matvec_scratch(const hire_matrix *matrix, int64_t num_rows);

@@ -7,6 +7,8 @@ typedef struct {
     const hire_kernels *kernels;
     const hire_step_kernels *step;
     int64_t num_threads, num_rows, most;
+    const int64_t *unseen; /* as hire_step_sequences takes it; NULL: rows follow one another */
+    int64_t seen;
     int64_t width, heads, head_dim, neurons; /* the largest there are, padded */
     float *projected; /* [Q, heads] queries, keys and values side by side */
     float *attended;  /* [Q, heads] */

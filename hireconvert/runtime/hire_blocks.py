@@ -186,12 +186,18 @@ class Ropes:
         """Cos and sin [num, rotary] of each rope in turn, of positions from `start` on."""
         if not self.fixed:
             pairs = self._at(torch.arange(start, start + num))
-        else:
-            if not self._pairs or start + num > self._pairs[0][0].shape[0]:
-                self._pairs = self._at(torch.arange(max(_TABLE, 2 * (start + num))))
-            pairs = self._pairs
-        skipped = 0 if not self.fixed else start
-        return [table[skipped : skipped + num] for pair in pairs for table in pair]
+            return [table for pair in pairs for table in pair]
+        return [table[start : start + num] for table in self._all(start + num)]
+
+    def rows(self, position_P: torch.Tensor) -> list[torch.Tensor]:
+        """The same of any positions, none negative. The ropes must be `fixed`."""
+        return [table[position_P] for table in self._all(int(position_P.max()) + 1)]
+
+    def _all(self, num: int) -> list[torch.Tensor]:
+        """Of the first positions, `num` at least."""
+        if not self._pairs or num > self._pairs[0][0].shape[0]:
+            self._pairs = self._at(torch.arange(max(_TABLE, 2 * num)))
+        return [table for pair in self._pairs for table in pair]
 
 
 def check_model(base: Any) -> None:

@@ -5,7 +5,7 @@ layers hold views of a buffer with spare room instead, and a step writes behind 
 else may hold is never written to: a layer whose tensors are not the very views that were put there
 (after a crop, a reorder, a step of PyTorch's) is copied into a fresh buffer.
 
-Shape suffixes: J key/value heads, E head size, P positions, B decoder layers.
+Shape suffixes: S sequences, J key/value heads, E head size, P positions, B decoder layers.
 """
 
 import operator
@@ -27,12 +27,12 @@ class _Group:
     """Layers whose keys and values have one shape, in one buffer."""
 
     layers: list[int]
-    buffer: torch.Tensor  # [2 * layers, 1, J, room, E]
+    buffer: torch.Tensor  # [2 * layers, S, J, room, E]
     first: int
     length: int
 
     def views(self) -> Sequence[torch.Tensor]:
-        """[1, J, P, E] keys and values of each layer in turn."""
+        """[S, J, P, E] keys and values of each layer in turn."""
         return self.buffer.narrow(3, self.first, self.length).unbind(0)
 
     def has_room(self) -> bool:
@@ -50,7 +50,7 @@ def _key(layer: Any) -> tuple[Any, ...] | None:
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or not layer.is_initialized:
         return None
     keys, values = layer.keys, layer.values
-    if keys.dim() != 4 or keys.shape[0] != 1 or values.shape != keys.shape:
+    if keys.dim() != 4 or values.shape != keys.shape:
         return None
     if keys.dtype != values.dtype or keys.device.type != "cpu" or values.device.type != "cpu":
         return None
@@ -62,7 +62,7 @@ def _copied(cache: Any, layers: list[int]) -> _Group:
     like = cache.layers[layers[0]].keys
     length = like.shape[2]
     room = length + MOST_NEW + max(_SPARE, length // 2)
-    shape = (2 * len(layers), 1, like.shape[1], room, like.shape[3])
+    shape = (2 * len(layers), *like.shape[:2], room, like.shape[3])
     numel = torch.Size(shape).numel()
     flat = torch.zeros(numel + _SLACK // like.element_size(), dtype=like.dtype)
     buffer = flat[:numel].view(shape)
@@ -77,6 +77,7 @@ class Held:
 
     def __init__(self, cache: Any, groups: list[list[int]], past_B5: torch.Tensor) -> None:
         self.past_B5 = past_B5
+        self.num_sequences = cache.layers[0].keys.shape[0]
         self._groups = [_copied(cache, layers) for layers in groups]
         self._keys: list[Any] = [None] * len(cache.layers)
         self._values: list[Any] = [None] * len(cache.layers)
@@ -160,22 +161,26 @@ class Caches:
     def __reduce__(self) -> Any:
         return Caches, ()
 
-    def claim(self, cache: Any, step: Any, windows: Iterable[int]) -> Held | None:
+    def claim(
+        self, cache: Any, step: Any, windows: Iterable[int], *, num_sequences: int = 1
+    ) -> Held | None:
         """Buffers behind the cache that a step may write to; None where it cannot be served.
 
         `step` is a native Step, `windows` what its layers see (0: everything).
         """
         held = self._held.get(cache)
-        if held is not None and held.fits(cache):
+        if held is not None and held.num_sequences == num_sequences and held.fits(cache):
             return held
-        groups = _groups(cache, step, windows)
+        groups = _groups(cache, step, windows, num_sequences)
         if groups is None:
             return None
         self._held[cache] = held = Held(cache, groups, step.past())
         return held
 
 
-def _groups(cache: Any, step: Any, windows: Iterable[int]) -> list[list[int]] | None:
+def _groups(
+    cache: Any, step: Any, windows: Iterable[int], num_sequences: int
+) -> list[list[int]] | None:
     layers: list[Any] = cache.layers
     if len(layers) != len(step.heads) or not served(cache):
         return None
@@ -186,6 +191,8 @@ def _groups(cache: Any, step: Any, windows: Iterable[int]) -> list[list[int]] | 
         if key is None or layer.get_seq_length() != total:
             return None
         shape, dtype, sliding = key
+        if shape[0] != num_sequences:
+            return None
         if (shape[1], shape[3]) != step.heads[index] or dtype != step.blocks[index].cache_type:
             return None
         if sliding is not None:

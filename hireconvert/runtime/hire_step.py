@@ -1,8 +1,8 @@
 """The native decode step: all decoder layers of a decoded token in one call of the library.
 
-It serves one sequence of up to MOST_ROWS new positions whose rows select, over a cache of
-transformers that grows; everything else takes the PyTorch path. Shape suffixes: Q new positions,
-D width, B decoder layers.
+It serves up to MOST_NEW rows that select, new positions of one sequence or one of each of several,
+over a cache of transformers that grows; everything else takes the PyTorch path. Shape suffixes:
+S sequences, Q new positions (of one, or one of each), D width, B decoder layers.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -213,32 +213,33 @@ class NativeStep:
         )
 
     def hidden(self, base: Any, call: Mapping[str, Any]) -> torch.Tensor | None:
-        """What the base model gives for the new positions [1, Q, D]; None as in `run`."""
+        """What the base model gives for the new positions [S, Q, D]; None as in `run`."""
         plan = self._plan
         if plan is None or base.training or not _plain(base.config, call) or plan.hooked():
             return None
         cache: Any = call.get("past_key_values")
         embedded: Any = call.get("inputs_embeds")
         given: Any = call.get("input_ids") if embedded is None else embedded
-        batch, num = given.shape[:2]
-        if batch != 1 or num > MOST_NEW or given.device.type != "cpu" or not served(cache):
+        if given.device.type != "cpu" or not served(cache):
             return None
-        start = cache.get_seq_length()
-        if not _everything(call.get("attention_mask"), start + num):
+        start, (num_sequences, num) = cache.get_seq_length(), given.shape[:2]
+        rows = _rows(call, plan.ropes, num_sequences, num, start)
+        if rows is None:
             return None
-        if not _in_order(call.get("position_ids"), start, num):
-            return None
-        held = self._caches.claim(cache, plan.step, plan.windows)
+        angles, unseen_Q = rows
+        held = self._caches.claim(cache, plan.step, plan.windows, num_sequences=num_sequences)
         if held is None:
             return None
         if embedded is None:
             embedded = base.embed_tokens(given)
-        x_QD = embedded[0].to(torch.float32, copy=True).contiguous()
-        angles = plan.ropes.tables(start, num)
-        if plan.step.run(x_QD, held.past_B5, angles, held.longest() + num) >= 0:
+        x_QD = embedded.flatten(0, 1).to(torch.float32, copy=True).contiguous()
+        bad = plan.step.run(
+            x_QD, held.past_B5, angles, held.longest() + num, unseen_Q=unseen_Q, seen=start
+        )
+        if bad >= 0:
             return None  # NaN or inf: the cache is as it was
         held.advance(cache, num)
-        self._last_hidden = x_QD.to(embedded.dtype)[None]
+        self._last_hidden = x_QD.to(embedded.dtype).view_as(embedded)
         return self._last_hidden
 
     def token(self, base: Any, head: Any, call: Mapping[str, Any]) -> Any:
@@ -323,6 +324,44 @@ def _plain(config: Any, call: Mapping[str, Any]) -> bool:
     return config.return_dict and all(
         key in _KNOWN or value is None or value is False for key, value in call.items()
     )
+
+
+def _rows(
+    call: Mapping[str, Any], ropes: Ropes, num_sequences: int, num: int, start: int
+) -> tuple[list[torch.Tensor], torch.Tensor | None] | None:
+    """(the angles of a call's rows, what sequences do not see: see `Step.run`).
+
+    None where the library does not serve such rows.
+    """
+    mask, ids = call.get("attention_mask"), call.get("position_ids")
+    if num_sequences == 1:
+        served = num <= MOST_NEW and _everything(mask, start + num) and _in_order(ids, start, num)
+        return (ropes.tables(start, num), None) if served else None
+    if num != 1 or num_sequences > MOST_NEW or not ropes.fixed:
+        return None
+    unseen_S = _unseen(mask, num_sequences, start)
+    if unseen_S is None:
+        return None
+    if ids is None:
+        return [table.repeat(num_sequences, 1) for table in ropes.tables(start, 1)], unseen_S
+    if ids.shape != (num_sequences, 1) or int(ids.min()) < 0:
+        return None
+    return ropes.rows(ids[:, 0]), unseen_S
+
+
+def _unseen(mask: Any, num_sequences: int, start: int) -> torch.Tensor | None:
+    """int64 [S]: how many positions in front an attention mask hides of each sequence.
+
+    None where it hides others; the new position, behind `start` others, is always seen.
+    """
+    if mask is None:
+        return torch.zeros(num_sequences, dtype=torch.int64)
+    if not isinstance(mask, torch.Tensor) or mask.shape != (num_sequences, start + 1):
+        return None
+    seen_SP = mask.bool()
+    unseen_S = (~seen_SP).sum(dim=1)
+    in_front = torch.equal(seen_SP, torch.arange(start + 1) >= unseen_S[:, None])
+    return unseen_S if in_front and int(unseen_S.max()) <= start else None
 
 
 def _everything(mask: Any, length: int) -> bool:

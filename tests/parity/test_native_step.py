@@ -291,8 +291,8 @@ def test_what_others_hold_of_a_cache_is_never_written_to():
 
 @torch.no_grad()
 def decode_on(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-    logits = [model(i, past_key_values=cache, use_cache=True).logits for i in ids.split(1, dim=1)]
-    return torch.cat(logits, dim=1)
+    outputs = [model(i, past_key_values=cache, use_cache=True)[0] for i in ids.split(1, dim=1)]
+    return torch.cat(outputs, dim=1)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
@@ -333,9 +333,11 @@ def test_batches_beams_and_reordered_caches():
     spy = Spy(model)
     after = decode_on(model, ids[:, :1], cache)
     cache.batch_repeat_interleave(2)
-    with torch.no_grad():
-        both = model(ids[:, :1].repeat(2, 1), past_key_values=cache, use_cache=True).logits
-    assert spy.steps == 1 and both.shape[0] == 2 and after.shape[0] == 1
+    both = decode_on(model, ids[:, 1:2].repeat(2, 1), cache)
+    assert spy.steps == 2 and torch.equal(both[0], both[1])
+    cache.batch_select_indices(torch.tensor([1]))
+    decode_on(model, ids[:, 2:3], cache)
+    assert spy.steps == 3 and cache.get_seq_length() == 9 and after.shape[0] == 1
     model.set_hire_scope("decode", step=False)
     assert torch.equal(beams, model.generate(ids, **asked))
 
@@ -347,6 +349,107 @@ def test_assisted_decoding_verifies_several_tokens(family):
     spy = Spy(model)
     guided = model.generate(ids, max_new_tokens=24, prompt_lookup_num_tokens=3, **GREEDY)
     assert torch.equal(plain, guided) and spy.steps > 0
+
+
+# --------------------------------------------------------------------------- several sequences
+
+
+def padded(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids [S, P], mask) of sequences padded on the left."""
+    longest = max(lengths)
+    mask = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
+    return tokens(len(lengths), longest) * mask, mask.long()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sequences_decode_as_pytorch_does(family, level):
+    model, (ids, mask) = prepared(family), padded([20, 3, 9, 20, 1])
+    spy, found = Spy(model), {}
+    asked = {"max_new_tokens": 12, "return_dict_in_generate": True, "output_logits": True, **GREEDY}
+    for step in (True, False):
+        model.set_hire_scope("decode", step=step)
+        made = model.generate(ids, attention_mask=mask, **asked)
+        found[step] = torch.stack(made.logits), made.past_key_values, model.hire_stats(reset=True)
+    assert spy.steps == 11
+    assert relative(found[True][0], found[False][0]) < 2 * CLOSE
+    assert_same_cache(found[True][1], found[False][1], 2 * CLOSE)
+    assert found[True][2] == found[False][2]
+
+
+@pytest.mark.parametrize("name", sorted(ODD.keys() - {"moving_rope"}))
+def test_sequences_of_odd_sizes(name, level):
+    model, ids = odd_model(**ODD[name]), tokens(3, 24)
+    model.hire_prepare()
+    spy = Spy(model)
+    found, cache = decode(model, ids, 7)
+    assert spy.steps == 17, base_of(model).hire_step.reason
+    model.set_hire_scope("decode", step=False)
+    expected, other = decode(model, ids, 7)
+    assert relative(found, expected) < 2 * CLOSE
+    assert_same_cache(cache, other, 2 * CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_sequence_has_the_bits_it_has_alone(family, level):
+    model, ids = base_of(prepared(family)), tokens(7, 30)
+    spy, alone, together = Spy(model), [], DynamicCache(config=model.config)
+    for row in ids:
+        cache = model(row[None, :20], use_cache=True).past_key_values
+        alone.append((cache, copy.deepcopy(cache)))
+    for index in range(len(alone[0][0].layers)):
+        layers = [cache.layers[index] for _, cache in alone]
+        keys, values = (torch.cat([getattr(one, kind) for one in layers]) for kind in KINDS)
+        together.update(keys, values, index)
+        if layers[0].is_sliding:  # what the layer had dropped counts as well
+            together.layers[index].cumulative_length = layers[0].cumulative_length
+    expected = [
+        decode_on(model, row[None, 20:], cache) for row, (cache, _) in zip(ids, alone, strict=True)
+    ]
+    assert torch.equal(decode_on(model, ids[:, 20:], together), torch.cat(expected))
+    assert spy.steps == 10 * (len(ids) + 1)
+
+
+KINDS = ("keys", "values")
+
+
+@torch.no_grad()
+def test_sequences_that_are_not_served_run_in_pytorch():
+    model, (ids, mask) = prepared("llama"), padded([9, 5, 9])
+    spy = Spy(model)
+
+    def steps(number: int = 3, **more: Any) -> int:
+        repeated = ids[:1].repeat(number, 1) if number > 3 else ids[:number]
+        cache = model(repeated, use_cache=True).past_key_values
+        before = spy.steps
+        new = more.pop("new", 1)
+        model(repeated[:, :new], past_key_values=cache, use_cache=True, **more)
+        return spy.steps - before
+
+    one_more = torch.cat([mask, torch.ones(3, 1, dtype=mask.dtype)], dim=1)
+    assert steps() == steps(attention_mask=one_more) == 1
+    assert steps(position_ids=torch.tensor([[9], [5], [40]])) == 1
+    hole, last = one_more.clone(), one_more.clone()
+    hole[0, 4] = last[0, -1] = 0
+    assert steps(attention_mask=hole) == steps(attention_mask=last) == 0
+    assert steps(position_ids=torch.tensor([[9]])) == steps(new=2) == 0
+    model.hire_state.max_sparse_rows = 40
+    assert steps(32) == 1 and steps(33) == 0
+    model = odd_model(**ODD["moving_rope"])
+    spy = Spy(model)
+    assert steps(1) == 1 and steps(3) == 0
+
+
+@torch.no_grad()
+def test_a_sequence_with_nan_sends_the_step_to_pytorch():
+    model, ids = prepared("llama"), tokens(3, 8)
+    spy, cache = Spy(model), model(ids, use_cache=True).past_key_values
+    embedded = base_of(model).embed_tokens(ids[:, :1]).detach().clone()
+    embedded[1] = float("nan")
+    broken = model(inputs_embeds=embedded, past_key_values=cache, use_cache=True).logits
+    assert spy.tried == 1 and spy.steps == 0
+    assert broken[1].isnan().all() and broken[::2].isfinite().all()
+    assert cache.get_seq_length() == 9
 
 
 # --------------------------------------------------------------------------- standing back
