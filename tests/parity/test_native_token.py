@@ -89,9 +89,18 @@ def test_hooks_of_both_models_are_heard():
     assert len(heard) == 12 + 12 + 13
 
 
-@pytest.mark.parametrize(
-    "asked", [{"output_hidden_states": True}, {"num_beams": 2}, {"output_attentions": True}]
-)
+@pytest.mark.parametrize("head", [None, HEAD])
+def test_beams_leave_the_forward_out_too(head):
+    model = hire_model(tiny_model("llama"), ffn=FFN, head=head)
+    asked = {"num_beams": 3, "output_logits": True}
+    found, counts, short = generated(model, short=True, **asked)
+    expected, other, none = generated(model, short=False, **asked)
+    assert short > 0 and none == 0 and counts == other
+    assert torch.equal(found.sequences, expected.sequences)
+    assert torch.equal(torch.stack(found.logits), torch.stack(expected.logits))
+
+
+@pytest.mark.parametrize("asked", [{"output_hidden_states": True}, {"output_attentions": True}])
 def test_calls_that_ask_for_more_take_the_forward(asked):
     model = hire_model(tiny_model("llama"), ffn=FFN)
     model.set_attn_implementation("eager")
