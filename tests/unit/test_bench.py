@@ -261,6 +261,13 @@ def test_counts_at_another_share_keep_the_over_selection() -> None:
     assert counts_at(layer, 1.0) == {"num_kept": 100, "num_candidates": 100}
 
 
+def test_a_share_of_copied_neurons_reads_the_weights() -> None:
+    layer = {"num_neurons": 100, "num_kept": 100, "num_candidates": 100, "rows": "copies"}
+    counts = {"num_kept": 20, "num_candidates": 20, "rows": "stored"}
+    assert counts_at(layer, 0.2) == counts
+    assert counts_at(layer, 1.0) == {**counts, "num_kept": 100, "num_candidates": 100}
+
+
 class Config:
     hidden_size, vocab_size = 32, 64
 
