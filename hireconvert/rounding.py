@@ -1,9 +1,9 @@
-"""FFN weights rounded so that fewer bytes hold them: refined or copied rows (`attention.py` has the
-rest).
+"""FFN weights rounded so that fewer bytes hold them: refined rows, or their copies alone.
 
-The rounded values replace the dense ones in the checkpoint, so every path computes the same model;
-the native kernels find the codes again and read those. Refined rows are the 4-bit copies that the
-predictor and `ffn.unselected` read anyway, and 4 bits more of what these leave:
+`attention.py` has the other matrices. The rounded values replace the dense ones in the checkpoint,
+so every path computes the same model; the native kernels find the codes again and read those.
+Refined rows are the 4-bit copies that the predictor and `ffn.unselected` read anyway, and 4 bits
+more of what these leave:
 
     W = copy + low_scale * (code - 7.5)      all in the copy's own scaling of the columns
 

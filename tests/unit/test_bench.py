@@ -486,6 +486,10 @@ def test_the_ways_of_the_frontier() -> None:
     assert not ways["keep 0.1, head dense"].head
     own = frontier.our_ways([1.0], ["own"], True)["keep 1, head own"]
     assert own.head and own.head_spec is None
+    copies = frontier.our_ways([None], ["own"], True)["copies, head own"]
+    assert copies.ffn and copies.keep is None
+    assert frontier.short_name("ours out: copies, head own") == "copies"
+    assert frontier.short_name("ours out: keep 0.1, head int8") == "0.1"
     name = "ours out: keep 0.1, head int8"
     assert frontier.series(name) == "hireconvert out, head int8"
     assert frontier.short_name(name) == "0.1"
