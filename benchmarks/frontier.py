@@ -70,7 +70,8 @@ HEADS: dict[str, dict[str, Any] | None] = {
 def our_ways(keeps: Sequence[float | None], heads: Sequence[str], own_head: bool) -> dict[str, Way]:
     """Every share with every head, by a name that says both; 1 is dense through our kernels.
 
-    None is what a folder has whose neurons all count by their copies. The head `own`, as converted, is left out where the folder has none.
+    None is what a folder has whose neurons all count by their copies. The head `own`, as converted,
+    is left out where the folder has none.
     """
     ways = {}
     for head in heads:
