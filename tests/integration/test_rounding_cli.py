@@ -57,9 +57,11 @@ def test_copies_are_all_that_is_read(
     row = width // 2 + 1 * 2 + 4  # codes, two scales, their unit
     for layer in found["layers"]:
         assert layer["kept"] == layer["candidates"] == layer["neurons"]
+        assert layer["rows"] == "copies"
         first = 2 * layer["neurons"]
         vectors = 4 * (2 * width + first)
         assert layer["read_bytes"] == (first + layer["neurons"]) * row + vectors
+    assert "4-bit copies" in hireconvert("inspect", copied).out
     told = {check["name"]: check["detail"] for check in verify_checkpoint(copied)["checks"]}
     assert "2 FFN layers kept 64 neurons per token" in told["sparse path"]
 
