@@ -37,6 +37,7 @@ from hireconvert.inspection import dense_table
 from hireconvert.plots import SpeedPoint, quality_against_speed
 from hireconvert.render import make_reporter
 from hireconvert.roofline import measure_stream, stream_bytes
+from hireconvert.runtime.hire_predict import is_copied
 from hireconvert.session import DENSE, Request, Session, load_rivals, open_session, stored_dtype
 from hireconvert.subjects import TorchModel, TorchSubject, Way
 
@@ -66,10 +67,11 @@ HEADS: dict[str, dict[str, Any] | None] = {
 # --------------------------------------------------------------------------- what takes part
 
 
-def our_ways(keeps: Sequence[float], heads: Sequence[str], own_head: bool) -> dict[str, Way]:
+def our_ways(keeps: Sequence[float | None], heads: Sequence[str], own_head: bool) -> dict[str, Way]:
     """Every share with every head, by a name that says both; 1 is dense through our kernels.
 
-    The head `own`, as converted, is left out where the folder has none.
+    None is what a folder has whose neurons all count by their copies. The head `own`, as converted,
+    is left out where the folder has none.
     """
     ways = {}
     for head in heads:
@@ -77,7 +79,8 @@ def our_ways(keeps: Sequence[float], heads: Sequence[str], own_head: bool) -> di
             continue
         for keep in keeps:
             way = Way(ffn=True, keep=keep, head=head != "dense", head_spec=HEADS[head])
-            ways[f"keep {keep:g}, head {head}"] = way
+            share = "copies" if keep is None else f"keep {keep:g}"
+            ways[f"{share}, head {head}"] = way
     return ways
 
 
@@ -88,7 +91,10 @@ def load_ours(session: Session, stack: ExitStack, folder: Path, options: Any) ->
     model = TorchModel(folder, session.dtype, session.threads, kind="hire")
     label = f"{OURS} {folder.resolve().name}"
     subject = stack.enter_context(TorchSubject(label, model))
-    ways = our_ways(options.keep, options.heads, other.hire["head"] is not None)
+    layers = [layer for layer in (other.hire["ffn"] or {"layers": []})["layers"] if layer]
+    # Shares would read the weights, not the copies.
+    keeps = [None] if layers and all(map(is_copied, layers)) else options.keep
+    ways = our_ways(keeps, options.heads, other.hire["head"] is not None)
     for name, way in ways.items():
         session.add(f"{label}: {name}", subject, way, other.bytes_of(way, session.dtype))
 
@@ -271,7 +277,7 @@ def series(name: str) -> str:
 def short_name(name: str) -> str:
     """What stands beside the point: the share of neurons, the type of a file, the dtype."""
     if name.startswith(OURS):
-        return name.partition(": keep ")[2].partition(",")[0]
+        return name.partition(": ")[2].partition(",")[0].removeprefix("keep ")
     return name.rpartition(".")[2] if name.startswith("llama.cpp") else name.rpartition(" ")[2]
 
 

@@ -24,6 +24,7 @@ from hireconvert._packing import LANES, TYPES, pack
 from hireconvert._pages import together
 
 ABI = 3
+COPIES = True  # layers whose neurons all count by their copies; libraries before had none
 _ARM = platform.machine() in ("aarch64", "arm64")
 LEVELS = ("portable", "neon", "dotprod") if _ARM else ("portable", "avx2", "avx512")
 ROWS_TOGETHER = 8  # HIRE_ROWS of native/kernels.h
@@ -141,17 +142,19 @@ class FfnLayer:
     @classmethod
     def pack(
         cls, settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor | None]
-    ) -> "FfnLayer":
+    ) -> "FfnLayer | None":
         """A layer of weights and predictor tensors (docs/format.md); raises ValueError.
 
         `settings`: `activation`, `num_candidates`, `num_kept` (as many: none is dropped), the
         predictor's `bits`, `block`, `symmetric`, `levels`, `rest` (the same keys, or None), and
         `refined`, whether the weights lie on the grid of `low_scale` and `down_low_scale`; where
-        they do not, they are read as they are.
+        they do not, they are read as they are. Or `copies`, whether the weights are what the copies
+        stand for, so that nothing else is read and selected; None where they are not.
         `tensors`: `gate` (or None), `up` and `down` [F, D]; their biases as `gate_bias`, ...;
         `norm` [F], what scores are multiplied by; the predictor's and the low-bit copy's.
         """
-        return cls(*pack(LIBRARY, LEVELS.index(level() or LEVELS[0]), settings, tensors))
+        packed = pack(LIBRARY, LEVELS.index(level() or LEVELS[0]), settings, tensors)
+        return None if packed is None else cls(*packed)
 
     def counting(self, num_candidates: int, num_kept: int) -> "FfnLayer":
         """The layer with other numbers, over the same memory; raises ValueError."""

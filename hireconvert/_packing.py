@@ -184,7 +184,8 @@ class _Layer:
         neurons, width = up.shape
         if neurons > _MOST or width > _MOST_WIDTH:
             raise ValueError(f"native: {neurons} x {width} is too large")
-        candidates = _number(settings, "num_candidates", 1, neurons)
+        copies = bool(settings.get("copies"))  # of which none is computed exactly
+        candidates = 0 if copies else _number(settings, "num_candidates", 1, neurons)
         self.given, self.settings = given, settings
         self.held: list[torch.Tensor] = []  # what the library is told the addresses of
         self.numbers = {
@@ -192,7 +193,7 @@ class _Layer:
             "stride": -(-width // STRIDE) * STRIDE,
             "num_neurons": neurons,
             "num_candidates": candidates,
-            "num_kept": _number(settings, "num_kept", 1, candidates),
+            "num_kept": 0 if copies else _number(settings, "num_kept", 1, candidates),
             "gated": int(given.has("gate")),
             "activation": _one_of(settings, "activation", ACTIVATIONS),
             "weight_type": TYPES.index(up.dtype),
@@ -345,6 +346,27 @@ class _Layer:
         self.numbers["low_bytes"] = self.packing.low_bytes
         return _filled(tensors, small)
 
+    def copies(self, library: Any, level: int) -> dict[str, torch.Tensor] | None:
+        """Packed as the copies alone, none where the weights are not what these stand for.
+
+        Estimates are exact then, so they have no mean, no errors, and the layer's own biases.
+        """
+        if (self.numbers["bits"], self.numbers.get("rest_bits")) != (LOW_BITS, LOW_BITS):
+            raise ValueError("native: rows of copies without 4-bit copies")
+        left_out = ("soft", "rest_error", "row_bias")
+        small = {name: tensor for name, tensor in self.small.items() if name not in left_out}
+        small["mean"] = torch.zeros_like(small["mean"])
+        small["bias"] = torch.zeros_like(small["bias"])
+        if "row_bias" in self.small:
+            small["bias"] = _pad_parts(self.small["row_bias"].flatten(), self.parts)
+        tensors, piece = placed({**shapes_of(small), **self.shapes})
+        factor_D = self.given.floats("column_scale", self.numbers["width"]).contiguous()
+        self.packing.factor = self._address(factor_D)
+        if not self._packed(library, level, tensors):
+            MEMORY.give_back(piece)
+            return None
+        return _filled(tensors, small)
+
     def stored(self, library: Any, level: int) -> dict[str, torch.Tensor]:
         """Packed with the weights as they are."""
         numbers = self.numbers
@@ -377,12 +399,15 @@ def pack(
     level: int,
     settings: Mapping[str, Any],
     tensors: Mapping[str, torch.Tensor | None],
-) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
-    """(numbers, tensors) of hire_layer in native/kernels.h; see FfnLayer.pack.
+) -> tuple[dict[str, int], dict[str, torch.Tensor]] | None:
+    """(numbers, tensors) of hire_layer in native/kernels.h, or None; see FfnLayer.pack.
 
     Raises ValueError.
     """
     layer = _Layer(settings, tensors)
+    if settings.get("copies"):
+        copies = layer.copies(library, level)
+        return None if copies is None else (layer.numbers, copies)
     packed = layer.refined(library, level) if settings.get("refined") else None
     if packed is None:
         packed = layer.stored(library, level)

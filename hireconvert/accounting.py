@@ -157,6 +157,7 @@ def layer_rows(hire: Mapping[str, Any], width: int, weight_bytes: int) -> list[d
                 "rank": predictor["rank"] if predictor["kind"] != "q" else None,
                 "bits": predictor["bits"] if predictor["kind"] != "lr" else None,
                 "inputs": predictor["num_inputs"],
+                "rows": layer.get("rows", "stored"),
                 "unselected": layer.get("unselected"),
                 "predictor_bytes": read["predictor"],
                 "unselected_bytes": read["unselected"],

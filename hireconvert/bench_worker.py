@@ -35,6 +35,7 @@ from hireconvert.subjects import STEPS
 from hireconvert.timing import trace_decode
 
 _PART_ROUNDS = 5
+_COUNTED = ("num_kept", "num_candidates", "rows")  # of a layer's spec, set by `counts_at`
 Request = Mapping[str, Any]
 
 
@@ -241,7 +242,7 @@ class Ways:
         self.model, self.state = model, model.hire_state
         self.most_queries = self.state.max_decode_queries
         self.counts = {
-            index: {name: layer.spec[name] for name in ("num_kept", "num_candidates")}
+            index: {name: layer.spec[name] for name in _COUNTED if name in layer.spec}
             for index, layer in hire_layers(model).items()
         }
         own = getattr(model.get_output_embeddings(), "hire", None)

@@ -36,7 +36,13 @@ from hireconvert.quantize import (
 )
 from hireconvert.recipe import FfnRecipe, PredictorRecipe
 from hireconvert.rounding import low_scales
-from hireconvert.runtime.hire_predict import Predictor, decode_down, kth_score, varies
+from hireconvert.runtime.hire_predict import (
+    Predictor,
+    decode_down,
+    is_copied,
+    kth_score,
+    varies,
+)
 from hireconvert.scoring import (
     ROW_CHUNK,
     candidate_counts,
@@ -44,6 +50,7 @@ from hireconvert.scoring import (
     down_error,
     exact_scores,
     hidden,
+    hidden_moment,
     layer_counts,
     levelled,
     measured,
@@ -126,15 +133,18 @@ def distill_layer(
     """
     fit_ND, held_ND = _finite_rows(fit_ND, "calibration"), _finite_rows(held_ND, "held-out")
     counts = layer_counts(weights.up_FD.shape[0], recipe, keep_fraction)
-    norm_F = score_norms(weights, recipe.score)
+    norm_F = score_norms(weights, counts["score"])
+    if is_copied(counts):  # nothing could add the product with a mean
+        predictor = predictor.model_copy(update={"centre": False})
     permutation_F = None if ordered else final_order(weights, fit_ND, recipe, keep_fraction)
     if permutation_F is not None:
         weights, norm_F = permuted(weights, permutation_F), norm_F[permutation_F]
     down: dict[str, torch.Tensor] = {}
     if recipe.unselected is not None:
         form = GridFormat.of(recipe.unselected)
-        down = encode_down(weights.down_FD, form)
-        if recipe.score == "error":
+        moment_FF = hidden_moment(weights, fit_ND) if is_copied(counts) else None
+        down = encode_down(weights.down_FD, form, moment_FF)
+        if counts["score"] == "error":
             copy_FD = decode_down(down, counts["unselected"], weights.down_FD.shape[1])
             counts["unselected"]["error"] = down_error(weights.down_FD, copy_FD)
     job = _Job(weights, fit_ND, held_ND, norm_F, counts, seed)
@@ -193,6 +203,8 @@ def _fit(
         bias_M = bias_M - (copy_MD.double() @ moments.loud_mean_D).float()
     if factors is not None:
         bias_M = bias_M - factors[1] @ (factors[0] @ moments.rest_D.float())
+    if is_copied(job.counts):  # the layer's own, to which nothing can be added
+        bias_M = constant_M
     losses: dict[str, Any] = {}
     if factors is not None and recipe.distill is not None:
         factors, bias_M, losses = _trained(job, recipe, spec, tensors, (*factors, bias_M))

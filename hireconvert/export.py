@@ -47,6 +47,15 @@ CARRIED = (
     "NOTICE*",
 )
 
+_WHAT_SELECTION_DOES = (
+    "Decoding reads fewer bytes per token: cheap predictors say which FFN neurons and which",
+    "rows of the output head matter, and those are computed exactly. Prefill is dense.",
+)
+_WHAT_COPIES_DO = (
+    "Decoding reads fewer bytes per token: FFN weights are rounded to 4 bits, and of the output",
+    "head the rows that can matter are read alone. Prefill is dense.",
+)
+
 
 @dataclass(frozen=True)
 class Conversion:
@@ -206,6 +215,7 @@ def render_card(report: Mapping[str, Any], license_name: str | None, ffn: FfnRec
         metadata["base_model"] = base
         metadata["base_model_relation"] = "finetune" if report["finetune"] else "quantized"
     metadata["tags"] = ["hireconvert", "activation-sparsity", "custom_code"]
+    what = _WHAT_COPIES_DO if ffn is not None and ffn.rows == "copies" else _WHAT_SELECTION_DOES
     title = f"{base or report['model']['architecture']} with HiRE ({report['recipe']})"
     lines = [
         "---",
@@ -213,8 +223,7 @@ def render_card(report: Mapping[str, Any], license_name: str | None, ffn: FfnRec
         "---",
         f"# {title}",
         "",
-        "Decoding reads fewer bytes per token: cheap predictors say which FFN neurons and which",
-        "rows of the output head matter, and those are computed exactly. Prefill is dense.",
+        *what,
         f"Converted by hireconvert {report['versions']['hireconvert']}.",
         "",
         "```python",
@@ -239,11 +248,12 @@ def _card_rows(report: Mapping[str, Any], ffn: FfnRecipe | None) -> Iterator[tup
     read = report["bytes_per_token"]
     yield "bytes read per token, dense", f"{read['dense']:,}"
     yield "bytes read per token, converted", f"{read['converted']:,}"
-    if ffn is not None and ffn.unselected is not None and report["layers"]:
+    copies = ffn is not None and ffn.rows == "copies"
+    if ffn is not None and ffn.unselected is not None and not copies and report["layers"]:
         name = f"of these for neurons left out, by {ffn.unselected.bits}-bit estimate"
         yield name, f"{read['ffn']['unselected']:,}"
     yield "speed-up bound from bytes", f"{read['speedup_bound']:.2f}"
-    if report["recall"]:
+    if report["recall"] and not copies:
         recall = report["recall"]
         yield "recall of the true top k, mean", f"{recall['mean']:.4f}"
         yield f"recall, worst layer ({recall['worst_layer']})", f"{recall['worst']:.4f}"

@@ -42,8 +42,13 @@ def interval(each: Any, form: str = ".2%") -> str:
 
 
 def rest(layer: Mapping[str, Any]) -> str:
-    """What a layer's neurons that are not kept count as: zero, or an estimate of so many bits."""
+    """What a layer's neurons that are not kept count as: zero, or an estimate of so many bits.
+
+    Where all count by their copies, that.
+    """
     spec = layer["unselected"]
+    if layer["rows"] == "copies":
+        return "4-bit copies"
     return "zero" if spec is None else f"{spec['bits']}-bit estimate"
 
 

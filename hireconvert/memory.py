@@ -19,6 +19,7 @@ from hireconvert.masked import PROBABILITIES_KEPT
 from hireconvert.measures import LOGITS_AT_ONCE
 from hireconvert.objectives import LOGITS_AT_ONCE as TRAINING_LOGITS
 from hireconvert.recipe import Recipe
+from hireconvert.runtime.hire_predict import is_copied
 from hireconvert.schema import FinetuneRecipe
 from hireconvert.schema_budget import BudgetRecipe
 from hireconvert.student import trained_weights
@@ -131,8 +132,10 @@ def peak_memory(shapes: Shapes, recipe: Recipe) -> int:
 
 
 def _fitting(shapes: Shapes) -> int:
-    width = shapes.config.hidden_size
-    return 4 * shapes.neurons * (10 * width + 3 * 2048) + 8 * 4 * width * width
+    width, neurons = shapes.config.hidden_size, shapes.neurons
+    # Copies of down that are fitted to the hidden values: decompositions of their moment.
+    moments = 8 * 5 * neurons**2 if any(map(is_copied, shapes.layers)) else 0
+    return 4 * neurons * (10 * width + 3 * 2048) + 8 * 4 * width * width + moments
 
 
 def _training(shapes: Shapes, recipe: FinetuneRecipe) -> int:

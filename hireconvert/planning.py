@@ -346,6 +346,8 @@ def _fitting_operations(row: Mapping[str, Any], skeleton: Skeleton, recipe: Reci
     given = recipe.ffn.predictor
     predictor = given[row["layer"]] if isinstance(given, list) else given
     total = 2.0 * rows * width * width + 2.0 * outputs * width * width
+    if recipe.ffn.rows == "copies":  # down's, under the moment of the hidden values
+        total += 2.0 * (rows + row["neurons"] + width) * row["neurons"] ** 2
     total += 2.0 * 2 * recipe.data.num_held_tokens * outputs * width
     if predictor.distill is not None:
         rank = row["rank"] or predictor.rank

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hireconvert.accounting import TensorTable, token_bytes
+from hireconvert.runtime.hire_predict import is_copied
 from hireconvert.scoring import round_half_up
 from hireconvert.subjects import Way
 
@@ -78,15 +79,17 @@ def _seconds(run: Callable[[], Any]) -> float:
     return min(spent)
 
 
-def counts_at(layer: Mapping[str, Any], keep: float) -> dict[str, int]:
+def counts_at(layer: Mapping[str, Any], keep: float) -> dict[str, Any]:
     """`num_kept` and `num_candidates` of a layer that keeps another share of its neurons.
 
-    As many candidates for each neuron kept as before, all neurons at most.
+    As many candidates for each neuron kept as before, all neurons at most. A layer that reads
+    copies alone reads the weights then, as `rows` says.
     """
     total, over = layer["num_neurons"], layer["num_candidates"] / layer["num_kept"]
     num_kept = min(total, max(1, round_half_up(keep * total)))
     candidates = min(total, max(num_kept, round_half_up(over * num_kept)))
-    return {"num_kept": num_kept, "num_candidates": candidates}
+    rows = {"rows": "stored"} if is_copied(layer) else {}
+    return {"num_kept": num_kept, "num_candidates": candidates, **rows}
 
 
 def way_bytes(

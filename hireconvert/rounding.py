@@ -1,10 +1,13 @@
-"""FFN weights rounded so that fewer bytes hold them: refined rows (`attention.py` has the rest).
+"""FFN weights rounded so that fewer bytes hold them: refined rows, or their copies alone.
 
-The rounded values replace the dense ones in the checkpoint, so every path computes the same model;
-the native kernels find the codes again and read those. Refined rows are the 4-bit copies that the
-predictor and `ffn.unselected` read anyway, and 4 bits more of what these leave:
+`attention.py` has the other matrices. The rounded values replace the dense ones in the checkpoint,
+so every path computes the same model; the native kernels find the codes again and read those.
+Refined rows are the 4-bit copies that the predictor and `ffn.unselected` read anyway, and 4 bits
+more of what these leave:
 
     W = copy + low_scale * (code - 7.5)      all in the copy's own scaling of the columns
+
+Copied rows are the copies, by which every neuron then counts.
 
 Shape suffixes: M rows, D columns, F neurons, P rows of gate and up.
 """
@@ -18,7 +21,12 @@ from transformers import PreTrainedModel
 from hireconvert.families import FfnWeights, Layout, ffn_parts
 from hireconvert.quantize import Grid, GridFormat, decode_codes, fit_grid, round_codes
 from hireconvert.runtime.hire_config import LOW_BITS
-from hireconvert.runtime.hire_predict import decode_blocks, decode_down, is_refined
+from hireconvert.runtime.hire_predict import decode_blocks, decode_down, is_copied, is_refined
+
+
+def is_rounded(spec: Mapping[str, Any]) -> bool:
+    """Whether a layer's weights in the checkpoint are others than the source's."""
+    return is_refined(spec) or is_copied(spec)
 
 
 def low_scales(
@@ -35,22 +43,33 @@ def low_scales(
 
 
 @torch.no_grad()
-def refine_ffn(
+def round_ffn(
     model: PreTrainedModel,
     layout: Layout,
     index: int,
     spec: Mapping[str, Any],
     tensors: Mapping[str, torch.Tensor],
 ) -> None:
-    """Round one layer's matrices in place to the copies and the grids of `low_scales`."""
+    """Round one layer's matrices in place: to its copies, or these and grids of `low_scales`."""
     parts = ffn_parts(model, layout, index)
     first = [part.weight_out_in() for part in (parts.gate, parts.up) if part is not None]
     down_FD = parts.down_FD()
-    first_PD = torch.cat([matrix.float() for matrix in first])
-    first_PD, new_FD = refined_values(first_PD, down_FD.float(), spec, tensors)
+    if is_copied(spec):
+        first_PD, new_FD = copied_values(down_FD.shape[1], spec, tensors)
+    else:
+        first_PD = torch.cat([matrix.float() for matrix in first])
+        first_PD, new_FD = refined_values(first_PD, down_FD.float(), spec, tensors)
     down_FD.copy_(new_FD)
     for matrix, new_FD in zip(first, first_PD.chunk(len(first)), strict=True):
         matrix.copy_(new_FD)
+
+
+def copied_values(
+    width: int, spec: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the copies stand for, float32: gate and up [P, D], and down [F, D]."""
+    first_PD = decode_blocks(tensors, spec["predictor"], width) / tensors["column_scale"].float()
+    return first_PD, decode_down(tensors, spec["unselected"], width)
 
 
 def refined_values(

@@ -179,7 +179,7 @@ class UnselectedRecipe(Section):
         yield from _level_problems(self.levels, self.bits, self.block, self.symmetric)
 
 
-def _beyond_refining(predictor: PredictorRecipe) -> str | None:
+def _beyond_copies(predictor: PredictorRecipe) -> str | None:
     """What of a predictor leaves no 4-bit copy of every weight of gate and up."""
     if predictor.kind != "q" or predictor.bits != 4:
         return f"kind {predictor.kind} of {predictor.bits} bits"
@@ -221,10 +221,12 @@ class FfnRecipe(Section):
         default=None,
         description="neurons that are not kept count by their estimated values; null: as zero",
     )
-    rows: Literal["stored", "refined"] = Field(
+    rows: Literal["stored", "refined", "copies"] = Field(
         default="stored",
-        description="what is computed exactly: weights as the model stores them, or rounded to "
-        "the 4-bit copies and 4 bits more, which alone are read for a candidate",
+        description="what is computed exactly: weights as the model stores them, rounded to the "
+        "4-bit copies and 4 bits more, which alone are read for a candidate, or rounded to the "
+        "copies: then every neuron counts by these, and over_select, score, keep and "
+        "predictor.centre have no part",
     )
     group_size: Count = Field(default=1, description="neurons selected together")
     common_path: Annotated[float, In(0, 1, open_high=True)] = Field(
@@ -255,10 +257,33 @@ class FfnRecipe(Section):
                 yield "selection", f"{self.selection} needs neuron scores, not {key}.group_scores"
             if predictor.group_scores and self.unselected is not None:
                 yield "unselected", f"needs estimates of neurons, not {key}.group_scores"
-            if self.rows == "refined" and (found := _beyond_refining(predictor)):
-                yield "rows", f"refined needs {key} to be kind q of 4 bits for neurons, not {found}"
-        if self.rows == "refined" and (self.unselected is None or self.unselected.bits != 4):
-            yield "rows", "refined needs unselected.bits 4: its copy of down is refined as well"
+        if self.rows != "stored":
+            yield from self._rows_problems()
+        if self.rows == "copies":
+            yield from self._selection_problems()
+
+    def _rows_problems(self) -> Iterator[Problem]:
+        """What of a recipe gives no copies to round weights to."""
+        for key, predictor in _each("predictor", self.predictor):
+            if found := _beyond_copies(predictor):
+                needed = f"{key} to be kind q of 4 bits for neurons"
+                yield "rows", f"{self.rows} needs {needed}, not {found}"
+        if self.unselected is None or self.unselected.bits != 4:
+            role = "is refined as well" if self.rows == "refined" else "is what down is rounded to"
+            yield "rows", f"{self.rows} needs unselected.bits 4: its copy of down {role}"
+
+    def _selection_problems(self) -> Iterator[Problem]:
+        """What of a recipe selects, where every neuron counts by its copies."""
+        why = "with rows: copies every neuron counts and none is selected"
+        wanted = {"keep_fraction": 1, "selection": "fixed", "group_size": 1, "common_path": 0}
+        for key, value in wanted.items():
+            if (found := getattr(self, key)) != value:
+                yield key, f"{found}, but {why}; give {value} (--set ffn.{key}={value})"
+        if self.budget is not None and self.budget.mode != "uniform":
+            yield "budget", f"mode {self.budget.mode}, but {why}; give null (--set ffn.budget=null)"
+        for key, predictor in _each("predictor", self.predictor):
+            if predictor.soften:
+                yield f"{key}.soften", f"true, but {why}: no estimate has an error; give false"
 
     def _error_problems(self) -> Iterator[Problem]:
         if self.unselected is None:
@@ -398,8 +423,8 @@ class Recipe(Section):
     @property
     def rounds_weights(self) -> bool:
         """Whether the checkpoint's dense weights are others than the source's for being rounded."""
-        refined = self.ffn is not None and self.ffn.rows == "refined"
-        return refined or self.attention is not None
+        rounded = self.ffn is not None and self.ffn.rows != "stored"
+        return rounded or self.attention is not None
 
     def _problems(self) -> Iterator[Problem]:
         if self.ffn is None and self.head is None:
@@ -408,5 +433,8 @@ class Recipe(Section):
             yield "attention", "is rounded beside an FFN that selects; give ffn, or attention: null"
         if self.ffn is None and self.finetune is not None:
             yield "finetune", "trains the selecting FFN; give ffn, or finetune: null"
+        if self.ffn is not None and self.ffn.rows == "copies" and self.finetune is not None:
+            found = "trains a model that selects, but with ffn.rows: copies none does"
+            yield "finetune", f"{found}; give finetune: null, or other ffn.rows"
         if self.ffn is not None and self.finetune is not None and (why := self.ffn.not_simulated()):
             yield "ffn.unselected", f"finetune {why}"

@@ -64,7 +64,8 @@ def layer_counts(num_neurons: int, recipe: FfnRecipe, keep_fraction: float) -> d
         "num_candidates": min(candidates, num_neurons),
         "group_size": group,
         "num_common": common,
-        "score": recipe.score,
+        # Of copies nothing is selected, so that no estimate has an error to rank by.
+        "score": "norm" if recipe.rows == "copies" else recipe.score,
         "keep": recipe.keep,
     }
     if recipe.selection != "fixed":
@@ -143,6 +144,16 @@ def hidden(weights: FfnWeights, x_ND: torch.Tensor) -> torch.Tensor:
     if weights.gate_FD is None:
         return weights.act(up_NF)
     return weights.act(F.linear(x_ND, weights.gate_FD, weights.gate_bias_F)) * up_NF
+
+
+def hidden_moment(weights: FfnWeights, x_ND: torch.Tensor) -> torch.Tensor:
+    """The second moment [F, F] of the hidden values over inputs [N, D]."""
+    neurons = weights.up_FD.shape[0]
+    moment_FF = torch.zeros(neurons, neurons)
+    for rows in x_ND.split(ROW_CHUNK):
+        h_NF = hidden(weights, rows)
+        moment_FF.addmm_(h_NF.T, h_NF)
+    return moment_FF.div_(x_ND.shape[0])
 
 
 def exact_scores(weights: FfnWeights, x_ND: torch.Tensor, norm_F: torch.Tensor) -> torch.Tensor:

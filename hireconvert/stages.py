@@ -45,8 +45,7 @@ from hireconvert.families import (
 from hireconvert.loading import load
 from hireconvert.planning import Skeleton
 from hireconvert.recipe import Recipe, per_layer
-from hireconvert.rounding import refine_ffn
-from hireconvert.runtime.hire_predict import is_refined
+from hireconvert.rounding import is_rounded, round_ffn
 from hireconvert.sampling import sample_from_model
 from hireconvert.workspace import Workspace, write_json
 
@@ -320,19 +319,19 @@ def export_model(
 def _rewritten(run: Run, results: list[Fitted]) -> PreTrainedModel | None:
     """The model in its stored dtype, reordered and rounded; None when files can be copied."""
     moved = [index for index, result in enumerate(results) if result.permutation_F is not None]
-    refined = [index for index, result in enumerate(results) if is_refined(result.spec)]
+    rounded = [index for index, result in enumerate(results) if is_rounded(result.spec)]
     attention = run.hire["attention"]
     large = needs_resharding(run.weights.folder, run.recipe.output.max_shard_gb)
-    if not (moved or refined or attention or large):
+    if not (moved or rounded or attention or large):
         return None
     model = run.weights.load_model()
-    for index in sorted({*moved, *refined}):
+    for index in sorted({*moved, *rounded}):
         result = results[index]
         assert result.layout is not None
         if result.permutation_F is not None:
             permute_ffn(model, result.layout, index, result.permutation_F)
-        if is_refined(result.spec):
-            refine_ffn(model, result.layout, index, result.spec, result.tensors)
+        if is_rounded(result.spec):
+            round_ffn(model, result.layout, index, result.spec, result.tensors)
     if attention:
         assert results[0].layout is not None
         round_attention(model, results[0].layout, attention, _fitted_attention(run))

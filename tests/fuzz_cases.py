@@ -47,6 +47,17 @@ CASES = {
         },
         dtype=torch.bfloat16,
     ),
+    "rows of copies": Case(
+        "qwen2",
+        {
+            "keep_fraction": 1.0,
+            "predictor": {"levels": "normal", "block": 32},
+            "unselected": {"levels": "normal", "symmetric": True},
+            "rows": "copies",
+        },
+        {},
+        dtype=torch.bfloat16,
+    ),
     "q of 3 bits, ranges": Case(
         "llama_bias",
         {"unselected": {"bits": 3, "block": 16}, **_predictor(bits=3, block=12, symmetric=False)},

@@ -33,7 +33,7 @@ KNOWN: dict[str, tuple[Any, ...]] = {
     "soften": (True, False),
     "keep": ("top_k", "candidates"),
     "score": ("norm", "plain", "error"),
-    "rows": ("stored", "refined"),
+    "rows": ("stored", "refined", "copies"),
     "rule": ("threshold", "mean_std", "score_mass"),
     "level": (-3e38, -1, 0, 1e-45, 0.5, 1, 1.5, 3e38),
     "certified": (True, False),

@@ -72,6 +72,7 @@ class Case:
     soft: bool = False
     error: float | None = None  # of copied output vectors, where scores are expected errors
     refined: bool = False
+    copies: bool = False  # every neuron counts by its copies, whatever the numbers say
 
     @property
     def form(self) -> GridFormat:
@@ -156,7 +157,20 @@ def tensors_of(case: Case, seed: int = 0) -> dict[str, Any]:
         tensors |= encode_down(tensors["down"].float(), GridFormat(*case.rest))
     if case.refined:
         refine(case, tensors, names)
+    if case.copies:
+        round_to_copies(case, tensors, names)
     return tensors
+
+
+def round_to_copies(case: Case, tensors: dict[str, Any], names: list[str]) -> None:
+    """The weights become what the copies stand for, in the case's type."""
+    assert case.rest is not None
+    outputs, shape = len(names) * case.neurons, (case.neurons, case.width)
+    first_MD = decode_matrix(tensors, case.form, (outputs, case.width)) / tensors["column_scale"]
+    down = {k.removeprefix("down_"): t for k, t in tensors.items() if k.startswith("down_")}
+    tensors["down"] = decode_matrix(down, GridFormat(*case.rest), shape).to(case.dtype)
+    for name, matrix in zip(names, first_MD.chunk(len(names)), strict=True):
+        tensors[name] = matrix.to(case.dtype)
 
 
 def refine(case: Case, tensors: dict[str, Any], names: list[str]) -> None:
@@ -194,6 +208,7 @@ def settings_of(case: Case) -> dict[str, Any]:
         "levels": case.levels,
         "rest": rest,
         "refined": case.refined,
+        "copies": case.copies,
     }
 
 

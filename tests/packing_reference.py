@@ -380,10 +380,33 @@ def _biases(given: _Given, numbers: Mapping[str, int]) -> dict[str, torch.Tensor
     return tensors
 
 
+def _copies(
+    given: _Given, settings: Mapping[str, Any], packed: dict[str, torch.Tensor], up: torch.Tensor
+) -> dict[str, torch.Tensor] | None:
+    """What is left of a layer whose weights are its copies; None where they are others."""
+    neurons, width = up.shape
+    names, left_out = ["gate", "up"] if given.has("gate") else ["up"], ("soft", "rest_error")
+    first_MD = torch.cat([given.floats(name, neurons, width) for name in names])
+    parts = ("planes", "scale", "offset", "scale_codes", "scale_unit")
+    value_MD = decode_blocks(given.named(*parts), settings, width)
+    value_MD = value_MD / given.floats("column_scale", width)
+    copy = given.named(*(f"down_{name}" for name in parts))
+    down_FD = decode_down(copy, settings["rest"], width)
+    pairs = ((value_MD, first_MD), (down_FD, given.floats("down", neurons, width)))
+    if not all(_is_rounded(value, weight, up.dtype) for value, weight in pairs):
+        return None
+    numbers = {"width": width, "num_neurons": neurons, "gated": int(given.has("gate"))}
+    biases = _biases(given, numbers)
+    bias_M = biases.pop("row_bias", torch.zeros(len(first_MD))).flatten()
+    packed = {name: tensor for name, tensor in packed.items() if name not in left_out}
+    own = {"mean": torch.zeros(width), "bias": _pad_parts(bias_M, len(names))}
+    return packed | own | biases
+
+
 def pack(
     settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor | None]
-) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
-    """(numbers, tensors) of hire_layer in native/kernels.h; see FfnLayer.pack.
+) -> tuple[dict[str, int], dict[str, torch.Tensor]] | None:
+    """(numbers, tensors) of hire_layer in native/kernels.h, or None; see FfnLayer.pack.
 
     Raises ValueError.
     """
@@ -393,18 +416,22 @@ def pack(
     neurons, width = up.shape
     if neurons > _MOST or width > _MOST_WIDTH:
         raise ValueError(f"native: {neurons} x {width} is too large")
-    candidates = _number(settings, "num_candidates", 1, neurons)
+    copies = settings["copies"]
+    candidates = 0 if copies else _number(settings, "num_candidates", 1, neurons)
     numbers = {
         "width": width,
         "stride": -(-width // STRIDE) * STRIDE,
         "num_neurons": neurons,
         "num_candidates": candidates,
-        "num_kept": _number(settings, "num_kept", 1, candidates),
+        "num_kept": 0 if copies else _number(settings, "num_kept", 1, candidates),
         "gated": int(given.has("gate")),
         "activation": _one_of(settings, "activation", ACTIVATIONS),
         "weight_type": TYPES.index(up.dtype),
     }
     packed = _predictor(given, numbers, settings) | _rest(given, numbers, settings.get("rest"))
+    if copies:
+        own = _copies(given, settings, packed, up)
+        return None if own is None else (numbers, own)
     refined = _refined(given, numbers, settings) if settings.get("refined") else None
     return numbers, packed | (_weights(given, numbers, up) if refined is None else refined)
 

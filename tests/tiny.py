@@ -16,9 +16,8 @@ from transformers import PreTrainedModel
 from hireconvert.calibrate import calibrate, layer_file, load_rows
 from hireconvert.distill import distill_layer
 from hireconvert.families import find_layout, num_layers, permute_ffn, read_ffn_weights
-from hireconvert.rounding import refine_ffn
+from hireconvert.rounding import is_rounded, round_ffn
 from hireconvert.runtime import modeling_hire
-from hireconvert.runtime.hire_predict import is_refined
 from hireconvert.schema import FfnRecipe, PredictorRecipe
 
 WIDTH, NEURONS, VOCAB = 32, 96, 96
@@ -178,8 +177,8 @@ def hire_model(
             result = distill_layer(weights, x_ND, x_ND[:16], recipe, predictor, keep, seed=0)
             if result.permutation_F is not None:
                 permute_ffn(native, layout, index, result.permutation_F)
-            if is_refined(result.spec):
-                refine_ffn(native, layout, index, result.spec, result.tensors)
+            if is_rounded(result.spec):
+                round_ffn(native, layout, index, result.spec, result.tensors)
             layers.append(result.spec)
             tensors.append(result.tensors)
     config = copy.deepcopy(native.config)

@@ -282,7 +282,9 @@ void hire_rows_of_team(const hire_layer *layer, const hire_kernels *kernels, hir
                 if (!kernels->estimate(layer, rows[i], tile, tile + 1)) note_bad(rows[i], 0);
         num = sound_rows(runs, num_rows, 0, rows);
     }
-    TEAM_FOR(i, num, 1) choose_candidates(layer, kernels, rows[i]);
+    if (candidates > 0) {
+        TEAM_FOR(i, num, 1) choose_candidates(layer, kernels, rows[i]);
+    }
     if (layer->num_kept < candidates) {
         TEAM_FOR(s, HIRE_SEGMENTS, 1)
             for (int64_t i = 0; i < num; i++)
@@ -346,8 +348,8 @@ int64_t hire_ffn(const hire_layer *layer, const void *x, void *y, uint8_t *finit
     if (counts != NULL) {
         counts[0] += 1;
         counts[1] += num_rows;
-        counts[2] += (num_rows - num_bad) * layer->num_kept;
-        counts[3] += (num_rows - num_bad) * layer->num_candidates;
+        counts[2] += (num_rows - num_bad) * hire_counted(layer, layer->num_kept);
+        counts[3] += (num_rows - num_bad) * hire_counted(layer, layer->num_candidates);
         counts[4] += num_bad;
     }
     return num_bad;

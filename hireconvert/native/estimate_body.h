@@ -167,6 +167,10 @@ INLINE int finish_tile(const hire_layer *layer, hire_run *run, int64_t tile, con
     if (gated) v_store(run->z + padded + at, up);
     const v16 first = gated ? gate : up;
     const v16 active = activate(first, act), value = gated ? v_mul(active, up) : active;
+    if (layer->num_candidates == 0) { /* nothing is selected */
+        v_store(run->value + at, value);
+        return v_finite(value);
+    }
     v16 size;
     if (layer->soft == NULL) {
         size = v_abs(value);

@@ -55,7 +55,7 @@ typedef struct {
     int64_t width;          /* D */
     int64_t stride;         /* elements of one row with its padding, a multiple of 32, >= D */
     int64_t num_neurons;    /* F */
-    int64_t num_candidates; /* C: neurons computed exactly */
+    int64_t num_candidates; /* C: neurons computed exactly; 0: none, as all count by their copies */
     int64_t num_kept;       /* K <= C: fewer, and the exact scores of the candidates choose them */
     int64_t gated;          /* 2 parts, else 1 */
     int64_t activation;     /* enum hire_activation */
@@ -83,7 +83,7 @@ typedef struct {
                                    length; with it scores are expected errors, else sizes */
     const float *norm;          /* [Fp]; ones where scores are plain */
     const void *rows;           /* [F, parts + 1, stride]: gate, up, down of a neuron in turn;
-                                   NULL where refined */
+                                   NULL where refined, or C = 0 */
     const float *row_bias;      /* [parts, F] or NULL */
     const float *down_bias;     /* [D] or NULL */
     const uint8_t *rest;        /* [F, rest_bytes] (4 bits: [Fp / 16, rest_bytes]) or NULL */
@@ -121,9 +121,15 @@ typedef struct {
     int *bad;        /* [2], zeros before: estimates, exact values met NaN or inf */
 } hire_run;
 
+/* What the counters of a layer are told of a row, `num` being C or K. */
+static inline int64_t hire_counted(const hire_layer *layer, int64_t num)
+{
+    return layer->num_candidates == 0 ? layer->num_neurons : num;
+}
+
 typedef struct {
     void (*start)(const hire_layer *, const void *x, int type, hire_run *);
-    /* Tiles [from, to): z, score, value; 1 unless a score is NaN or inf. */
+    /* Tiles [from, to): z, score, value; 1 unless a score (a value where C = 0) is NaN or inf. */
     int (*estimate)(const hire_layer *, hire_run *, int64_t from, int64_t to);
     /* Candidates [from, to): h, exact; with `partial` also their output. 1 unless NaN or inf. */
     int (*exact)(const hire_layer *, hire_run *, int64_t from, int64_t to, float *partial);

@@ -31,7 +31,8 @@ typedef struct {
     int64_t column_stride;
 } hire_dense;
 
-/* One layer; what is NULL of tiles, rest, low and rows is left out. */
+/* One layer; what is NULL of tiles, rest, low and rows is left out. With `factor` but without low and
+ * rows the weights are to be what the copies stand for. */
 typedef struct {
     int64_t width;       /* D */
     int64_t stride;      /* as in hire_layer, like the fields of these names below */
@@ -44,7 +45,7 @@ typedef struct {
     hire_copy first;     /* of gate and up, M rows */
     hire_copy down;      /* F rows */
     hire_dense dense[3]; /* (gate,) up, down */
-    const float *factor; /* [D] what columns are multiplied by in the copy `first`; for `low` */
+    const float *factor; /* [D] what columns are multiplied by in the copy `first`, or NULL */
     const float *mean;   /* [D]; for `low` */
     uint8_t *tiles;
     uint8_t *rest;
@@ -69,7 +70,7 @@ typedef struct {
 /* What a level packs; bytes are the same at all of them. */
 typedef struct {
     /* Neurons [from, to), `from` at the start of a tile. 0 once a weight does not lie on the grid of
-     * `low`; what was written is then of no use. */
+     * `low`, or is not its copy; what was written is then of no use. */
     int (*neurons)(const hire_packing *, char *scratch, int64_t from, int64_t to);
     /* Rows [from, to); 0 once a weight does not lie on its grid. */
     int (*codes)(const hire_coding *, char *scratch, int64_t from, int64_t to);
@@ -91,7 +92,7 @@ static inline int64_t hire_pack_row(int64_t width) { return width + 64; }
 
 /* Bytes that `hire_pack` needs for each thread. */
 HIRE_API int64_t hire_pack_scratch(const hire_packing *packing);
-/* Returns whether every weight lies on the grid of `low` (1 without `low`). */
+/* Returns whether every weight lies on the grid of `low`, or is its copy (1 where neither is asked). */
 HIRE_API int hire_pack(const hire_packing *packing, void *scratch, int32_t num_threads,
                        int32_t level);
 /* Returns whether every weight lies on its grid; scratch holds 8 * inputs bytes for each thread. */

@@ -244,35 +244,52 @@ static void put_rows(const hire_packing *packing, const pack_run *run, int64_t p
 
 /* ------------------------------------------------------------------ refined rows */
 
+/* What a row's codes stand for in the copy's own scaling of the columns, in run->value. */
+static void decode(const hire_packing *packing, const hire_copy *copy, const pack_run *run,
+                   const uint8_t *code, int64_t row)
+{
+    const int64_t width = packing->width, blocks = blocks_of(copy, width);
+    const float zero = copy->offset == NULL ? (float)((1 << copy->bits) - 1) / 2 : 0.0f;
+    for (int64_t k = 0; k < width; k++)
+        run->value[k] = copy->codes != NULL ? (float)(NORMAL_LEVELS[code[k] & 15] - HIRE_LEVEL_BIAS)
+                                            : (float)code[k] - zero;
+    for (int64_t block = 0; block < blocks; block++) {
+        const int64_t end = (block + 1) * copy->block, to = end < width ? end : width;
+        const int64_t place = row * blocks + block;
+        const float scale = copy->codes != NULL ? (float)copy->codes[place] * copy->unit[row]
+                                                : half_to_float(copy->scale[place]);
+        const float offset = copy->offset == NULL ? 0.0f : half_to_float(copy->offset[place]);
+        for (int64_t k = block * copy->block; k < to; k++)
+            run->value[k] = run->value[k] * scale + offset;
+    }
+}
+
+static uint32_t larger_of(uint32_t largest, float value)
+{
+    const uint32_t size = bits_of(value) & 0x7fffffff;
+    return size > largest ? size : largest;
+}
+
 /* Codes of what the copy left of run->weight, and the values that it makes with them; returns the
  * bits of the largest magnitude among these, which are more than any number's where one is NaN. */
 static uint32_t refine(const hire_packing *packing, const hire_copy *copy, const pack_run *run,
                        const float *factor, const uint8_t *code, int64_t row)
 {
     const int64_t width = packing->width, blocks = blocks_of(copy, width);
-    const float zero = copy->offset == NULL ? (float)((1 << copy->bits) - 1) / 2 : 0.0f;
     uint32_t largest = 0;
-    for (int64_t k = 0; k < width; k++)
-        run->value[k] = copy->codes != NULL ? (float)(NORMAL_LEVELS[code[k] & 15] - HIRE_LEVEL_BIAS)
-                                            : (float)code[k] - zero;
+    decode(packing, copy, run, code, row);
     for (int64_t block = 0; block < blocks; block++) {
         const int64_t end = (block + 1) * copy->block, to = end < width ? end : width;
-        const int64_t place_of = row * blocks + block;
-        const float scale = copy->codes != NULL ? (float)copy->codes[place_of] * copy->unit[row]
-                                                : half_to_float(copy->scale[place_of]);
         const float low = half_to_float(copy->low[row * blocks + block]);
-        const float offset =
-            copy->offset == NULL ? 0.0f : half_to_float(copy->offset[row * blocks + block]);
         for (int64_t k = block * copy->block; k < to; k++) {
-            const float own = run->value[k] * scale + offset;
+            const float own = run->value[k];
             float place = (run->weight[k] * factor[k] - own) / low + MIDDLE;
             place = place < 0.0f ? 0.0f : place; /* NaN stays */
             place = place > 2 * MIDDLE ? 2 * MIDDLE : place;
             place += TO_NEAREST;
             run->low[k] = (uint8_t)(bits_of(place) & 15);
             run->value[k] = (own + low * (place - TO_NEAREST - MIDDLE)) / factor[k];
-            const uint32_t size = bits_of(run->value[k]) & 0x7fffffff;
-            largest = size > largest ? size : largest;
+            largest = larger_of(largest, run->value[k]);
         }
     }
     return largest;
@@ -361,6 +378,35 @@ static int put_low(const hire_packing *packing, const pack_run *run, int64_t par
     return 1;
 }
 
+/* ------------------------------------------------------------------ weights that are their copies */
+
+static int packs_copies(const hire_packing *packing)
+{
+    return packing->factor != NULL && packing->low == NULL && packing->rows == NULL;
+}
+
+/* Whether a part of n neurons, whose codes run->codes holds, has the weights that these stand for. */
+static int are_copies(const hire_packing *packing, const pack_run *run, int64_t part, int64_t from,
+                      int64_t first, int64_t n)
+{
+    const int64_t width = packing->width, is_down = part == packing->parts;
+    const hire_copy *copy = is_down ? &packing->down : &packing->first;
+    const float *factor = is_down ? run->ones : packing->factor;
+    for (int64_t k = 0; k < n; k++) {
+        const int64_t row = is_down ? first + k : part * packing->num_neurons + first + k;
+        uint32_t largest = 0;
+        widen(raw_row(packing, run, packing->dense + part, from, first - from + k),
+              packing->weight_type, width, run->weight);
+        decode(packing, copy, run, run->codes + k * packing->stride, row);
+        for (int64_t j = 0; j < width; j++) {
+            run->value[j] /= factor[j];
+            largest = larger_of(largest, run->value[j]);
+        }
+        if (!is_rounded(packing, run, largest)) return 0;
+    }
+    return 1;
+}
+
 /* ------------------------------------------------------------------ a unit of neurons */
 
 static int pack_part(const hire_packing *packing, const pack_run *run, int64_t part, int64_t from,
@@ -369,7 +415,7 @@ static int pack_part(const hire_packing *packing, const pack_run *run, int64_t p
     const int is_down = part == packing->parts;
     const hire_copy *copy = is_down ? &packing->down : &packing->first;
     const int64_t stride = packing->stride;
-    if (packing->low != NULL || packing->rows != NULL)
+    if (packing->low != NULL || packing->rows != NULL || packs_copies(packing))
         gather(packing, run, packing->dense + part, from, to - from);
     if (packing->rows != NULL) put_rows(packing, run, part, from, to - from);
     if (copy->planes == NULL) return 1;
@@ -386,6 +432,7 @@ static int pack_part(const hire_packing *packing, const pack_run *run, int64_t p
         else if (is_down && packing->rest != NULL)
             put_rest_rows(packing, run, first, n);
         if (packing->low != NULL && !put_low(packing, run, part, from, first, n)) return 0;
+        if (packs_copies(packing) && !are_copies(packing, run, part, from, first, n)) return 0;
     }
     return 1;
 }

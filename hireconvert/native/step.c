@@ -309,8 +309,10 @@ static void count(const hire_block *blocks, int64_t num_blocks, int64_t num_rows
         if (b->counts == NULL) continue;
         b->counts[0] += 1;
         b->counts[1] += num_rows;
-        b->counts[2] += num_rows * (b->ffn != NULL ? b->ffn->num_kept : b->up.outputs);
-        b->counts[3] += num_rows * (b->ffn != NULL ? b->ffn->num_candidates : b->up.outputs);
+        const hire_layer *ffn = b->ffn;
+        const int64_t all = b->up.outputs;
+        b->counts[2] += num_rows * (ffn != NULL ? hire_counted(ffn, ffn->num_kept) : all);
+        b->counts[3] += num_rows * (ffn != NULL ? hire_counted(ffn, ffn->num_candidates) : all);
     }
 }
 

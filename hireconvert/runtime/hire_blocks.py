@@ -238,14 +238,13 @@ def with_ffns(base: Any, blocks: list[Any]) -> list[Any]:
         layer = base.hire_layers.get(index)
         if layer is None:
             done.append(block)
-        elif keeps_all(layer.spec):
-            done.append(replace(block, counts=layer.counts))
-        else:
-            reason = ffn_obstacle(layer.spec, layer.parts)
-            if reason is not None:
-                raise Obstacle(f"FFN of layer {index}: {reason}")
-            ffn = layer.prepared and layer.prepared.native
-            done.append(replace(block, ffn=ffn, counts=layer.counts))
+            continue
+        ffn = layer.prepared and layer.prepared.native
+        reason = ffn_obstacle(layer.spec, layer.parts)
+        # Where every neuron is kept the dense matrices serve, unless copies of them were packed.
+        if reason is not None and not keeps_all(layer.spec):
+            raise Obstacle(f"FFN of layer {index}: {reason}")
+        done.append(replace(block, ffn=ffn, counts=layer.counts))
     return done
 
 

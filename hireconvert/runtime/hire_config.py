@@ -13,7 +13,9 @@ from .hire_ffn import SparseFfn
 from .hire_predict import (
     LONGEST_NORMAL_BLOCK,
     has_normal_levels,
+    is_copied,
     is_refined,
+    keeps_all,
     num_active,
     varies,
 )
@@ -113,13 +115,19 @@ def _check_error(layer: Mapping[str, Any], where: str) -> None:
 
 
 def _check_rows(layer: Mapping[str, Any], where: str) -> None:
-    _choice(layer, "rows", ("stored", "refined"), where)
-    if not is_refined(layer):
+    _choice(layer, "rows", ("stored", "refined", "copies"), where)
+    rows = layer["rows"]
+    if rows == "stored":
         return
     predictor, unselected = layer["predictor"], layer.get("unselected") or {}
     copies = [predictor["kind"], predictor.get("bits"), unselected.get("bits"), predictor["groups"]]
     if copies != ["q", 4, 4, False]:
-        raise ValueError(f"config.hire: {where}.rows is 'refined' without 4-bit copies to refine")
+        raise ValueError(f"config.hire: {where}.rows is {rows!r} without 4-bit copies of neurons")
+    if is_copied(layer) and not keeps_all(layer):
+        raise ValueError(
+            f"config.hire: {where}.rows is 'copies', by which all {layer['num_neurons']} neurons "
+            "count, but fewer are kept"
+        )
 
 
 def _check_attention(spec: Any) -> None:
@@ -320,8 +328,11 @@ def layer_tensor_shapes(layer: SparseFfn) -> dict[str, tuple[int, ...]]:
     outputs = num_neurons // spec["group_size"]
     if not spec["predictor"]["groups"]:
         outputs = num_neurons * (1 if parts.gate is None else 2)
-    if is_refined(spec) and spec["predictor"]["num_inputs"] < width:
-        raise ValueError("config.hire: rows are 'refined', but the predictor copies some inputs")
+    whole = is_refined(spec) or is_copied(spec)
+    if whole and spec["predictor"]["num_inputs"] < width:
+        raise ValueError(
+            f"config.hire: rows are {spec['rows']!r}, but the predictor copies some inputs"
+        )
     copy = down_tensors(spec.get("unselected"), num_neurons, width)
     low = low_tensors(spec, width, outputs)
     return {**expected_tensors(spec["predictor"], width, outputs), **copy, **low}
@@ -338,8 +349,10 @@ def head_tensor_shapes(spec: Mapping[str, Any], width: int) -> dict[str, tuple[i
 
 def describe(hire: Mapping[str, Any], path: str = "PyTorch path") -> str:
     """One line that says which path decoding will take; `path` is what runs the FFN layers."""
-    layers = [spec for spec in (hire["ffn"] or {"layers": []})["layers"] if spec is not None]
-    pieces = []
+    every = [spec for spec in (hire["ffn"] or {"layers": []})["layers"] if spec is not None]
+    layers, pieces = [spec for spec in every if not is_copied(spec)], []
+    if len(layers) < len(every):
+        pieces.append(f"{len(every) - len(layers)} FFN layers as 4-bit copies")
     if layers:
         active = sum(num_active(spec) for spec in layers)
         kept = active / sum(spec["num_neurons"] for spec in layers)

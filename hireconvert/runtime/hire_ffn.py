@@ -16,7 +16,15 @@ from transformers.pytorch_utils import Conv1D
 from .hire_native import pack as pack_native
 from .hire_native import run as run_native
 from .hire_native import serves as serves_native
-from .hire_predict import Widened, column_norms, keeps_all, num_active, unit_scores, varies
+from .hire_predict import (
+    Widened,
+    column_norms,
+    is_copied,
+    keeps_all,
+    num_active,
+    unit_scores,
+    varies,
+)
 from .hire_select import (
     candidate_mask,
     finite_rows,
@@ -137,7 +145,7 @@ class Prepared:
     up_FD: torch.Tensor
     norm_F: torch.Tensor
     tensors: Mapping[str, torch.Tensor]
-    counts: Any = None  # the numbers of neurons that `native` was made for
+    counts: Any = None  # the numbers of neurons, and kind of rows, that `native` was made for
     native: Any = None  # the layer as the native kernels read it, or None
     packed: Any = None  # the last of those: other numbers of neurons share its memory
     widened: Any = None  # Widened, once the PyTorch path runs
@@ -214,7 +222,7 @@ class SparseFfn(nn.Module):
     def _serve(self) -> None:
         """Let whatever runs the layer compute as many neurons as the spec says now."""
         prepared, spec = self.prepared, self.spec
-        counts = (spec["num_candidates"], num_active(spec))
+        counts = (spec["num_candidates"], num_active(spec), is_copied(spec))
         if prepared.counts == counts:
             return
         prepared.counts = counts
@@ -270,13 +278,12 @@ class SparseFfn(nn.Module):
         """The FFN output [N, D] with selection at every row not marked in `dense_rows_N`."""
         if not torch.compiler.is_compiling() and self.prepared is None:
             self.prepare()
+        if dense_rows_N is None and serves_native(self.prepared.native, x_ND):
+            return run_native(self, x_ND)
         if keeps_all(self.spec):
             return self._every(x_ND, dense_rows_N)
-        if dense_rows_N is None:
-            if serves_native(self.prepared.native, x_ND):
-                return run_native(self, x_ND)
-            if x_ND.shape[0] == 1 and not torch.is_grad_enabled():
-                return self.gathered(x_ND)
+        if dense_rows_N is None and x_ND.shape[0] == 1 and not torch.is_grad_enabled():
+            return self.gathered(x_ND)
         return self.masked(x_ND, dense_rows_N)
 
     def _every(self, x_ND: torch.Tensor, dense_rows_N: torch.Tensor | None) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .hire_predict import is_refined, keeps_all, num_active, varies
+from .hire_predict import is_copied, is_refined, keeps_all, num_active, varies
 
 ABI = 3
 # What a checkpoint selects for unless told otherwise (`max_sparse_rows`). More rows that select
@@ -70,7 +70,9 @@ def _beyond_spec(spec: Mapping[str, Any], width: int) -> str | None:
         return "groups or common neurons"
     if varies(spec):
         return "a number of neurons that varies"
-    if keeps_all(spec):
+    if is_copied(spec) and not getattr(native, "COPIES", False):
+        return "a native library older than rows of copies"
+    if keeps_all(spec) and not is_copied(spec):
         return "every neuron is kept"
     if rest is not None and rest["block"] % _REST_BLOCK and rest["block"] < width:
         return f"unselected neurons in blocks of {rest['block']}"
@@ -104,19 +106,22 @@ def pack(
 ) -> Any:
     """The layer as the kernels read it, or None when the PyTorch path runs it.
 
-    `packed`, when there is one, is the same layer with other numbers of neurons; what they share is
-    not packed again.
+    That it does too where weights that should be their copies are others: trained, merged or cast
+    since. `packed`, when there is one, is the same layer with other numbers of neurons; what they
+    share is not packed again.
     """
+    copied = is_copied(spec)
     if obstacle(spec, parts) is not None:
         return None
-    if packed is not None:
-        return packed.counting(spec["num_candidates"], num_active(spec))
+    if packed is not None and copied == (packed.numbers["num_candidates"] == 0):
+        return packed if copied else packed.counting(spec["num_candidates"], num_active(spec))
     settings = {
         "activation": activation_name(parts.act),
         "num_candidates": spec["num_candidates"],
         "num_kept": num_active(spec),
         "rest": spec.get("unselected"),
         "refined": is_refined(spec),
+        "copies": copied,
         **{key: spec["predictor"][key] for key in ("bits", "block", "symmetric")},
         "levels": spec["predictor"].get("levels", "even"),
     }
@@ -168,9 +173,23 @@ def run(ffn: Any, x_ND: torch.Tensor) -> torch.Tensor:
     )
 
 
+def _reason(layer: Any) -> str | None:
+    """Why a layer takes the PyTorch path, as far as is known before it is packed."""
+    found = obstacle(layer.spec, layer.parts)
+    return found or ("weights that are not their copies" if off_copies(layer) else None)
+
+
+def off_copies(layer: Any) -> bool:
+    """Whether a layer was to be packed as copies, but its weights are others."""
+    prepared = layer.prepared
+    if prepared is None or prepared.native is not None or not is_copied(layer.spec):
+        return False
+    return obstacle(layer.spec, layer.parts) is None
+
+
 def path(layers: Iterable[Any]) -> str:
     """One phrase for the log: what runs the sparse FFN layers, and why if it is not the kernels."""
-    reasons = [obstacle(layer.spec, layer.parts) for layer in layers]
+    reasons = [_reason(layer) for layer in layers]
     others = sorted({reason for reason in reasons if reason is not None})
     if not reasons:
         return "PyTorch path"

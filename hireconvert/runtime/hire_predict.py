@@ -362,6 +362,11 @@ def is_refined(spec: Mapping[str, Any]) -> bool:
     return spec.get("rows", "stored") == "refined"
 
 
+def is_copied(spec: Mapping[str, Any]) -> bool:
+    """Whether a layer's weights are its 4-bit copies, by which every neuron counts."""
+    return spec.get("rows", "stored") == "copies"
+
+
 def num_active(spec: Mapping[str, Any]) -> int:
     """Neurons of a layer whose output counts: the kept ones (their mean), or every candidate."""
     if varies(spec):
@@ -381,8 +386,8 @@ def layer_bytes(
 
     Down rows are those of the kept neurons and, where the others count by estimate, the low-bit
     rows of the rest; of 4 bits those of all, which the kernels read as they lie. Refined rows are
-    the low-bit ones and what these left over. Where the number of neurons kept varies, the bytes
-    of the mean.
+    the low-bit ones and what these left over, copied ones the low-bit ones alone. Where the number
+    of neurons kept varies, the bytes of the mean.
     """
     units = (
         spec["num_neurons"] // spec["group_size"]
@@ -398,6 +403,8 @@ def layer_bytes(
     first = last = row
     if is_refined(spec):
         first, last = (_low_row_bytes(spec[key], width) for key in ("predictor", "unselected"))
+    if is_copied(spec):
+        first = last = 0
     return {
         "predictor": predictor_bytes(spec["predictor"], width, outputs),
         "unselected": 0 if unselected is None else rest * _low_bit_row_bytes(unselected, width),

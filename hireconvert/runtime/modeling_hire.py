@@ -36,6 +36,7 @@ from .hire_install import (
 )
 from .hire_io import HireIoMixin, share_conversions
 from .hire_memory import MODES, release
+from .hire_native import off_copies
 from .hire_sample import sample
 from .hire_step import NativeStep
 
@@ -126,6 +127,11 @@ class HireBaseMixin(Native):
         for layer in layers:
             layer.prepare(thorough)
         if any(layer.prepared is not old for layer, old in zip(layers, before, strict=True)):
+            if state.scope == "decode" and any(map(off_copies, layers)):
+                state.warn_once(
+                    "FFN weights are no longer the copies they were rounded to (trained, merged or "
+                    "loaded in another type): they are read as they are"
+                )
             # What was packed or widened is read in place of the file.
             release([t for layer in layers for t in layer.predictor_tensors.values()])
         self.hire_step.prepare(self, thorough)

@@ -63,6 +63,20 @@ def test_every_prompt_is_followed_by_a_release(folder: Path, monkeypatch: Any) -
     assert len(sizes) == 2
 
 
+def test_rows_of_copies_are_what_is_left_of_the_ffn(tmp_path: Path) -> None:
+    copies = {"keep_fraction": 1.0, "predictor": {}, "unselected": {}, "rows": "copies"}
+    hire_model(tiny_model("llama"), ffn=copies, head={"certified": True}).save_pretrained(tmp_path)
+    model = loaded(tmp_path, dtype=torch.float32)
+    expected = model.generate(tokens(1, 9), **GREEDY)
+    assert model.hire_release() > 0 and resident(tmp_path) == 0
+    for layer in base_of(model).hire_layers.values():
+        held = sum(tensor.nbytes for tensor in layer.prepared.native.tensors.values())
+        weights = sum(part.module.weight.numel() for part in layer.parts.matrices())
+        vectors = 4 * (4 * 96 + 3 * 32)  # biases, norms and units by neuron; inputs and units
+        assert held <= weights * (4 + 16 / 8 + 1) / 8 + vectors
+    assert torch.equal(model.generate(tokens(1, 9), **GREEDY), expected)
+
+
 def test_what_was_written_to_stays(folder: Path) -> None:
     model = loaded(folder)
     weight = base_of(model).layers[1].mlp.up_proj.weight

@@ -1,6 +1,8 @@
-"""Refined rows and attention in codes through `convert`, `inspect` and generation."""
+"""Refined and copied rows and attention in codes through `convert`, `inspect` and generation."""
 
 import json
+import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hireconvert.attention import round_rows
+from hireconvert.inspection import verify_checkpoint
 from hireconvert.loading import load
 from tests.cli import Cli
 from tests.tiny_files import save_tiny
@@ -22,6 +25,7 @@ CHANGES = (
 )
 RECIPE = ("-r", "tiny-ci", *(part for change in CHANGES for part in ("--set", change)))
 INT4 = (*RECIPE, "--set", "attention={weights: int4}")
+COPIES = (*RECIPE, "--set", "ffn.rows=copies", "--set", "ffn.keep_fraction=1")
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +34,68 @@ def folders(tmp_path_factory: pytest.TempPathFactory, hireconvert: Cli) -> tuple
     ended = hireconvert("convert", source, source.parent / "out", *RECIPE)
     assert ended.code == 0, ended.err
     return source, source.parent / "out"
+
+
+@pytest.fixture(scope="module")
+def copied(folders: tuple[Path, Path], hireconvert: Cli) -> Path:
+    """Nothing but the copies: no neuron is selected."""
+    out = folders[0].parent / "copied"
+    ended = hireconvert("convert", folders[0], out, *COPIES)
+    assert ended.code == 0, ended.err
+    return out
+
+
+def test_copies_are_all_that_is_read(
+    folders: tuple[Path, Path], copied: Path, hireconvert: Cli
+) -> None:
+    found = json.loads(hireconvert("inspect", copied, "--json").out)
+    plan = json.loads(hireconvert("convert", folders[0], "x", *COPIES, "--dry-run", "--json").out)
+    assert plan["bytes_per_token"] == found["bytes_per_token"]
+    assert found["bytes_per_token"]["ffn"]["candidates"] == 0
+    assert found["bytes_per_token"]["ffn"]["kept"] == 0
+    width = 32
+    row = width // 2 + 1 * 2 + 4  # codes, two scales, their unit
+    for layer in found["layers"]:
+        assert layer["kept"] == layer["candidates"] == layer["neurons"]
+        assert layer["rows"] == "copies"
+        first = 2 * layer["neurons"]
+        vectors = 4 * (2 * width + first)
+        assert layer["read_bytes"] == (first + layer["neurons"]) * row + vectors
+    assert "4-bit copies" in hireconvert("inspect", copied).out
+    told = {check["name"]: check["detail"] for check in verify_checkpoint(copied)["checks"]}
+    assert "2 FFN layers kept 64 neurons per token" in told["sparse path"]
+
+
+def test_copies_are_evaluated_against_the_source_and_decode(
+    copied: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluation = json.loads((copied / "hire_report.json").read_text())["evaluation"]
+    # Every view computes the same model, another than the source.
+    assert evaluation["dense"]["kl_mean"] == evaluation["all"]["kl_mean"] > 0
+    assert evaluation["selection"]["kept_mean"] == 1
+    card = (copied / "README.md").read_text()
+    assert "FFN weights are rounded to 4 bits" in card and "recall" not in card
+    ids = torch.arange(3, 9)[None]
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with caplog.at_level(logging.WARNING, logger="hire"):
+        model = load(copied)
+    assert "FFN layers as 4-bit copies and certified" in caplog.text
+    found = model.generate(ids, **settings)
+    assert model.hire_stats()["ffn"]["kept"] == 64 * model.hire_stats()["ffn"]["rows"] > 0
+    model.set_hire_scope("off")
+    assert torch.equal(found, model.generate(ids, **settings))
+
+
+def test_a_converted_folder_names_what_copies_cannot_have(
+    copied: Path, tmp_path: Path, hireconvert: Cli
+) -> None:
+    out = tmp_path / "changed"
+    shutil.copytree(copied, out)
+    config = json.loads((out / "config.json").read_text())
+    config["hire"]["ffn"]["layers"][0]["num_kept"] = 5
+    (out / "config.json").write_text(json.dumps(config))
+    ended = hireconvert("inspect", out)
+    assert ended.code == 4 and "rows is 'copies', by which all 64" in ended.err, ended.err
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,19 @@ NORMAL = {
         (577, 37, 32, 32, True, True), (40, 33, 16, 32, False, True),
     ]
 }  # fmt: skip
-ALL = {**CASES, **FORMS, **REFINED, **NORMAL}
+COPIES = {
+    f"copies_{width}_{block}": Case(
+        width, neurons, 5, 5, block=block, rest=rest, gated=gated, copies=True, bias=gated, **form,
+    )
+    for width, neurons, block, rest, gated, form in [
+        (1, 5, 1, normal_rest(16), True, {"levels": "normal", "soft": True, "error": 0.1}),
+        (40, 33, 12, (4, 16, False), True, {"symmetric": False}),
+        (97, 48, 48, (4, 200, True), False, {}),
+        (577, 37, 32, normal_rest(32), True, {"levels": "normal"}),
+        (260, 70, 1000, (4, 32, False), False, {"levels": "normal", "soft": True}),
+    ]
+}  # fmt: skip
+ALL = {**CASES, **FORMS, **REFINED, **NORMAL, **COPIES}
 
 
 def same_bytes(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -64,8 +76,12 @@ def same_bytes(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 
 
 def check(settings: dict[str, Any], tensors: dict[str, Any]) -> Any:
-    numbers, expected = packing_reference.pack(settings, tensors)
+    packed = packing_reference.pack(settings, tensors)
     layer = _native.FfnLayer.pack(settings, tensors)
+    if packed is None:
+        assert layer is None
+        return None
+    numbers, expected = packed
     assert layer.numbers == numbers
     same_bytes(layer.tensors, expected)
     return layer
@@ -77,6 +93,7 @@ def test_every_byte_is_the_twins(name: str, level: str, monkeypatch: pytest.Monk
     monkeypatch.setenv(_native.VARIABLE, level)
     layer = check(settings_of(ALL[name]), tensors_of(ALL[name]))
     assert ("low" in layer.tensors) == ALL[name].refined
+    assert ("rows" in layer.tensors) == (not ALL[name].refined and not ALL[name].copies)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -94,9 +111,9 @@ def test_narrow_weights_find_the_same_codes(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["refined_97_48", "bfloat16"])
+@pytest.mark.parametrize("name", ["refined_97_48", "bfloat16", "copies_577_32"])
 def test_matrices_may_lie_anyhow(name: str, dtype: torch.dtype) -> None:
-    case = replace(ALL[name], dtype=dtype) if name == "bfloat16" else ALL[name]
+    case = ALL[name] if ALL[name].refined else replace(ALL[name], dtype=dtype)
     tensors = tensors_of(case)
     plain = _native.FfnLayer.pack(settings_of(case), tensors)
     across = {n: tensors[n].t().contiguous().t() for n in ("gate", "up", "down")}
@@ -110,7 +127,7 @@ def test_matrices_may_lie_anyhow(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
-@pytest.mark.parametrize("name", ["refined", "fused", "refined_577_32"])
+@pytest.mark.parametrize("name", ["refined", "fused", "refined_577_32", "copies_577_32"])
 def test_bytes_do_not_depend_on_threads(name: str, threads: int) -> None:
     before = torch.get_num_threads()
     try:
@@ -131,6 +148,24 @@ def test_weights_off_the_grid_are_kept_as_they_are(
     tensors = tensors_of(case)
     tensors[matrix][case.neurons - 1, 3] += change
     assert "low" not in check(settings_of(case), tensors).tensors
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", COPIES)
+def test_weights_that_are_not_their_copies_are_not_packed(
+    name: str, dtype: torch.dtype, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(_native.VARIABLE, level)
+    case = replace(COPIES[name], dtype=dtype)
+    tensors = tensors_of(case)
+    assert check(settings_of(case), tensors) is not None
+    for matrix in ("gate", "up", "down") if case.gated else ("up", "down"):
+        for change in (2.0, torch.nan, torch.inf):
+            other = tensors[matrix].clone()
+            largest = int(other[-1].abs().argmax())
+            other[-1, largest] *= change
+            assert check(settings_of(case), {**tensors, matrix: other}) is None
 
 
 @pytest.mark.parametrize("name", ["fused", "refined"])

@@ -261,6 +261,13 @@ def test_counts_at_another_share_keep_the_over_selection() -> None:
     assert counts_at(layer, 1.0) == {"num_kept": 100, "num_candidates": 100}
 
 
+def test_a_share_of_copied_neurons_reads_the_weights() -> None:
+    layer = {"num_neurons": 100, "num_kept": 100, "num_candidates": 100, "rows": "copies"}
+    counts = {"num_kept": 20, "num_candidates": 20, "rows": "stored"}
+    assert counts_at(layer, 0.2) == counts
+    assert counts_at(layer, 1.0) == {**counts, "num_kept": 100, "num_candidates": 100}
+
+
 class Config:
     hidden_size, vocab_size = 32, 64
 
@@ -479,6 +486,10 @@ def test_the_ways_of_the_frontier() -> None:
     assert not ways["keep 0.1, head dense"].head
     own = frontier.our_ways([1.0], ["own"], True)["keep 1, head own"]
     assert own.head and own.head_spec is None
+    copies = frontier.our_ways([None], ["own"], True)["copies, head own"]
+    assert copies.ffn and copies.keep is None
+    assert frontier.short_name("ours out: copies, head own") == "copies"
+    assert frontier.short_name("ours out: keep 0.1, head int8") == "0.1"
     name = "ours out: keep 0.1, head int8"
     assert frontier.series(name) == "hireconvert out, head int8"
     assert frontier.short_name(name) == "0.1"

@@ -72,6 +72,10 @@ def models() -> dict[str, Any]:
         "refined": hire_model(
             tiny_model("llama"), ffn={"predictor": {}, "unselected": {}, "rows": "refined"}
         ),
+        "copies": hire_model(
+            tiny_model("llama"),
+            ffn={"keep_fraction": 1.0, "predictor": {}, "unselected": {}, "rows": "copies"},
+        ),
         "llama_bias": hire_model(
             tiny_model("llama_bias"), ffn={"selection": "threshold", "unselected": {"bits": 3}}
         ),
@@ -96,7 +100,7 @@ def models() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("family", ["llama", "llama_bias", "phi3", "opt", "refined"])
+@pytest.mark.parametrize("family", ["llama", "llama_bias", "phi3", "opt", "refined", "copies"])
 def test_random_mutations_of_the_config(models, family):
     model, dice = models[family], random.Random(len(family))
     native_config = copy.deepcopy(model.config)
@@ -204,6 +208,7 @@ def test_a_bad_field_is_named(models, path, value, named):
         check_hire_config(config)
 
 
+@pytest.mark.parametrize("rows", ["refined", "copies"])
 @pytest.mark.parametrize(
     ("path", "value"),
     [
@@ -213,15 +218,41 @@ def test_a_bad_field_is_named(models, path, value, named):
         (("unselected",), None),
     ],
 )
-def test_refined_rows_without_their_copies_are_refused(models, path, value):
-    config = copy.deepcopy(models["refined"].config)
+def test_rounded_rows_without_their_copies_are_refused(models, path, value, rows):
+    config = copy.deepcopy(models[rows].config)
     check_hire_config(config)
     owner = config.hire["ffn"]["layers"][1]
     for key in path[:-1]:
         owner = owner[key]
     owner[path[-1]] = value
-    with pytest.raises(ValueError, match=r"rows is .refined. without|rank"):
+    with pytest.raises(ValueError, match=rf"rows is '{rows}' without|rank"):
         check_hire_config(config)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_kept": 95},
+        {"num_kept": 90, "num_candidates": 95},
+        {"selection": {"rule": "threshold", "level": 0.0, "mean_kept": 96}},
+    ],
+)
+def test_rows_of_copies_leave_no_neuron_out(models, change):
+    config = copy.deepcopy(models["copies"].config)
+    check_hire_config(config)
+    config.hire["ffn"]["layers"][1] |= change
+    with pytest.raises(ValueError, match="by which all 96 neurons count"):
+        check_hire_config(config)
+    config.hire["ffn"]["layers"][1]["rows"] = "stored"
+    check_hire_config(config)
+
+
+def test_rows_of_copies_read_every_input(models):
+    model = copy.deepcopy(models["copies"])
+    layer = base_of(model).hire_layers[0]
+    layer.spec["predictor"] = layer.spec["predictor"] | {"num_inputs": 16}
+    with pytest.raises(ValueError, match="rows are 'copies', but the predictor copies some"):
+        layer_tensor_shapes(layer)
 
 
 @pytest.mark.parametrize("missing", ["ffn", "head", "layout", "max_decode_queries"])

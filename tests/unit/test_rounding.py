@@ -19,9 +19,12 @@ from hireconvert.attention import (
 )
 from hireconvert.errors import InputError, UsageError
 from hireconvert.families import find_layout, read_ffn_weights
+from hireconvert.quantize import GridFormat, encode_down
 from hireconvert.recipe import load_recipe
 from hireconvert.rounding import low_scales
+from hireconvert.runtime.hire_config import down_tensors
 from hireconvert.runtime.hire_predict import decode_blocks, decode_down
+from hireconvert.scoring import hidden, hidden_moment
 from tests.tiny import base_of, hire_model, tiny_model, tokens
 
 FORM = {"bits": 4, "block": 16, "symmetric": False}
@@ -88,6 +91,53 @@ def test_stored_rows_have_no_scales(native: Any) -> None:
     weights = read_ffn_weights(native, find_layout(native), 0)
     assert low_scales(weights, layer.spec, layer.predictor_tensors) == {}
     assert "rows" not in layer.spec
+
+
+COPIES: dict[str, Any] = {**REFINED, "rows": "copies", "keep_fraction": 1.0, "score": "error"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama_bias", "phi3", "gpt2"])
+def test_weights_become_their_copies(family: str, dtype: torch.dtype) -> None:
+    source = tiny_model(family).to(dtype)
+    model = hire_model(source, ffn=COPIES)
+    layout = model.config.hire["layout"]
+    for index, layer in base_of(model).hire_layers.items():
+        parts, tensors, width = layer.parts, layer.predictor_tensors, layer.parts.down_FD().shape[1]
+        gates = [part for part in (parts.gate, parts.up) if part is not None]
+        first_MD = torch.cat([part.weight_out_in() for part in gates])
+        copy_MD = decode_blocks(tensors, layer.spec["predictor"], width) / tensors["column_scale"]
+        assert torch.equal(first_MD, copy_MD.to(dtype))
+        down_FD = decode_down(tensors, layer.spec["unselected"], width)
+        assert torch.equal(parts.down_FD(), down_FD.to(dtype))
+        # Estimates are the layer's own values: nothing is subtracted, and no error corrected.
+        weights = read_ffn_weights(source, layout, index)
+        biases = [weights.gate_bias_F] if parts.gate is not None else []
+        zeros_F = torch.zeros(layer.spec["num_neurons"])
+        bias_M = torch.cat([zeros_F if b is None else b for b in (*biases, weights.up_bias_F)])
+        assert torch.equal(tensors["bias"], bias_M) and not tensors["mean"].any()
+        assert "soft" not in tensors and layer.spec["score"] == "norm"
+        assert layer.spec["num_kept"] == layer.spec["num_candidates"] == layer.spec["num_neurons"]
+
+
+@torch.no_grad()
+def test_copies_of_down_err_least_under_the_hidden_values(native: Any) -> None:
+    weights = read_ffn_weights(native, find_layout(native), 0)
+    x_ND = torch.randn(400, 32, generator=torch.Generator().manual_seed(0))
+    x_ND += 2 * x_ND[:, :4] @ x_ND[:4]  # a few directions are loud, as in models
+    h_NF = hidden(weights, x_ND)
+    moment_FF = hidden_moment(weights, x_ND)
+    assert torch.allclose(moment_FF, h_NF.T @ h_NF / 400, atol=1e-5)
+    for form in (GridFormat(4, 16, True, levels="normal"), GridFormat(4, 12, False)):
+        spec = {"bits": 4, "block": form.block, "symmetric": form.symmetric, "levels": form.levels}
+        errors = []
+        for moment in (None, moment_FF):
+            tensors = encode_down(weights.down_FD, form, moment)
+            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            assert shapes == down_tensors(spec, *weights.down_FD.shape)
+            off_FD = decode_down(tensors, spec, 32) - weights.down_FD
+            errors.append(float((h_NF @ off_FD).norm()))
+        assert errors[1] < 0.8 * errors[0]
 
 
 def test_rows_round_to_the_nearest_level_and_stay_there() -> None:
@@ -181,6 +231,29 @@ def test_refined_rows_need_copies(changes: list[str], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         load_recipe("tiny-ci", [*base, *changes])
     assert load_recipe("tiny-ci", base).rounds_weights
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["ffn.keep_fraction=0.5"], r"ffn.keep_fraction: 0.5, but .* none is selected; give 1"),
+        (["ffn.keep_fraction=[1, 1]"], "ffn.keep_fraction"),
+        (["ffn.selection=threshold"], "ffn.selection: threshold, but"),
+        (["ffn.group_size=4"], "ffn.group_size: 4, but .* give 1"),
+        (["ffn.common_path=0.25"], "ffn.common_path: 0.25, but .* give 0"),
+        (["ffn.budget={}"], "ffn.budget: mode search, but .* give null"),
+        (["ffn.predictor.soften=true"], "ffn.predictor.soften: true, but .* give false"),
+        (["ffn.unselected=null"], "copies needs unselected.bits 4: its copy of down is what"),
+        (["ffn.predictor.input_keep=0.5"], "copies needs predictor to be kind q of 4 bits"),
+        (["finetune={}"], "finetune: trains a model that selects.*finetune: null"),
+    ],
+)
+def test_rows_of_copies_leave_nothing_to_select(changes: list[str], said: str) -> None:
+    base = ["ffn.rows=copies", "ffn.keep_fraction=1"]
+    with pytest.raises(UsageError, match=said):
+        load_recipe("fast", [*base, *changes])
+    recipe = load_recipe("fast", [*base, "ffn.over_select=2", "ffn.budget={mode: uniform}"])
+    assert recipe.rounds_weights
 
 
 def test_attention_needs_an_ffn_that_selects() -> None:
