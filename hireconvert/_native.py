@@ -23,8 +23,7 @@ import torch
 from hireconvert._packing import LANES, TYPES, pack
 from hireconvert._pages import together
 
-ABI = 3
-COPIES = True  # layers whose neurons all count by their copies; libraries before had none
+ABI = 4
 _ARM = platform.machine() in ("aarch64", "arm64")
 LEVELS = ("portable", "neon", "dotprod") if _ARM else ("portable", "avx2", "avx512")
 ROWS_TOGETHER = 8  # HIRE_ROWS of native/kernels.h
@@ -36,7 +35,7 @@ _NUMBERS = (
 )  # fmt: skip
 _POINTERS = (
     "tiles", "unit", "mean", "inverse_scale", "bias", "soft", "rest_error", "norm", "rows",
-    "row_bias", "down_bias", "rest", "rest_unit", "low_bias", "low",
+    "row_bias", "down_bias", "rest", "rest_unit", "low_bias", "low", "level",
 )  # fmt: skip
 
 
@@ -145,7 +144,8 @@ class FfnLayer:
     ) -> "FfnLayer | None":
         """A layer of weights and predictor tensors (docs/format.md); raises ValueError.
 
-        `settings`: `activation`, `num_candidates`, `num_kept` (as many: none is dropped), the
+        `settings`: `activation`, `num_candidates`, `num_kept` (as many: none is dropped), `level`
+        (where every neuron whose estimated score reaches it is kept, all being candidates), the
         predictor's `bits`, `block`, `symmetric`, `levels`, `rest` (the same keys, or None), and
         `refined`, whether the weights lie on the grid of `low_scale` and `down_low_scale`; where
         they do not, they are read as they are. Or `copies`, whether the weights are what the copies
@@ -156,12 +156,23 @@ class FfnLayer:
         packed = pack(LIBRARY, LEVELS.index(level() or LEVELS[0]), settings, tensors)
         return None if packed is None else cls(*packed)
 
-    def counting(self, num_candidates: int, num_kept: int) -> "FfnLayer":
-        """The layer with other numbers, over the same memory; raises ValueError."""
+    def counting(
+        self, num_candidates: int, num_kept: int, level: float | None = None
+    ) -> "FfnLayer":
+        """The layer with other numbers or level, over the same memory; raises ValueError."""
         if not 1 <= num_kept <= num_candidates <= self.numbers["num_neurons"]:
             raise ValueError(f"native: {num_kept} of {num_candidates} candidates are kept")
         counts = {"num_candidates": num_candidates, "num_kept": num_kept}
-        return FfnLayer(self.numbers | counts, self.tensors)
+        tensors = {name: each for name, each in self.tensors.items() if name != "level"}
+        if level is not None:
+            counts = dict.fromkeys(counts, self.numbers["num_neurons"])
+            tensors["level"] = torch.tensor([level], dtype=torch.float32)
+        return FfnLayer(self.numbers | counts, tensors)
+
+    @property
+    def varies(self) -> bool:
+        """Whether the number of neurons kept differs from row to row."""
+        return "level" in self.tensors
 
     def __deepcopy__(self, memo: Any) -> "FfnLayer":
         return self

@@ -8,6 +8,7 @@ other, G blocks of a row.
 """
 
 import ctypes
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -124,6 +125,15 @@ def _one_of(settings: Mapping[str, Any], key: str, choices: tuple[Any, ...]) -> 
     return choices.index(value)
 
 
+def _level(settings: Mapping[str, Any]) -> float | None:
+    value = settings.get("level")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"native: level is {value!r}, expected a number")
+    return float(value)
+
+
 def _pad_parts(values_M: torch.Tensor, parts: int) -> torch.Tensor:
     """float32 [P, Fp] from [P * F], zeros up to a whole tile."""
     value_PF = values_M.view(parts, -1)
@@ -186,6 +196,10 @@ class _Layer:
             raise ValueError(f"native: {neurons} x {width} is too large")
         copies = bool(settings.get("copies"))  # of which none is computed exactly
         candidates = 0 if copies else _number(settings, "num_candidates", 1, neurons)
+        kept = 0 if copies else _number(settings, "num_kept", 1, candidates)
+        self.level = _level(settings)
+        if self.level is not None and kept < neurons:
+            raise ValueError(f"native: a level, but {kept} of {neurons} neurons may be kept")
         self.given, self.settings = given, settings
         self.held: list[torch.Tensor] = []  # what the library is told the addresses of
         self.numbers = {
@@ -193,7 +207,7 @@ class _Layer:
             "stride": -(-width // STRIDE) * STRIDE,
             "num_neurons": neurons,
             "num_candidates": candidates,
-            "num_kept": 0 if copies else _number(settings, "num_kept", 1, candidates),
+            "num_kept": kept,
             "gated": int(given.has("gate")),
             "activation": _one_of(settings, "activation", ACTIVATIONS),
             "weight_type": TYPES.index(up.dtype),
@@ -224,6 +238,8 @@ class _Layer:
             tensors["soft"] = _pad_parts(given.floats("soft", parts * neurons), parts)
             if given.has("rest_error"):
                 tensors["rest_error"] = given.floats("rest_error", 1)
+        if self.level is not None:
+            tensors["level"] = torch.tensor([self.level], dtype=torch.float32)
         return tensors
 
     def _biases(self) -> dict[str, torch.Tensor]:

@@ -35,7 +35,8 @@ from hireconvert.subjects import STEPS
 from hireconvert.timing import trace_decode
 
 _PART_ROUNDS = 5
-_COUNTED = ("num_kept", "num_candidates", "rows")  # of a layer's spec, set by `counts_at`
+# Of a layer's spec, set by `counts_at`.
+_COUNTED = ("num_kept", "num_candidates", "rows", "selection")
 Request = Mapping[str, Any]
 
 

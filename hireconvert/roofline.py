@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hireconvert.accounting import TensorTable, token_bytes
-from hireconvert.runtime.hire_predict import is_copied
+from hireconvert.runtime.hire_predict import is_copied, varies
 from hireconvert.scoring import round_half_up
 from hireconvert.subjects import Way
 
@@ -83,13 +83,17 @@ def counts_at(layer: Mapping[str, Any], keep: float) -> dict[str, Any]:
     """`num_kept` and `num_candidates` of a layer that keeps another share of its neurons.
 
     As many candidates for each neuron kept as before, all neurons at most. A layer that reads
-    copies alone reads the weights then, as `rows` says.
+    copies alone reads the weights then, as `rows` says, and one whose number of neurons varies
+    keeps the same number in every row: the level that another mean takes is not known.
     """
     total, over = layer["num_neurons"], layer["num_candidates"] / layer["num_kept"]
+    fixed = {}
+    if varies(layer):
+        fixed, over = {"selection": None}, 1.0 if layer["keep"] == "candidates" else over
     num_kept = min(total, max(1, round_half_up(keep * total)))
     candidates = min(total, max(num_kept, round_half_up(over * num_kept)))
     rows = {"rows": "stored"} if is_copied(layer) else {}
-    return {"num_kept": num_kept, "num_candidates": candidates, **rows}
+    return {"num_kept": num_kept, "num_candidates": candidates, **rows, **fixed}
 
 
 def way_bytes(

@@ -4,7 +4,7 @@ Shape suffixes: N rows, D width, F neurons, M predictor outputs, C candidates.
 """
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -73,6 +73,7 @@ class Case:
     error: float | None = None  # of copied output vectors, where scores are expected errors
     refined: bool = False
     copies: bool = False  # every neuron counts by its copies, whatever the numbers say
+    level: float | None = None  # kept is what reaches it
 
     @property
     def form(self) -> GridFormat:
@@ -122,6 +123,20 @@ CASES = {
     "normal_refined_fused": Case(
         97, 70, 30, 12, gated=False, levels="normal", block=16, rest=normal_rest(48), refined=True
     ),
+}  # fmt: skip
+
+
+# All reach a level that may reach it: as many candidates as neurons.
+BY_LEVEL = {
+    name: replace(CASES[name], candidates=count, kept=count, level=level)
+    for name, count, level in (
+        ("plain", 96, 0.5), ("fused", 96, 0.5), ("odd", 77, 0.2), ("long_block", 70, 0.5),
+        ("one_of_each", 1, 0.01), ("one_kept", 131, 1.0), ("ungated", 161, 2.0),
+        ("error", 90, 0.1), ("error_ungated", 90, 0.1), ("bfloat16", 200, 1.0),
+        ("float16", 200, 1.0), ("wide", 320, 20.0), ("refined", 131, 1.0),
+        ("refined_fused", 70, 1.0), ("normal", 100, 1.0), ("normal_refined", 131, 2.0),
+        ("normal_refined_fused", 70, 1.0),
+    )
 }  # fmt: skip
 
 
@@ -209,6 +224,7 @@ def settings_of(case: Case) -> dict[str, Any]:
         "rest": rest,
         "refined": case.refined,
         "copies": case.copies,
+        "level": case.level,
     }
 
 

@@ -37,7 +37,8 @@ def sparse(dice: random.Random, width: int, neurons: int, gated: bool) -> Any:
     kept = dice.randint(1, neurons)
     rest = dice.choice([None, (4, 16, True), (2, 1000, False)])
     case = Case(width, neurons, dice.randint(kept, neurons), kept, gated=gated, rest=rest)
-    return _native.FfnLayer.pack(settings_of(case), tensors_of(case))
+    layer = _native.FfnLayer.pack(settings_of(case), tensors_of(case))
+    return layer if dice.random() < 0.6 else layer.counting(neurons, neurons, dice.random())
 
 
 def random_block(dice: random.Random, width: int) -> Block:

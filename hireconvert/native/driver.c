@@ -93,7 +93,7 @@ int64_t hire_cut_scratch(const hire_layer *layer, char *scratch, hire_run *run)
                              lanes, parts * padded, padded, padded,
                              padded, padded, padded + 1, padded + 1, padded,
                              layer->stride / lanes, HIRE_SEGMENTS * run->partial_stride,
-                             HIRE_SEGMENTS};
+                             HIRE_SEGMENTS, HIRE_SEGMENTS};
     void *places[sizeof sizes / sizeof *sizes];
     int64_t total = 0;
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
@@ -121,6 +121,8 @@ int64_t hire_cut_scratch(const hire_layer *layer, char *scratch, hire_run *run)
     run->rest_scale_of = places[18];
     run->partial = places[19];
     run->together = places[20];
+    run->taken = places[21];
+    run->last = layer->num_candidates;
     return total;
 }
 
@@ -232,7 +234,8 @@ static void sum_kept(const hire_layer *layer, const hire_kernels *kernels, hire_
 /* Where the neurons of piece s begin. */
 static int64_t cut_neurons(const hire_layer *layer, int64_t s)
 {
-    return cut(layer->num_neurons, layer->rest_bits == 4 ? HIRE_LANES : 4, s);
+    const int by_tiles = layer->rest_bits == 4 || layer->level != NULL;
+    return cut(layer->num_neurons, by_tiles ? HIRE_LANES : 4, s);
 }
 
 /* Adds up pieces [begin, end), a thread's own, as far as pairs lie among them. */
@@ -267,6 +270,78 @@ static void sum_segments(const hire_layer *layer, const hire_kernels *kernels,
     team_barrier();
 }
 
+/* ------------------------------------------------------------------ rows by a level */
+
+/* Estimates of pieces [begin, end), and their candidates; these lie at the places of the pieces'
+ * neurons, one piece's behind the other's. */
+static void take_reaching(const hire_layer *layer, const hire_kernels *kernels, hire_run *runs,
+                          int64_t num_rows, int64_t begin, int64_t end)
+{
+    const int64_t to = cut_neurons(layer, end);
+    for (int64_t at = cut_neurons(layer, begin); at < to; at += HIRE_LANES)
+        for (int64_t i = 0; i < num_rows; i++)
+            if (!kernels->estimate(layer, runs + i, at / HIRE_LANES, at / HIRE_LANES + 1))
+                note_bad(runs + i, 0);
+    for (int64_t i = 0; i < num_rows; i++) {
+        hire_run *run = runs + i;
+        run->last = cut_neurons(layer, begin);
+        for (int64_t s = begin; s < end; s++) {
+            run->taken[s] = (int32_t)kernels->reaching(run->score, cut_neurons(layer, s),
+                                                       cut_neurons(layer, s + 1), *layer->level,
+                                                       run->index + run->last);
+            run->last += run->taken[s];
+        }
+    }
+}
+
+/* Candidates [from, to), those of piece s: their outputs, and what the rest adds for them. */
+static void sum_taken(const hire_layer *layer, const hire_kernels *kernels, hire_run *run, int64_t s,
+                      int64_t from, int64_t to)
+{
+    float *partial = run->partial + s * run->partial_stride;
+    memset(partial, 0, (size_t)layer->stride * sizeof *partial);
+    if (!kernels->exact(layer, run, from, to, partial)) note_bad(run, 1);
+    if (layer->rest == NULL) return;
+    for (int64_t i = from; i < to; i++)
+        run->value[run->index[i]] = layer->low != NULL ? run->h[i] : 0.0f;
+}
+
+/* Where candidates are all that reach a level no thread needs another's scores: each estimates,
+ * chooses and computes its own pieces, and there is one barrier. */
+static void rows_by_level(const hire_layer *layer, const hire_kernels *kernels,
+                          const hire_run *shared, int64_t num_rows)
+{
+    const int64_t begin = team_cut(HIRE_SEGMENTS, 1, 0), end = team_cut(HIRE_SEGMENTS, 1, 1);
+    hire_run runs[HIRE_ROWS], *rows[HIRE_ROWS];
+    int64_t at[HIRE_ROWS];
+    for (int64_t i = 0; i < num_rows; i++) {
+        runs[i] = shared[i];
+        rows[i] = runs + i;
+        at[i] = cut_neurons(layer, begin);
+    }
+    take_reaching(layer, kernels, runs, num_rows, begin, end);
+    for (int64_t s = begin; s < end; s++)
+        for (int64_t i = 0; i < num_rows; i++) {
+            sum_taken(layer, kernels, runs + i, s, at[i], at[i] + runs[i].taken[s]);
+            at[i] += runs[i].taken[s];
+        }
+    if (layer->rest != NULL)
+        for (int64_t s = begin; s < end; s++)
+            kernels->rest(layer, rows, num_rows, s, cut_neurons(layer, s),
+                          cut_neurons(layer, s + 1));
+    for (int64_t i = 0; i < num_rows; i++) add_pieces(layer, kernels, runs + i, begin, end);
+    team_barrier();
+}
+
+int64_t hire_taken(const hire_run *run)
+{
+    int64_t total = 0;
+    for (int64_t s = 0; s < HIRE_SEGMENTS; s++) total += run->taken[s];
+    return total;
+}
+
+/* ------------------------------------------------------------------ rows of a team */
+
 /* Weights are the outer loop and rows the inner one, wherever rows read the same weights. */
 void hire_rows_of_team(const hire_layer *layer, const hire_kernels *kernels, hire_run *runs,
                        int64_t num_rows)
@@ -275,8 +350,12 @@ void hire_rows_of_team(const hire_layer *layer, const hire_kernels *kernels, hir
     const int64_t candidates = layer->num_candidates;
     hire_run *rows[HIRE_ROWS];
     int64_t num = num_rows;
+    if (layer->level != NULL) {
+        rows_by_level(layer, kernels, runs, num_rows);
+        return;
+    }
     for (int64_t i = 0; i < num; i++) rows[i] = runs + i;
-    if (candidates < layer->num_neurons || layer->low != NULL) { /* else none needs an estimate */
+    if (hire_estimates(layer)) {
         TEAM_FOR(tile, tiles, 1)
             for (int64_t i = 0; i < num; i++)
                 if (!kernels->estimate(layer, rows[i], tile, tile + 1)) note_bad(rows[i], 0);
@@ -328,7 +407,7 @@ int64_t hire_ffn(const hire_layer *layer, const void *x, void *y, uint8_t *finit
     const hire_kernels *kernels = hire_kernels_of(hire_level_at_most(level));
     const int64_t row_bytes = layer->width * (layer->weight_type == HIRE_FLOAT32 ? 4 : 2);
     hire_run runs[HIRE_ROWS];
-    int64_t num_bad = 0;
+    int64_t num_bad = 0, taken = 0;
     for (int64_t at = 0; at < num_rows; at += HIRE_ROWS) {
         const int64_t num = num_rows - at < HIRE_ROWS ? num_rows - at : HIRE_ROWS;
         int bad[HIRE_ROWS][2] = {0};
@@ -343,13 +422,16 @@ int64_t hire_ffn(const hire_layer *layer, const void *x, void *y, uint8_t *finit
         for (int64_t i = 0; i < num; i++) {
             finite[at + i] = !bad[i][0] && !bad[i][1];
             num_bad += !finite[at + i];
+            if (layer->level != NULL && finite[at + i]) taken += hire_taken(runs + i);
         }
     }
     if (counts != NULL) {
         counts[0] += 1;
         counts[1] += num_rows;
-        counts[2] += (num_rows - num_bad) * hire_counted(layer, layer->num_kept);
-        counts[3] += (num_rows - num_bad) * hire_counted(layer, layer->num_candidates);
+        const int64_t sound = num_rows - num_bad;
+        const int by_level = layer->level != NULL;
+        counts[2] += by_level ? taken : sound * hire_counted(layer, layer->num_kept);
+        counts[3] += by_level ? taken : sound * hire_counted(layer, layer->num_candidates);
         counts[4] += num_bad;
     }
     return num_bad;

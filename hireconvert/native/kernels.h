@@ -8,9 +8,10 @@
 
 #include "low_rows.h"
 
+#include <stddef.h>
 #include <stdint.h>
 
-#define HIRE_ABI 3
+#define HIRE_ABI 4
 #define HIRE_LANES 16
 /* Rows of weights are cut into this many pieces, a power of two, whatever the number of threads, and
  * sums of pieces are added by pairs, pairs of pairs and so on: the output's bits do not depend on how
@@ -90,6 +91,8 @@ typedef struct {
     const float *rest_unit;     /* likewise [Fp] of the rest's */
     const float *low_bias;      /* [parts, Fp] or NULL: added to estimates and refinements */
     const uint8_t *low;         /* [F, low_bytes] or NULL: what 4-bit tiles and rest left */
+    const float *level;         /* [1] or NULL: every neuron whose score reaches it is computed and
+                                   kept, however many these are; then C = K = F */
 } hire_layer;
 
 /* Where one row's intermediate results lie; all of it is the caller's scratch memory. */
@@ -118,8 +121,16 @@ typedef struct {
     float *partial;  /* [HIRE_SEGMENTS, partial_stride]: sums of outputs, then a row's scales */
     int64_t partial_stride;
     int32_t *together; /* [HIRE_SEGMENTS]: how many pieces the sum at the first of them is of */
+    int32_t *taken;    /* [HIRE_SEGMENTS]: with a level, candidates in each piece */
+    int64_t last;      /* behind the last candidate that may be asked for ahead */
     int *bad;        /* [2], zeros before: estimates, exact values met NaN or inf */
 } hire_run;
+
+/* Whether a neuron is to be chosen, or copies are to be added, so that estimates are needed. */
+static inline int hire_estimates(const hire_layer *layer)
+{
+    return layer->num_candidates < layer->num_neurons || layer->low != NULL || layer->level != NULL;
+}
 
 /* What the counters of a layer are told of a row, `num` being C or K. */
 static inline int64_t hire_counted(const hire_layer *layer, int64_t num)
@@ -141,6 +152,8 @@ typedef struct {
     void (*add)(float *to, const float *from, int64_t num);
     /* As hire_top_k. */
     void (*top_k)(const float *score, int64_t n, int64_t k, int32_t *out, int32_t *spare);
+    /* Those of scores [from, to) that are at least `level`, ascending; returns how many. */
+    int64_t (*reaching)(const float *score, int64_t from, int64_t to, float level, int32_t *out);
     void (*finish)(const hire_layer *, hire_run *, void *y, int type);
 } hire_kernels;
 
@@ -162,6 +175,8 @@ const hire_kernels *hire_kernels_of(int level);
 int64_t hire_cut_scratch(const hire_layer *layer, char *scratch, hire_run *run);
 void hire_rows_of_team(const hire_layer *layer, const hire_kernels *kernels, hire_run *runs,
                        int64_t num_rows);
+/* How many candidates a row had, of a layer with a level. */
+int64_t hire_taken(const hire_run *run);
 
 #if defined(_WIN32)
 #define HIRE_API __declspec(dllexport)

@@ -257,7 +257,7 @@ static void start(const hire_layer *layer, const void *x, int type, hire_run *ru
         memcpy(run->x + whole, wide, (size_t)(width - whole) * sizeof(float));
     }
     for (int64_t j = width; j < layer->stride; j++) run->x[j] = 0.0f;
-    if (layer->num_candidates < layer->num_neurons || layer->low != NULL) split_inputs(layer, run);
+    if (hire_estimates(layer)) split_inputs(layer, run);
     if (layer->low != NULL) spread_inputs(layer, run);
     if (layer->rest != NULL)
         for (int64_t j = 0; j < layer->stride; j += 16)
@@ -463,7 +463,7 @@ static void kept(const hire_layer *layer, hire_run *run, int64_t from, int64_t t
             h[i] = run->h[place];
         }
         if (layer->low != NULL)
-            low_outputs(layer, run, index, h, num, layer->num_candidates, partial);
+            low_outputs(layer, run, index, h, num, run->last, partial);
         else
             outputs(layer, index, h, num, partial);
     }

@@ -61,7 +61,7 @@ INLINE v16 low_products(const hire_run *run, const uint8_t *row, const int lowes
  * the memory takes them for a stream. */
 INLINE void ask_for(const hire_layer *layer, const hire_run *run, int64_t place)
 {
-    if (place >= layer->num_candidates) return;
+    if (place >= run->last) return;
     const uint8_t *row = layer->low + run->index[place] * layer->low_bytes;
     for (int64_t at = 0; at < layer->low_bytes; at += 64) prefetch(row + at);
 }

@@ -89,3 +89,14 @@ static void top_k(const float *score, int64_t n, int64_t k, int32_t *out, int32_
         if (bits > kth || (bits == kth && ties-- > 0)) *out++ = (int32_t)i;
     }
 }
+
+static int64_t reaching(const float *score, int64_t from, int64_t to, float level, int32_t *out)
+{
+    const int32_t *start = out, below = level > 0.0f ? size_bits(&level) - 1 : -1;
+    int64_t i = from;
+    for (; i + 16 <= to; i += 16)
+        out = w_places(out, w_above(size_words(score + i), w_set1(below)), (int32_t)i);
+    for (; i < to; i++)
+        if (size_bits(score + i) > below) *out++ = (int32_t)i;
+    return out - start;
+}

@@ -230,6 +230,7 @@ static void start_rows(const hire_job *job, const hire_layer *layer, const hire_
         runs->spare = shared.spare;
         runs->partial = shared.partial;
         runs->together = shared.together;
+        runs->taken = shared.taken;
         job->kernels->start(layer, x, HIRE_FLOAT32, runs);
         return;
     }
@@ -237,9 +238,10 @@ static void start_rows(const hire_job *job, const hire_layer *layer, const hire_
         job->kernels->start(layer, x + i * job->width, HIRE_FLOAT32, runs + i);
 }
 
-/* 1 where every one of rows [at, at + num), at most HIRE_ROWS, was finite. */
+/* 1 where every one of rows [at, at + num), at most HIRE_ROWS, was finite; their candidates are added
+ * to *taken where these are as many as reach a level. */
 static int sparse_rows(hire_job *job, const hire_layer *layer, const hire_own *own, int64_t at,
-                       int64_t num)
+                       int64_t num, int64_t *taken)
 {
     const int64_t pieces = layer->stride / 32;
     hire_run runs[HIRE_ROWS];
@@ -251,6 +253,8 @@ static int sparse_rows(hire_job *job, const hire_layer *layer, const hire_own *o
     hire_rows_of_team(layer, job->kernels, runs, num);
     for (int64_t i = 0; i < num; i++)
         if (job->bad[i][0] || job->bad[i][1]) return 0;
+    if (layer->level != NULL && team_number() == 0)
+        for (int64_t i = 0; i < num; i++) *taken += hire_taken(runs + i);
     TEAM_FOR(unit, num * pieces, 1) {
         const int64_t i = unit / pieces, from = unit % pieces * 32;
         job->step->sum_pieces(layer, runs + i, from, from + 32,
@@ -260,11 +264,11 @@ static int sparse_rows(hire_job *job, const hire_layer *layer, const hire_own *o
 }
 
 /* 1 where every row was finite. */
-static int sparse_ffn(hire_job *job, const hire_layer *layer, const hire_own *own)
+static int sparse_ffn(hire_job *job, const hire_layer *layer, const hire_own *own, int64_t *taken)
 {
     for (int64_t at = 0; at < job->num_rows; at += HIRE_ROWS) {
         const int64_t left = job->num_rows - at, num = left < HIRE_ROWS ? left : HIRE_ROWS;
-        if (!sparse_rows(job, layer, own, at, num)) return 0;
+        if (!sparse_rows(job, layer, own, at, num, taken)) return 0;
     }
     return 1;
 }
@@ -292,7 +296,7 @@ static int64_t all_layers(hire_job *job, const hire_block *blocks, int64_t num_b
         norm_rows(job, own->x, b->width, b->ffn_norm, b->eps, own->normed);
         if (b->ffn == NULL)
             dense_ffn(job, b, own);
-        else if (!sparse_ffn(job, b->ffn, own))
+        else if (!sparse_ffn(job, b->ffn, own, job->taken + l))
             return l;
         add_output(job, b, b->ffn_out_norm, own);
     }
@@ -303,14 +307,21 @@ static int64_t all_layers(hire_job *job, const hire_block *blocks, int64_t num_b
 
 static char *aligned(void *scratch) { return (char *)(((uintptr_t)scratch + 63) / 64 * 64); }
 
-static void count(const hire_block *blocks, int64_t num_blocks, int64_t num_rows)
+static void count(const hire_block *blocks, int64_t num_blocks, int64_t num_rows,
+                  const int64_t *taken)
 {
-    for (const hire_block *b = blocks; b < blocks + num_blocks; b++) {
+    for (int64_t l = 0; l < num_blocks; l++) {
+        const hire_block *b = blocks + l;
         if (b->counts == NULL) continue;
         b->counts[0] += 1;
         b->counts[1] += num_rows;
         const hire_layer *ffn = b->ffn;
         const int64_t all = b->up.outputs;
+        if (ffn != NULL && ffn->level != NULL) {
+            b->counts[2] += taken[l];
+            b->counts[3] += taken[l];
+            continue;
+        }
         b->counts[2] += num_rows * (ffn != NULL ? hire_counted(ffn, ffn->num_kept) : all);
         b->counts[3] += num_rows * (ffn != NULL ? hire_counted(ffn, ffn->num_candidates) : all);
     }
@@ -358,13 +369,14 @@ int64_t hire_step_sequences(const hire_block *blocks, int64_t num_blocks, const 
     job.step = hire_step_kernels_of(level);
     job.num_rows = num_rows;
     job.num_threads = num_threads;
+    memset(job.taken, 0, (size_t)num_blocks * sizeof *job.taken);
     job.unseen = unseen;
     job.seen = seen;
     hire_call call = {&job, blocks, num_blocks, pasts, angles, x, -1};
     team_run(num_threads, run_call, &call);
     if (call.bad >= 0) return call.bad;
     if (!job.step->finite(x, num_rows * width)) return num_blocks - 1;
-    count(blocks, num_blocks, num_rows);
+    count(blocks, num_blocks, num_rows, job.taken);
     if (last_norm != NULL)
         for (int64_t i = 0; i < num_rows; i++)
             job.step->norm(x + i * width, last_norm, eps, width, x + i * width);

@@ -20,6 +20,7 @@ typedef struct {
     char *own;        /* own_bytes for each thread */
     int64_t own_bytes;
     int bad[HIRE_ROWS][2]; /* of each row in a sparse FFN */
+    int64_t *taken;        /* [num_blocks]: candidates of sparse FFNs with a level */
 } hire_job;
 
 /* A thread's own memory. */
@@ -99,6 +100,7 @@ static int64_t cut_job(const hire_block *blocks, int64_t num_blocks, int64_t mos
     job->gate = floats(base, &used, HIRE_STEP_ROWS * job->neurons);
     job->up = floats(base, &used, HIRE_STEP_ROWS * job->neurons);
     job->ffn = take(base, &used, HIRE_ROWS * job->ffn_bytes);
+    job->taken = take(base, &used, num_blocks * (int64_t)sizeof *job->taken);
     hire_own own;
     job->own_bytes = cut_own(job, NULL, &own);
     job->own = take(base, &used, num_threads * job->own_bytes);

@@ -222,7 +222,8 @@ class SparseFfn(nn.Module):
     def _serve(self) -> None:
         """Let whatever runs the layer compute as many neurons as the spec says now."""
         prepared, spec = self.prepared, self.spec
-        counts = (spec["num_candidates"], num_active(spec), is_copied(spec))
+        level = spec["selection"]["level"] if varies(spec) else None
+        counts = (spec["num_candidates"], num_active(spec), is_copied(spec), level)
         if prepared.counts == counts:
             return
         prepared.counts = counts

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .hire_predict import is_copied, is_refined, keeps_all, num_active, varies
 
-ABI = 3
+ABI = 4
 # What a checkpoint selects for unless told otherwise (`max_sparse_rows`). More rows that select
 # are masked by PyTorch, which was slower than these kernels where both were measured (a step of
 # SmolLM2, 16 rows: 205 ms, these 59, the dense model 68 in float32 and 131 in bfloat16).
@@ -57,6 +57,21 @@ def activation_name(act: Any) -> str | None:
     return None
 
 
+def _by_level(spec: Mapping[str, Any]) -> bool:
+    """Whether a row keeps just the neurons whose estimated score reaches the layer's level."""
+    every = spec["num_candidates"] == spec["num_neurons"]
+    return every and spec["keep"] == "candidates" and spec["selection"]["rule"] == "threshold"
+
+
+def _numbers(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """How many neurons the library is to compute."""
+    candidates = spec["num_candidates"]
+    if varies(spec):
+        level = float(spec["selection"]["level"])
+        return {"num_candidates": candidates, "num_kept": candidates, "level": level}
+    return {"num_candidates": candidates, "num_kept": num_active(spec), "level": None}
+
+
 def _beyond_spec(spec: Mapping[str, Any], width: int) -> str | None:
     """What of a layer's spec the kernels do not cover."""
     predictor, rest = spec["predictor"], spec.get("unselected")
@@ -68,10 +83,8 @@ def _beyond_spec(spec: Mapping[str, Any], width: int) -> str | None:
         return "predictor of some inputs"
     if predictor["groups"] or spec["group_size"] > 1 or spec["num_common"] > 0:
         return "groups or common neurons"
-    if varies(spec):
-        return "a number of neurons that varies"
-    if is_copied(spec) and not getattr(native, "COPIES", False):
-        return "a native library older than rows of copies"
+    if varies(spec) and not _by_level(spec):
+        return "a number of neurons that varies, but not by a threshold of estimates alone"
     if keeps_all(spec) and not is_copied(spec):
         return "every neuron is kept"
     if rest is not None and rest["block"] % _REST_BLOCK and rest["block"] < width:
@@ -114,11 +127,10 @@ def pack(
     if obstacle(spec, parts) is not None:
         return None
     if packed is not None and copied == (packed.numbers["num_candidates"] == 0):
-        return packed if copied else packed.counting(spec["num_candidates"], num_active(spec))
+        return packed if copied else packed.counting(**_numbers(spec))
     settings = {
         "activation": activation_name(parts.act),
-        "num_candidates": spec["num_candidates"],
-        "num_kept": num_active(spec),
+        **_numbers(spec),
         "rest": spec.get("unselected"),
         "refined": is_refined(spec),
         "copies": copied,
@@ -148,6 +160,7 @@ def serves(layer: Any, x_ND: torch.Tensor) -> bool:
         and x_ND.device.type == "cpu"
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
+        and not (layer.varies and torch.compiler.is_compiling())
     )
 
 

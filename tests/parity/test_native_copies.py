@@ -246,23 +246,6 @@ def test_a_share_set_in_memory_reads_the_weights_and_comes_back() -> None:
     assert packed[0].tensors.keys() == layers[0].prepared.native.tensors.keys()
 
 
-def test_a_library_that_knows_no_copies_leaves_them_to_pytorch(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.delattr(_native, "COPIES")
-    model, ids = model_of("llama"), tokens(1, 16)
-    layers = sparse_layers(model)
-    assert all(layer.prepared.native is None for layer in layers)
-    assert "older than rows of copies" in hire_native.path(layers)
-    model.set_hire_scope("decode", head=False)
-    found = decoded(model, ids)
-    model.set_hire_scope("off")
-    assert relative(found, decoded(model, ids)) < TOLERANCE
-
-
-@pytest.mark.parametrize(
-    "change", [{"rest": None}, {"bits": 3}, {"rest": {"bits": 8, "block": 32}}]
-)
 def test_copies_of_other_bits_are_refused(change: dict[str, Any]) -> None:
     case = Case(64, 32, 5, 5, rest=(4, 32, True), copies=True)
     narrow = replace(case, bits=change.get("bits", 4), copies=False)
