@@ -33,8 +33,14 @@ class Allocation:
 
     @property
     def highest(self) -> float:
-        """The share from which on every neuron is a candidate, so that more would cost nothing."""
-        return 1 / self.recipe.over_select
+        """The share from which on every neuron is a candidate, so that more would cost nothing.
+
+        All are, by their estimates alone, where a row keeps however many reach a level.
+        """
+        recipe = self.recipe
+        if recipe.keep == "candidates" and recipe.selection != "fixed":
+            return 1.0
+        return 1 / recipe.over_select
 
     def active(self, keeps: Keeps) -> tuple[int, ...]:
         """Neurons in use per token and layer, with the rounding that a conversion makes."""

@@ -10,7 +10,9 @@ answers that the dense model samples to prompts in its chat template. Selection 
 position. `oracle`: the best neurons by exact score, others zero; `dropped`: the predictor's choice,
 others zero; `estimated`: the predictor's choice, others by estimate, which is what a checkpoint
 with `ffn.unselected` runs. A predictor does not depend on the share kept, so one checkpoint serves
-every row; its numbers of neurons are set in memory. All figures are paired against the dense model
+every row; its numbers of neurons are set in memory. Where the number kept varies from row to row, a
+checkpoint serves the share it was converted at (`kept` then has the mean of each text beside it);
+at others it keeps a fixed number. All figures are paired against the dense model
 on the same windows; intervals are 95 %, bootstrapped over windows. Rows already in TABLE.jsonl are
 not measured again. Shape suffixes: N rows (scored positions), D width, W windows, T tokens.
 """
@@ -29,7 +31,7 @@ import hireconvert
 from hireconvert.data import evaluation_windows
 from hireconvert.evaluate import hidden_states
 from hireconvert.measures import hire_layers, hire_scope
-from hireconvert.runtime.hire_predict import FFN_PARTS, layer_bytes
+from hireconvert.runtime.hire_predict import FFN_PARTS, layer_bytes, varies
 from hireconvert.scoring import round_half_up
 
 WEIGHT_BYTES = 2  # bytes are told as a share of a bfloat16 FFN
@@ -91,8 +93,13 @@ def keep_share(model: Any, keep: float, *, estimated: bool) -> float:
             layer.full_estimate = layer.widened().estimate_FD
         rest = layer.full_estimate if estimated else None
         layer.prepared.widened = replace(layer.widened(), estimate_FD=rest)
-        num_kept = round_half_up(keep * layer.spec["num_neurons"])
-        layer.spec |= {"num_kept": num_kept, "num_candidates": num_kept}
+        if not hasattr(layer, "own_spec"):
+            layer.own_spec = dict(layer.spec)
+        own, num_kept = layer.own_spec, round_half_up(keep * layer.spec["num_neurons"])
+        if varies(own) and own["num_kept"] == num_kept:
+            layer.spec |= own
+        else:
+            layer.spec |= {"num_kept": num_kept, "num_candidates": num_kept, "selection": None}
         spec = layer.spec if estimated else {**layer.spec, "unselected": None}
         matrices = 2 if layer.prepared.gate_FD is None else 3
         parts = layer_bytes(spec, layer.prepared.up_FD.shape[1], matrices, WEIGHT_BYTES)
@@ -102,15 +109,21 @@ def keep_share(model: Any, keep: float, *, estimated: bool) -> float:
 
 
 @torch.no_grad()
-def sparse_states(model: Any, ids_WT: torch.Tensor, keep: float) -> torch.Tensor:
-    """What the head receives with selection at every position, [N, D]; asserts that it ran."""
+def sparse_states(model: Any, ids_WT: torch.Tensor, keep: float) -> tuple[torch.Tensor, float]:
+    """(what the head receives with selection at every position, [N, D]; the mean share kept).
+
+    Asserts that it ran.
+    """
     model.hire_stats(reset=True)
     with hire_scope(model, "all"):
         states_ND = hidden_states(model, ids_WT)
+    shares = []
     for index, counts in model.hire_stats()["layers"].items():
-        kept = counts["kept"] / (counts["rows"] * hire_layers(model)[index].spec["num_neurons"])
-        assert counts["dense_rows"] == 0 and abs(kept - keep) < 0.01, counts
-    return states_ND
+        spec = hire_layers(model)[index].spec
+        shares.append(counts["kept"] / (counts["rows"] * spec["num_neurons"]))
+        close = 0.5 * keep if varies(spec) else 0.01
+        assert counts["dense_rows"] == 0 and abs(shares[-1] - keep) < close, counts
+    return states_ND, sum(shares) / len(shares)
 
 
 def table(rows: list[dict[str, Any]], tokens: int) -> str:
@@ -129,10 +142,12 @@ def table(rows: list[dict[str, Any]], tokens: int) -> str:
             cells.append("{:+.2f} ({:+.2f}, {:+.2f})".format(*found["percent"]))
             cells += [f"{found['kl']:.4f}", f"{100 * found['same']:.1f}"]
         share = "" if row["bytes"] is None else f"{100 * row['bytes']:.1f}"
+        means = [found.get("kept", row["keep"]) for found in row["texts"].values()]
+        kept = f"{row['keep']:g}"
+        if any(abs(mean - row["keep"]) > 0.001 for mean in means):
+            kept += f" ({', '.join(f'{mean:.3f}' for mean in means)})"
         lines.append(
-            f"| {row['label']} | {row['arm']} | {row['keep']:g} | {share} | "
-            + " | ".join(cells)
-            + " |"
+            f"| {row['label']} | {row['arm']} | {kept} | {share} | " + " | ".join(cells) + " |"
         )
     return "\n".join(lines) + "\n"
 
@@ -174,15 +189,14 @@ def main() -> None:
             if arm != "oracle":
                 share = keep_share(model, keep, estimated=arm == "estimated")
             for name, ids_WT in windows.items():
-                states_ND = (
-                    selected_states(native, ids_WT, keep)
-                    if arm == "oracle"
-                    else sparse_states(model, ids_WT, keep)
-                )
+                if arm == "oracle":
+                    states_ND, mean = selected_states(native, ids_WT, keep), keep
+                else:
+                    states_ND, mean = sparse_states(model, ids_WT, keep)
                 each = figures(native, dense[name], states_ND, ids_WT)
                 ratio = each.pop("ratio")
                 percent = [100 * (value - 1) for value in (ratio.point, ratio.low, ratio.high)]
-                found[name] = {"percent": percent, **each}
+                found[name] = {"percent": percent, "kept": mean, **each}
             row = {"label": arguments.label, "arm": arm, "keep": keep, "bytes": share}
             rows.append({**row, "texts": found})
             with store.open("a") as lines:

@@ -246,6 +246,9 @@ def test_a_share_set_in_memory_reads_the_weights_and_comes_back() -> None:
     assert packed[0].tensors.keys() == layers[0].prepared.native.tensors.keys()
 
 
+@pytest.mark.parametrize(
+    "change", [{"rest": None}, {"bits": 3}, {"rest": {"bits": 8, "block": 32}}]
+)
 def test_copies_of_other_bits_are_refused(change: dict[str, Any]) -> None:
     case = Case(64, 32, 5, 5, rest=(4, 32, True), copies=True)
     narrow = replace(case, bits=change.get("bits", 4), copies=False)
