@@ -125,6 +125,22 @@ CASES = {
     ),
 }  # fmt: skip
 
+# Layers whose neurons all count by their copies.
+COPIES = {
+    "narrow": Case(1, 1, 1, 1, block=1, rest=(4, 16, True), copies=True),
+    "odd": Case(50, 77, 5, 5, block=12, rest=(4, 16, False), bias=True, copies=True),
+    "normal": Case(
+        577, 131, 5, 5, levels="normal", rest=normal_rest(32), bias=True, copies=True
+    ),
+    "ungated": Case(
+        260, 70, 5, 5, gated=False, block=1000, symmetric=False, rest=(4, 64, True), act="relu",
+        copies=True,
+    ),
+    "many spans": Case(
+        1100, 50, 5, 5, levels="normal", block=96, rest=normal_rest(16), copies=True, act="gelu_erf"
+    ),
+}  # fmt: skip
+
 
 # All reach a level that may reach it: as many candidates as neurons.
 BY_LEVEL = {

@@ -16,11 +16,11 @@ from hireconvert.roofline import counts_at
 from hireconvert.runtime import hire_native
 from tests.ffn_reference import TOLERANCE, check_graph, relative
 from tests.native import (
+    COPIES,
     LEVELS,
     Case,
     _native,
     hidden,
-    normal_rest,
     rows_of,
     settings_of,
     tensors_of,
@@ -39,20 +39,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 FAMILIES = ("llama", "llama_bias", "llama_relu2", "gemma3_text", "phi3", "opt", "gpt2")
 GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-CASES = {
-    "narrow": Case(1, 1, 1, 1, block=1, rest=(4, 16, True), copies=True),
-    "odd": Case(50, 77, 5, 5, block=12, rest=(4, 16, False), bias=True, copies=True),
-    "normal": Case(
-        577, 131, 5, 5, levels="normal", rest=normal_rest(32), bias=True, copies=True
-    ),
-    "ungated": Case(
-        260, 70, 5, 5, gated=False, block=1000, symmetric=False, rest=(4, 64, True), act="relu",
-        copies=True,
-    ),
-    "many spans": Case(
-        1100, 50, 5, 5, levels="normal", block=96, rest=normal_rest(16), copies=True, act="gelu_erf"
-    ),
-}  # fmt: skip
 
 
 @pytest.fixture(params=LEVELS)
@@ -103,11 +89,11 @@ def true_output(case: Case, tensors: dict[str, Any], x_D: torch.Tensor, dtype: A
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", COPIES)
 def test_the_error_is_at_most_twice_that_of_plain_pytorch(
     name: str, dtype: torch.dtype, level: str
 ) -> None:
-    case = replace(CASES[name], dtype=dtype)
+    case = replace(COPIES[name], dtype=dtype)
     tensors = tensors_of(case)
     layer = _native.FfnLayer.pack(settings_of(case), tensors)
     own, plainly = 0.0, 0.0
@@ -120,9 +106,9 @@ def test_the_error_is_at_most_twice_that_of_plain_pytorch(
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", COPIES)
 def test_rows_get_the_bits_they_get_alone(name: str, threads: int, level: str) -> None:
-    case, before = CASES[name], torch.get_num_threads()
+    case, before = COPIES[name], torch.get_num_threads()
     layer = _native.FfnLayer.pack(settings_of(case), tensors_of(case))
     x_ND = rows_of(case, hire_native.MOST_ROWS)
     alone_ND = torch.cat([layer.run(x_1D)[0] for x_1D in x_ND.split(1)])
