@@ -282,6 +282,31 @@ def test_slopes_plan_memory_for_what_goes_back_through_the_copies() -> None:
     assert peak(ffn=by_estimate) - peak(ffn=plain) == 4 * (copies + per_window)
 
 
+def test_a_pass_to_second_order_plans_memory_for_one_layer_behind_it() -> None:
+    """It goes through the dense model, and not through the copies as slopes do."""
+    changes = {"mode": "search", "num_tokens": 65536}
+    plain = {"budget": BudgetRecipe(method="second_order", **changes)}
+    slopes = {"budget": BudgetRecipe(method="greedy", **changes)}
+    by_estimate = {"unselected": UnselectedRecipe()}
+    copies = LAYERS * 3 * NEURONS * WIDTH
+    assert peak(ffn=plain | by_estimate) - peak(ffn=plain) == 4 * copies
+    assert peak(ffn=plain) - peak(ffn=slopes) == 4 * 16 * NEURONS * 256
+
+
+def test_a_pass_to_second_order_plans_a_small_part_of_the_time_of_slopes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(planning, "measured_rate", lambda: 1.0)
+    none, slopes, curves = (
+        planned(ffn={} if method is None else {"budget": BudgetRecipe(method=method)})[1]
+        for method in (None, "greedy", "second_order")
+    )
+    weights = sum(each.numel() for each in tiny_model("llama").parameters())
+    tokens = 5 * 8192 + 4 * 4096  # the pass and two lists, held-out texts
+    assert curves - none == pytest.approx(1.3 * 2.0 * weights * tokens)
+    assert slopes - none > 5 * (curves - none)
+
+
 def test_searching_and_training_plan_time_for_the_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "measured_rate", lambda: 1.0)
     search = {"budget": BudgetRecipe(method="evolution", generations=1, num_tokens=256)}
