@@ -26,6 +26,7 @@ import torch
 
 from hireconvert.allocation import Allocation, Keeps, Trades
 from hireconvert.masked import Active, MaskedModel, Score, Trace
+from hireconvert.memory import beginnings
 from hireconvert.schema_budget import BudgetRecipe, BudgetTargetRecipe
 from hireconvert.second_order import cheapest
 
@@ -92,7 +93,9 @@ class Trials:
         if known is not None:
             return known
         trace = None if near is None else self._trace(self.allocation.active(near))
-        score, made = self.masked.measure(active, num_windows=count, near=trace)
+        score, made = self.masked.measure(
+            active, num_windows=count, near=trace, traced=near is not None
+        )
         if count == len(self.masked.ids_WT) and near is not None:
             self._keep(made)
         self.memo.put(key, score)
@@ -149,11 +152,8 @@ class Trials:
 
 def evenly(ids_WT: torch.Tensor, num_tokens: int, length: int) -> torch.Tensor:
     """The beginnings of windows, [W, length or less]: about `num_tokens` tokens of many texts."""
-    length = min(length, ids_WT.shape[1])
-    wanted = max(1, num_tokens // length)
-    if wanted > len(ids_WT):  # few windows: longer pieces of them
-        wanted = len(ids_WT)
-        length = min(ids_WT.shape[1], num_tokens // wanted)
+    num_windows, window = ids_WT.shape
+    wanted, length = beginnings(num_windows, window, num_tokens, length)
     return ids_WT[:wanted, :length]
 
 

@@ -130,9 +130,14 @@ class MaskedModel:
 
     @torch.no_grad()
     def measure(
-        self, active: Active, *, num_windows: int | None = None, near: Trace | None = None
+        self,
+        active: Active,
+        *,
+        num_windows: int | None = None,
+        near: Trace | None = None,
+        traced: bool = True,
     ) -> tuple[Score, Trace]:
-        """The score of a selection on the first windows, and its trace.
+        """The score of a selection on the first windows, and its trace (empty unless `traced`).
 
         With `near`, the trace of a similar selection on at least these windows, layers before the
         first that differs are not run again.
@@ -146,7 +151,8 @@ class MaskedModel:
         for number, ids_T in enumerate(windows):
             start = near.outputs[number][:first] if near is not None and first else []
             hidden_ND, outputs = self._run(ids_T, active, start)
-            trace.outputs.append(outputs)
+            if traced:
+                trace.outputs.append(outputs)
             window_kl, window_nll = self._compare(number, ids_T, hidden_ND)
             kl.append(window_kl)
             nll.append(window_nll)

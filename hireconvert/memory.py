@@ -84,6 +84,18 @@ class Shapes:
         return int(neurons * self.config.hidden_size * (self.matrices + 1))
 
 
+def beginnings(num_windows: int, window: int, num_tokens: int, length: int) -> tuple[int, int]:
+    """How many of the windows, and tokens of each, make up about `num_tokens` of many texts.
+
+    `length` tokens of a window or fewer; more where there are too few windows.
+    """
+    length = min(length, window)
+    wanted = max(1, num_tokens // length)
+    if wanted > num_windows:
+        return num_windows, min(window, num_tokens // num_windows)
+    return wanted, length
+
+
 def calibration_rows(recipe: Recipe) -> int:
     """Tokens that statistics are taken on, rounded up to whole windows."""
     return recipe.data.num_tokens + recipe.data.num_held_tokens + 2 * recipe.data.window
@@ -221,6 +233,8 @@ def _searching(shapes: Shapes, recipe: Recipe) -> int:
     if budget is None or not shapes.layers:
         return 0
     rows, layers, width = budget.num_tokens, config.num_hidden_layers, config.hidden_size
+    num_windows, window = -(-recipe.data.num_tokens // recipe.data.window), recipe.data.window
+    length = beginnings(num_windows, window, rows, SEARCH_WINDOW)[1]
     kept = sum(
         count * config.vocab_size
         for count in (rows, min(rows, recipe.data.num_held_tokens))
@@ -230,8 +244,6 @@ def _searching(shapes: Shapes, recipe: Recipe) -> int:
     per_token = layers * (16 * width + (KEPT_NEURONS + by_estimate) * shapes.neurons)
     if budget.method == "second_order":  # a dense pass: estimates come behind it
         per_token -= (layers * by_estimate - RANKED_NEURONS) * shapes.neurons
-    passes = (
-        4 * rows * layers * width if budget.method == "evolution" else SEARCH_WINDOW * per_token
-    )
-    logits = 4 * min(SEARCH_WINDOW * config.vocab_size, LOGITS_AT_ONCE)
+    passes = 4 * rows * layers * width if budget.method == "evolution" else length * per_token
+    logits = 4 * min(length * config.vocab_size, LOGITS_AT_ONCE)
     return 4 * (kept + logits + passes + shapes.live_copies)

@@ -28,6 +28,7 @@ from hireconvert.families import base_model, ffn_parts, find_layout, num_layers,
 from hireconvert.lowbit import Estimate, Inputs, LiveCopies, live_copies
 from hireconvert.masked import MaskedModel, Score
 from hireconvert.measures import hire_scope
+from hireconvert.memory import beginnings
 from hireconvert.quantize import GridFormat, encode_matrix, fit_grid, round_codes
 from hireconvert.recipe import FfnRecipe, PredictorRecipe
 from hireconvert.runtime.hire_predict import decode_blocks, expected_errors
@@ -336,6 +337,10 @@ def test_beginnings_of_many_windows() -> None:
     assert torch.equal(evenly(ids_WT, 32, 4), ids_WT[:, :8])
     assert torch.equal(evenly(ids_WT, 1000, 4), ids_WT)
     assert evenly(ids_WT, 1, 4).shape == (1, 4)
+    for num_tokens in (1, 12, 30, 37, 1000):
+        shape = beginnings(4, 10, num_tokens, 4)
+        assert evenly(ids_WT, num_tokens, 4).shape == shape
+        assert abs(shape[0] * shape[1] - num_tokens) < 4 or num_tokens in (1, 1000)
 
 
 # --------------------------------------------------------------------------- allocations
