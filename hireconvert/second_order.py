@@ -2,9 +2,9 @@
 
 The Hessian of KL(dense || selecting) where nothing is left out is the Fisher information, the mean
 over next tokens y drawn from the dense model of g g^T, g the gradient of -log p(y) (Martens, "New
-insights and perspectives on the natural gradient method", section 9). So leaving neurons out, which
-adds e to a layer's output, costs about E[(g.e)^2] / 2, and g.e is a sum over neurons. Effects of
-layers and of tokens on one another are left out.
+insights and perspectives on the natural gradient method", arXiv 1412.1193). So leaving neurons out,
+which adds e to a layer's output, costs about E[(g.e)^2] / 2, and g.e is a sum over neurons. Effects
+of layers and of tokens on one another are left out.
 
 Shape suffixes: N rows (tokens), D width, F neurons, C candidates; neurons in the order of their
 names to be candidates, from the first.
