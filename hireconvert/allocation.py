@@ -44,10 +44,12 @@ class Allocation:
 
     def active(self, keeps: Keeps) -> tuple[int, ...]:
         """Neurons in use per token and layer, with the rounding that a conversion makes."""
-        return tuple(
-            num_active(layer_counts(count, self.recipe, keep))
-            for count, keep in zip(self.neurons, keeps, strict=True)
-        )
+        layers = range(len(self.neurons))
+        return tuple(self.active_in(layer, keep) for layer, keep in zip(layers, keeps, strict=True))
+
+    def active_in(self, layer: int, keep: float) -> int:
+        """Neurons in use per token in one layer."""
+        return num_active(layer_counts(self.neurons[layer], self.recipe, keep))
 
     def shifted(self, keeps: Keeps, steps: int) -> Keeps:
         """Every share moved by `steps` times SHIFT, as far as the bounds let it."""
@@ -113,15 +115,28 @@ class Trades:
 
     def keeps(self, levels: Levels) -> Keeps:
         """The shares of a list."""
-        pairs = zip(self.base, levels, strict=True)
-        return tuple(round(keep + level * self.step, _DIGITS) for keep, level in pairs)
+        layers = range(len(self.base))
+        return tuple(self.keep(layer, level) for layer, level in zip(layers, levels, strict=True))
+
+    def keep(self, layer: int, level: int) -> float:
+        """The share of one layer."""
+        return round(self.base[layer] + level * self.step, _DIGITS)
 
     def can(self, levels: Levels, layer: int, by: int) -> bool:
         """Whether one layer may move by that many steps."""
-        keep = round(self.base[layer] + (levels[layer] + by) * self.step, _DIGITS)
+        keep = self.keep(layer, levels[layer] + by)
         lowest = min(self.step, self.base[layer])
         highest = max(self.allocation.highest, self.base[layer])
         return lowest <= keep <= highest
+
+    def reach(self, layer: int) -> range:
+        """The levels that one layer may stand at, from the base's on both sides."""
+        low = high = 0
+        while self.can(self.none, layer, low - 1):
+            low -= 1
+        while self.can(self.none, layer, high + 1):
+            high += 1
+        return range(low, high + 1)
 
     def moved(self, levels: Levels, ups: list[int], downs: list[int]) -> Levels:
         """One step more in some layers and one less in others."""

@@ -4,6 +4,9 @@ Errors of layers do not add up, so no layer is judged alone: a list of shares is
 KL of the selecting model to the dense one on windows of calibration text. A search trades steps
 between layers, so the total never changes; a quality target then shifts the whole list.
 
+Or one pass forward and back says what every share of every layer costs to second order, and a list
+follows from that (`second_order.py`).
+
 Every score is written to a file at once. The searches are functions of the scores and a seed, so a
 killed one repeats its way through the file in no time and goes on.
 
@@ -23,7 +26,9 @@ import torch
 
 from hireconvert.allocation import Allocation, Keeps, Trades
 from hireconvert.masked import Active, MaskedModel, Score, Trace
+from hireconvert.memory import beginnings
 from hireconvert.schema_budget import BudgetRecipe, BudgetTargetRecipe
+from hireconvert.second_order import cheapest
 
 Progress = Callable[[int, int, str], None]  # rounds done, rounds in all, where the score stands
 
@@ -88,7 +93,9 @@ class Trials:
         if known is not None:
             return known
         trace = None if near is None else self._trace(self.allocation.active(near))
-        score, made = self.masked.measure(active, num_windows=count, near=trace)
+        score, made = self.masked.measure(
+            active, num_windows=count, near=trace, traced=near is not None
+        )
         if count == len(self.masked.ids_WT) and near is not None:
             self._keep(made)
         self.memo.put(key, score)
@@ -110,6 +117,27 @@ class Trials:
             self.memo.put(key, known)
         return known.kl_W
 
+    def costs(self, trades: Trades, number: int, seed: int) -> list[list[float]]:
+        """What each layer's levels cost one window (`MaskedModel.costs`), in a list a layer."""
+        key = (
+            f"{self.name} costs {number} {','.join(map(str, self.allocation.active(trades.base)))}"
+        )
+        self._asked[key] = SLOPES_COST
+        levels = [trades.reach(layer) for layer in range(len(trades.base))]
+        known = self.memo.get(key)
+        if known is None:
+            active_LS = [
+                tuple(self.allocation.active_in(i, trades.keep(i, level)) for level in reach)
+                for i, reach in enumerate(levels)
+            ]
+            drawn = random.Random(f"{seed} {number}").getrandbits(63)
+            found = self.masked.costs(number, active_LS, drawn)
+            # One layer after the other, where scores of windows stand.
+            known = Score(tuple(cost for curve in found for cost in curve), ())
+            self.memo.put(key, known)
+        flat = iter(known.kl_W)
+        return [[next(flat) for _ in reach] for reach in levels]
+
     def _trace(self, active: Active) -> Trace:
         if active not in self._traces:
             self._keep(self.masked.measure(active)[1])
@@ -124,11 +152,8 @@ class Trials:
 
 def evenly(ids_WT: torch.Tensor, num_tokens: int, length: int) -> torch.Tensor:
     """The beginnings of windows, [W, length or less]: about `num_tokens` tokens of many texts."""
-    length = min(length, ids_WT.shape[1])
-    wanted = max(1, num_tokens // length)
-    if wanted > len(ids_WT):  # few windows: longer pieces of them
-        wanted = len(ids_WT)
-        length = min(ids_WT.shape[1], num_tokens // wanted)
+    num_windows, window = ids_WT.shape
+    wanted, length = beginnings(num_windows, window, num_tokens, length)
     return ids_WT[:wanted, :length]
 
 
@@ -185,6 +210,25 @@ def descend(trials: Trials, trades: Trades, recipe: BudgetRecipe, progress: Prog
         else:
             break
     return trades.base
+
+
+def solve(trials: Trials, trades: Trades, seed: int, progress: Progress) -> Keeps:
+    """The list that costs least to second order, by one pass forward and back of every window.
+
+    `progress` tells what the base costs to second order, over the windows passed.
+    """
+    curves = [[0.0] * len(trades.reach(layer)) for layer in range(len(trades.base))]
+    here = [-trades.reach(layer)[0] for layer in range(len(curves))]  # the base in its curve
+    num_windows = len(trials.masked.ids_WT)
+    for number in range(num_windows):
+        window = trials.costs(trades, number, seed)
+        curves = [
+            [total + cost for total, cost in zip(*both, strict=True)]
+            for both in zip(curves, window, strict=True)
+        ]
+        base = sum(curve[place] for curve, place in zip(curves, here, strict=True))
+        progress(number + 1, num_windows, f"KL to second order {base / (number + 1):.5f}")
+    return trades.keeps(cheapest(trades, curves))
 
 
 def _doubling(most: int) -> list[int]:
@@ -259,6 +303,8 @@ def search_budget(
     trades = Trades(allocation, start, recipe.step)
     if recipe.method == "evolution":
         found = evolve(search, trades, recipe, seed, progress)
+    elif recipe.method == "second_order":
+        found = solve(search, trades, seed, progress)
     else:
         found = descend(search, trades, recipe, progress)
     agreed = held.score(found).kl <= held.score(start).kl

@@ -5,16 +5,18 @@ what they count by estimate where they do, so a whole model with any number of n
 costs one forward pass.
 
 Shape suffixes: W windows, T tokens of a window, N rows (scored positions), D width, F neurons,
-V vocabulary.
+V vocabulary, L layers, S selections to weigh.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from hireconvert.families import Layout, base_model, ffn_parts, num_layers
 from hireconvert.lowbit import LiveCopies
@@ -22,6 +24,7 @@ from hireconvert.marginal import Marginal, Pass
 from hireconvert.measures import LOGITS_AT_ONCE, head_logits, logit_chunks, prove_logits
 from hireconvert.runtime.hire_predict import best
 from hireconvert.runtime.hire_select import zeroed
+from hireconvert.second_order import Ranked, squared_effects, watched
 
 PROBABILITIES_KEPT = 2**27  # elements of dense probabilities kept in memory; beyond, computed anew
 Active = tuple[int, ...]
@@ -127,9 +130,14 @@ class MaskedModel:
 
     @torch.no_grad()
     def measure(
-        self, active: Active, *, num_windows: int | None = None, near: Trace | None = None
+        self,
+        active: Active,
+        *,
+        num_windows: int | None = None,
+        near: Trace | None = None,
+        traced: bool = True,
     ) -> tuple[Score, Trace]:
-        """The score of a selection on the first windows, and its trace.
+        """The score of a selection on the first windows, and its trace (empty unless `traced`).
 
         With `near`, the trace of a similar selection on at least these windows, layers before the
         first that differs are not run again.
@@ -143,7 +151,8 @@ class MaskedModel:
         for number, ids_T in enumerate(windows):
             start = near.outputs[number][:first] if near is not None and first else []
             hidden_ND, outputs = self._run(ids_T, active, start)
-            trace.outputs.append(outputs)
+            if traced:
+                trace.outputs.append(outputs)
             window_kl, window_nll = self._compare(number, ids_T, hidden_ND)
             kl.append(window_kl)
             nll.append(window_nll)
@@ -158,21 +167,51 @@ class MaskedModel:
         halved. One pass forward and back serves every layer.
         """
         marginal = Marginal(self._num_candidates, active, step)
-        wanted = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.model.requires_grad_(False)
         self._watch = marginal.note
         try:
-            with torch.enable_grad():
+            with self._weights_fixed():
                 for number, ids_T in enumerate(self.ids_WT):
                     hidden_ND, _ = self._run(ids_T, active, [])
                     hidden_ND.backward(self._kl_gradient(number, hidden_ND))
                     marginal.gather()
         finally:
             self._watch = None
-            for parameter in wanted:
-                parameter.requires_grad_(True)
         rows = self.ids_WT.shape[0] * (self.ids_WT.shape[1] - 1)
         return tuple(value / (2 * rows) for value in marginal.saved)
+
+    def costs(self, number: int, active_LS: Sequence[Active], seed: int) -> list[list[float]]:
+        """What selections in one layer cost one window to second order, in nats a position.
+
+        One list a layer, as long as its numbers of active neurons in `active_LS`, all other layers
+        dense (`second_order`). Next tokens are drawn from the dense model by the seed. One pass
+        forward and back serves every layer and number.
+        """
+        generator = torch.Generator(self.model.device).manual_seed(seed)
+        with watched(self._parts) as flows, self._weights_fixed():
+            hidden_ND, _ = self._run(self.ids_WT[number], self.neurons, [])
+            hidden_ND.backward(self._drawn_gradient(hidden_ND, generator))
+        rows, costs = len(hidden_ND), []
+        for index, (flow, active_S) in enumerate(zip(flows, active_LS, strict=True)):
+            with torch.no_grad():
+                ranked = self._ranked(index, flow.h_NF, flow.x_ND if self.copies else None)
+                down_FD = self._parts[index].down_FD()
+                copy_FD = self.copies[index].down_FD if self.copies else None
+                counts = [(active, self._num_candidates(index, active)) for active in active_S]
+                sums = squared_effects(ranked, flow.gradient_ND, down_FD, copy_FD, counts)
+            costs.append([value / (2 * rows) for value in sums])
+        return costs
+
+    @contextmanager
+    def _weights_fixed(self) -> Iterator[None]:
+        """Gradients, but none of weights."""
+        wanted = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.model.requires_grad_(False)
+        try:
+            with torch.enable_grad():
+                yield
+        finally:
+            for parameter in wanted:
+                parameter.requires_grad_(True)
 
     # ----------------------------------------------------------------------- running
 
@@ -249,9 +288,26 @@ class MaskedModel:
     def _selected(
         self, index: int, h_NF: torch.Tensor, x_ND: torch.Tensor | None, num_kept: int
     ) -> Pass:
+        ranked = self._ranked(index, h_NF, x_ND)
+        named_NF, value_NF = ranked.named_NF, ranked.value_NF
+        keep_NF = candidate_NF = best(named_NF, self._num_candidates(index, num_kept))
+        order_NF = named_NF
+        if self.copies and self.copies[index].estimate.over_select > 1:
+            order_NF = ranked.score_NF
+            keep_NF = best(order_NF.masked_fill(~candidate_NF, -1.0), num_kept)
+        kept_NF = zeroed(h_NF, keep_NF)
+        if value_NF is None:
+            return Pass(h_NF, kept_NF, order_NF, named_NF)
+        rest_NF = zeroed(value_NF, ~candidate_NF)
+        if keep_NF is not candidate_NF:
+            rest_NF = rest_NF + zeroed(h_NF, candidate_NF & ~keep_NF)
+        return Pass(h_NF, kept_NF, order_NF, named_NF, value_NF, rest_NF)
+
+    def _ranked(self, index: int, h_NF: torch.Tensor, x_ND: torch.Tensor | None) -> Ranked:
+        """What one layer's candidates and kept neurons are the best by; inputs with copies."""
         score_NF = self._score(index, h_NF)
         if x_ND is None:
-            return Pass(h_NF, zeroed(h_NF, best(score_NF, num_kept)), score_NF, score_NF)
+            return Ranked(h_NF, score_NF, score_NF)
         estimate = self.copies[index].estimate
         value_NF, error_NF = self.copies[index].estimated(x_ND)
         named_NF = score_NF
@@ -259,18 +315,7 @@ class MaskedModel:
             named_NF = self._score(index, error_NF)
         elif estimate.selects:
             named_NF = self._score(index, value_NF)
-        keep_NF = candidate_NF = best(named_NF, self._num_candidates(index, num_kept))
-        order_NF = named_NF
-        if estimate.over_select > 1:
-            order_NF = score_NF
-            keep_NF = best(score_NF.masked_fill(~candidate_NF, -1.0), num_kept)
-        kept_NF = zeroed(h_NF, keep_NF)
-        if estimate.down is None:
-            return Pass(h_NF, kept_NF, order_NF, named_NF)
-        rest_NF = zeroed(value_NF, ~candidate_NF)
-        if keep_NF is not candidate_NF:
-            rest_NF = rest_NF + zeroed(h_NF, candidate_NF & ~keep_NF)
-        return Pass(h_NF, kept_NF, order_NF, named_NF, value_NF, rest_NF)
+        return Ranked(h_NF, score_NF, named_NF, None if estimate.down is None else value_NF)
 
     def _num_candidates(self, index: int, num_kept: int) -> int:
         over_select = self.copies[index].estimate.over_select if self.copies else 1.0
@@ -316,6 +361,16 @@ class MaskedModel:
                 dense_NV = self._dense_probs(number, place, chunk)
             z_NV = head_logits(self.model, leaf_ND[chunk])
             (z_NV.logsumexp(-1) - torch.linalg.vecdot(dense_NV, z_NV)).sum().backward()
+        assert leaf_ND.grad is not None
+        return leaf_ND.grad
+
+    def _drawn_gradient(self, hidden_ND: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """The gradient of the summed -log p of next tokens drawn by what the states predict."""
+        leaf_ND = hidden_ND.detach().requires_grad_()
+        for chunk in self._chunks(len(leaf_ND)):
+            z_NV = head_logits(self.model, leaf_ND[chunk])
+            drawn_N1 = torch.multinomial(z_NV.detach().softmax(-1), 1, generator=generator)
+            F.cross_entropy(z_NV, drawn_N1[:, 0], reduction="sum").backward()
         assert leaf_ND.grad is not None
         return leaf_ND.grad
 

@@ -32,6 +32,7 @@ KEPT_WIDTHS, KEPT_NEURONS = 24, 8
 TRAINED_BY_ESTIMATE, SLOPES_BY_ESTIMATE = 1, 4
 # Tensors of the size of a chunk of logits that live together.
 LOGITS_IN_TRAINING, LOGITS_IN_EVALUATION = 10, 5
+RANKED_NEURONS = 16  # values for each neuron of one layer, whose costs are taken behind a pass back
 SEARCH_WINDOW = 256  # tokens that a budget search runs at once: short, so that many texts count
 HEAD_ROWS, HEAD_VALUES = 16384, 8  # rows of the head copied at once, float32 values for each weight
 
@@ -82,6 +83,18 @@ class Shapes:
             return 0
         neurons = sum(layer["num_neurons"] for layer in self.layers)
         return int(neurons * self.config.hidden_size * (self.matrices + 1))
+
+
+def beginnings(num_windows: int, window: int, num_tokens: int, length: int) -> tuple[int, int]:
+    """How many of the windows, and tokens of each, make up about `num_tokens` of many texts.
+
+    `length` tokens of a window or fewer; more where there are too few windows.
+    """
+    length = min(length, window)
+    wanted = max(1, num_tokens // length)
+    if wanted > num_windows:
+        return num_windows, min(window, num_tokens // num_windows)
+    return wanted, length
 
 
 def calibration_rows(recipe: Recipe) -> int:
@@ -218,20 +231,22 @@ def search_of(recipe: Recipe) -> BudgetRecipe | None:
 def _searching(shapes: Shapes, recipe: Recipe) -> int:
     """Bytes of a budget search: dense probabilities of two texts, logits, low-bit copies where
     neurons left out count by them, and either what the layers returned in four passes or, for
-    slopes, what a pass back needs of one window."""
+    slopes and for costs to second order, what a pass back needs of one window."""
     budget, config = search_of(recipe), shapes.config
     if budget is None or not shapes.layers:
         return 0
     rows, layers, width = budget.num_tokens, config.num_hidden_layers, config.hidden_size
+    num_windows, window = -(-recipe.data.num_tokens // recipe.data.window), recipe.data.window
+    length = beginnings(num_windows, window, rows, SEARCH_WINDOW)[1]
     kept = sum(
         count * config.vocab_size
         for count in (rows, min(rows, recipe.data.num_held_tokens))
         if count * config.vocab_size <= PROBABILITIES_KEPT
     )
-    neurons = (KEPT_NEURONS + SLOPES_BY_ESTIMATE * shapes.by_estimate) * shapes.neurons
-    per_token = layers * (16 * width + neurons)
-    passes = (
-        4 * rows * layers * width if budget.method == "evolution" else SEARCH_WINDOW * per_token
-    )
-    logits = 4 * min(SEARCH_WINDOW * config.vocab_size, LOGITS_AT_ONCE)
+    by_estimate = SLOPES_BY_ESTIMATE * shapes.by_estimate
+    per_token = layers * (16 * width + (KEPT_NEURONS + by_estimate) * shapes.neurons)
+    if budget.method == "second_order":  # a dense pass: estimates come behind it
+        per_token -= (layers * by_estimate - RANKED_NEURONS) * shapes.neurons
+    passes = 4 * rows * layers * width if budget.method == "evolution" else length * per_token
+    logits = 4 * min(length * config.vocab_size, LOGITS_AT_ONCE)
     return 4 * (kept + logits + passes + shapes.live_copies)

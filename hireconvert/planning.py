@@ -250,6 +250,8 @@ def _budget_tokens(recipe: Recipe) -> int:
     if budget is None:
         return 0
     rounds = budget.sweeps * 8 * budget.num_tokens
+    if budget.method == "second_order":  # the pass, and both its lists judged
+        rounds = 5 * budget.num_tokens
     if budget.method == "evolution":
         probes = budget.offspring * budget.probe_tokens
         rounds = budget.generations * (probes + 2 * budget.num_tokens)

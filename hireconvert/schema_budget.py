@@ -40,17 +40,23 @@ class BudgetRecipe(Section):
         default=None,
         description="what the search aims at; null keeps the mean of ffn.keep_fraction",
     )
-    method: Literal["evolution", "greedy"] = Field(
+    method: Literal["evolution", "greedy", "second_order"] = Field(
         default="greedy",
-        description="random trades between layers, or the best trades by slopes of every layer",
+        description="random trades between layers, the best trades by slopes of every layer, or "
+        "the best list by what every share costs to second order, from one pass forward and back",
     )
     step: Annotated[float, In(0, 0.5, open_low=True)] = Field(
-        default=0.05, description="share of its neurons that a layer gains or gives in one trade"
+        default=0.05,
+        description="share of its neurons that a layer gains or gives in one trade; the distance "
+        "of the shares that are weighed (second_order)",
     )
     generations: Count = Field(default=40, description="rounds of random trades (evolution)")
     offspring: Count = Field(default=8, description="lists tried in a generation (evolution)")
     sweeps: Count = Field(default=6, description="times that slopes are taken, at most (greedy)")
-    num_tokens: Count = Field(default=8192, description="calibration tokens a list is scored on")
+    num_tokens: Count = Field(
+        default=8192,
+        description="calibration tokens a list is scored on; those of the pass (second_order)",
+    )
     probe_tokens: Count = Field(
         default=512, description="tokens on which offspring are compared before that (evolution)"
     )

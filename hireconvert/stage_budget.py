@@ -112,11 +112,15 @@ def _search(run: Run, fingerprint: Mapping[str, Any], tokens: TokenData) -> None
     ffn, skeleton = run.recipe.ffn, run.skeleton
     assert ffn is not None and ffn.budget is not None
     budget, memo = ffn.budget, Memo(run.space.path(STATE) / SCORES, fingerprint)
-    rounds = budget.generations if budget.method == "evolution" else budget.sweeps
     texts = [
         evenly(ids_WT, budget.num_tokens, SEARCH_WINDOW)
         for ids_WT in (tokens.fit_WT, tokens.held_WT)
     ]
+    rounds = {
+        "evolution": budget.generations,
+        "greedy": budget.sweeps,
+        "second_order": len(texts[0]),
+    }[budget.method]
     with (
         run.stage(STAGE, fingerprint, "budget search", rounds) as (folder, advance),
         _masked(run, ffn, texts) as (searched, held),

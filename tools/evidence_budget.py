@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hireconvert.allocation import Allocation, Keeps, Trades
-from hireconvert.budget import Memo, Trials, descend, evolve
+from hireconvert.budget import Memo, Trials, descend, evolve, solve
 from hireconvert.data import evaluation_windows
 from hireconvert.families import find_layout
 from hireconvert.lowbit import ffn_inputs, live_copies
@@ -127,6 +127,7 @@ def compare(args: argparse.Namespace) -> None:
             searches = {
                 "greedy": lambda tell: descend(search, trades, recipe, tell),  # noqa: B023
                 "evolution": lambda tell: evolve(search, trades, recipe, args.seed, tell),  # noqa: B023
+                "second_order": lambda tell: solve(search, trades, args.seed, tell),  # noqa: B023
             }
             for name in args.methods:
                 before, start = search.num_windows_scored, time.perf_counter()

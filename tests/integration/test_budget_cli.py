@@ -29,14 +29,18 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"model": str(model), "data": f"data.source={folder / 'notes.txt'}"}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["greedy", "second_order"])
 def searched(
-    hireconvert: Cli, inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    hireconvert: Cli,
+    inputs: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Any]:
     """One conversion with a search: its folder, arguments and file events."""
     folder = tmp_path_factory.mktemp("searched")
     out, log = folder / "out", folder / "events.json"
-    arguments = ("-r", "tiny-ci", "--set", inputs["data"], *SEARCH)
+    method = ("--set", f"ffn.budget.method={request.param}")
+    arguments = ("-r", "tiny-ci", "--set", inputs["data"], *SEARCH, *method)
     hooks = [["log_events", str(out), str(log)]]
     ended = hireconvert("convert", inputs["model"], out, *arguments, hooks=hooks)
     assert ended.code == 0, ended.err

@@ -28,6 +28,7 @@ from hireconvert.families import base_model, ffn_parts, find_layout, num_layers,
 from hireconvert.lowbit import Estimate, Inputs, LiveCopies, live_copies
 from hireconvert.masked import MaskedModel, Score
 from hireconvert.measures import hire_scope
+from hireconvert.memory import beginnings
 from hireconvert.quantize import GridFormat, encode_matrix, fit_grid, round_codes
 from hireconvert.recipe import FfnRecipe, PredictorRecipe
 from hireconvert.runtime.hire_predict import decode_blocks, expected_errors
@@ -39,6 +40,7 @@ from tests.tiny import NEURONS, hire_model, layer_inputs, tiny_model, tokens
 from tests.tiny_files import save_tiny
 
 FAMILIES = ("llama", "gemma3_text", "phi3", "opt", "gpt2")
+METHODS = ("evolution", "greedy", "second_order")
 FAST = BudgetRecipe(generations=6, offspring=4, sweeps=3, probe_tokens=16, step=0.1)
 
 
@@ -335,6 +337,10 @@ def test_beginnings_of_many_windows() -> None:
     assert torch.equal(evenly(ids_WT, 32, 4), ids_WT[:, :8])
     assert torch.equal(evenly(ids_WT, 1000, 4), ids_WT)
     assert evenly(ids_WT, 1, 4).shape == (1, 4)
+    for num_tokens in (1, 12, 30, 37, 1000):
+        shape = beginnings(4, 10, num_tokens, 4)
+        assert evenly(ids_WT, num_tokens, 4).shape == shape
+        assert abs(shape[0] * shape[1] - num_tokens) < 4 or num_tokens in (1, 1000)
 
 
 # --------------------------------------------------------------------------- allocations
@@ -415,7 +421,7 @@ def search(
     return found, trials[0], trials[1]
 
 
-@pytest.mark.parametrize("method", ["evolution", "greedy"])
+@pytest.mark.parametrize("method", METHODS)
 def test_search_beats_its_start_on_its_own_score_at_the_same_total(method: str) -> None:
     found, _, _ = search(FAST.model_copy(update={"method": method}))
     start, end = found.report["start"], found.report["searched"]
@@ -428,7 +434,7 @@ def test_search_beats_its_start_on_its_own_score_at_the_same_total(method: str) 
     assert found.report["reached"]
 
 
-@pytest.mark.parametrize("method", ["evolution", "greedy"])
+@pytest.mark.parametrize("method", METHODS)
 def test_search_counts_neurons_left_out_by_estimate(method: str) -> None:
     budget = FAST.model_copy(update={"method": method})
     by_estimate = {"unselected": UNSELECTED, **ROUGH, "over_select": 1.25}
@@ -465,7 +471,7 @@ def test_held_out_text_decides_whether_the_list_is_taken(
     assert found.report["searched"]["keep_fraction"] != [0.4] * 3
 
 
-@pytest.mark.parametrize("method", ["evolution", "greedy"])
+@pytest.mark.parametrize("method", METHODS)
 def test_search_repeats_itself(method: str) -> None:
     budget = FAST.model_copy(update={"method": method})
     assert search(budget)[0] == search(budget)[0]
@@ -475,9 +481,11 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("method", ["evolution", "greedy"])
+@pytest.mark.parametrize(
+    ("method", "measured"), [("evolution", 4), ("greedy", 4), ("second_order", 2)]
+)
 def test_a_killed_search_goes_on_and_ends_the_same(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, measured: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     budget, memo = FAST.model_copy(update={"method": method}), tmp_path / "memo"
     whole = search(budget, path=tmp_path / "whole")[0]
@@ -485,7 +493,7 @@ def test_a_killed_search_goes_on_and_ends_the_same(
 
     def dying(self: MaskedModel, active: Any, **options: Any) -> Any:
         calls.append(1)
-        if len(calls) > 4:
+        if len(calls) > measured:
             raise Killed
         return real(self, active, **options)
 
@@ -552,6 +560,15 @@ def test_what_cannot_be_reached_is_said() -> None:
     found, _, _ = search(with_target(bytes_per_token=1), keep=0.5)
     assert not found.report["reached"]
     assert found.report["mean_keep"] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_targets_are_met_by_every_method(method: str) -> None:
+    changes = {"method": method, "target": BudgetTargetRecipe(kl=0.1)}
+    found, _, held = search(FAST.model_copy(update=changes), keep=0.5)
+    assert found.report["reached"] and found.report["found"]["kl_held"] <= 0.1
+    start = tuple(found.report["start"]["keep_fraction"])
+    assert found.report["bytes_per_token"] <= sum(held.allocation.active(start))
 
 
 @pytest.mark.parametrize(("method", "rounds"), [("evolution", 6), ("greedy", 3)])

@@ -24,7 +24,7 @@ from hireconvert.schema import (
     UnselectedRecipe,
 )
 from hireconvert.schema_budget import BudgetRecipe
-from tests.tiny import NEURONS, WIDTH, tiny_model
+from tests.tiny import NEURONS, VOCAB, WIDTH, tiny_model
 
 FIRST, DOWN = GridFormat(4, 16, True), GridFormat(4, 16, False)
 
@@ -275,11 +275,48 @@ def test_a_search_plans_memory_for_the_copies() -> None:
     assert peak(ffn=by_estimate) - peak(ffn=plain) == 4 * copies
 
 
+def test_a_search_plans_memory_for_the_windows_that_it_runs() -> None:
+    """Short ones, but as long as it takes where the text has too few of them."""
+    kept = []
+    for num_tokens in (4096, 16384):
+        budget = {"budget": BudgetRecipe(method="second_order", num_tokens=num_tokens)}
+        data = {"data": DataRecipe(num_tokens=16384, window=1024)}
+        probabilities = 2 * min(num_tokens, 4096) * VOCAB + max(num_tokens - 4096, 0) * VOCAB
+        kept.append(peak(ffn=budget, **data) - 4 * probabilities)
+    per_token = LAYERS * (16 * WIDTH + 8 * NEURONS) + 16 * NEURONS + 4 * VOCAB
+    assert kept[1] - kept[0] == 4 * (1024 - 256) * per_token
+
+
 def test_slopes_plan_memory_for_what_goes_back_through_the_copies() -> None:
     plain = {"budget": BudgetRecipe(mode="search", method="greedy", num_tokens=65536)}
     by_estimate = {**plain, "unselected": UnselectedRecipe()}
-    copies, per_window = LAYERS * 3 * NEURONS * WIDTH, 4 * LAYERS * NEURONS * 256
+    copies, per_window = LAYERS * 3 * NEURONS * WIDTH, 4 * LAYERS * NEURONS * 1024
     assert peak(ffn=by_estimate) - peak(ffn=plain) == 4 * (copies + per_window)
+
+
+def test_a_pass_to_second_order_plans_memory_for_one_layer_behind_it() -> None:
+    """It goes through the dense model, and not through the copies as slopes do."""
+    changes = {"mode": "search", "num_tokens": 65536}
+    plain = {"budget": BudgetRecipe(method="second_order", **changes)}
+    slopes = {"budget": BudgetRecipe(method="greedy", **changes)}
+    by_estimate = {"unselected": UnselectedRecipe()}
+    copies = LAYERS * 3 * NEURONS * WIDTH
+    assert peak(ffn=plain | by_estimate) - peak(ffn=plain) == 4 * copies
+    assert peak(ffn=plain) - peak(ffn=slopes) == 4 * 16 * NEURONS * 1024
+
+
+def test_a_pass_to_second_order_plans_a_small_part_of_the_time_of_slopes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(planning, "measured_rate", lambda: 1.0)
+    none, slopes, curves = (
+        planned(ffn={} if method is None else {"budget": BudgetRecipe(method=method)})[1]
+        for method in (None, "greedy", "second_order")
+    )
+    weights = sum(each.numel() for each in tiny_model("llama").parameters())
+    tokens = 5 * 8192 + 4 * 4096  # the pass and two lists, held-out texts
+    assert curves - none == pytest.approx(1.3 * 2.0 * weights * tokens)
+    assert slopes - none > 5 * (curves - none)
 
 
 def test_searching_and_training_plan_time_for_the_copies(monkeypatch: pytest.MonkeyPatch) -> None:

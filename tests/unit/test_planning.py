@@ -320,7 +320,7 @@ def test_training_of_experts_plans_nothing() -> None:
     assert with_text["disk_bytes"] == without["disk_bytes"]
 
 
-@pytest.mark.parametrize("method", ["greedy", "evolution"])
+@pytest.mark.parametrize("method", ["greedy", "evolution", "second_order"])
 def test_a_budget_search_adds_memory_and_says_what_is_shown(method: str) -> None:
     sizes = {"vocab_size": 4000, "num_hidden_layers": 12, "hidden_size": 64}
     changes = {"data": DataRecipe(num_tokens=4096), "evaluate": EvaluateRecipe(num_tokens=0)}
