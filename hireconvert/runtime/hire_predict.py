@@ -64,6 +64,8 @@ def top_k_mask(score_NS: torch.Tensor, num: int) -> torch.Tensor:
 
     What is above the last value that goes in, then as many that equal it, from the lowest index.
     """
+    if num == score_NS.shape[-1]:
+        return torch.ones_like(score_NS, dtype=torch.bool)
     last_N1 = kth_score(score_NS, num)
     mask_NS = score_NS >= last_N1
     if eager_on_cpu(score_NS) and bool((mask_NS.float().sum(-1) == num).all()):
