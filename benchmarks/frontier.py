@@ -37,7 +37,7 @@ from hireconvert.inspection import dense_table
 from hireconvert.plots import SpeedPoint, quality_against_speed
 from hireconvert.render import make_reporter
 from hireconvert.roofline import measure_stream, stream_bytes
-from hireconvert.runtime.hire_predict import is_copied
+from hireconvert.runtime.hire_predict import is_copied, num_active, varies
 from hireconvert.session import DENSE, Request, Session, load_rivals, open_session, stored_dtype
 from hireconvert.subjects import TorchModel, TorchSubject, Way
 
@@ -67,11 +67,13 @@ HEADS: dict[str, dict[str, Any] | None] = {
 # --------------------------------------------------------------------------- what takes part
 
 
-def our_ways(keeps: Sequence[float | None], heads: Sequence[str], own_head: bool) -> dict[str, Way]:
+def our_ways(
+    keeps: Sequence[float | None], heads: Sequence[str], own_head: bool, own_share: str = "copies"
+) -> dict[str, Way]:
     """Every share with every head, by a name that says both; 1 is dense through our kernels.
 
-    None is what a folder has whose neurons all count by their copies. The head `own`, as converted,
-    is left out where the folder has none.
+    None is what the folder has, `own_share`: neurons that all count by their copies, or a number of
+    them that varies. The head `own`, as converted, is left out where the folder has none.
     """
     ways = {}
     for head in heads:
@@ -79,7 +81,7 @@ def our_ways(keeps: Sequence[float | None], heads: Sequence[str], own_head: bool
             continue
         for keep in keeps:
             way = Way(ffn=True, keep=keep, head=head != "dense", head_spec=HEADS[head])
-            share = "copies" if keep is None else f"keep {keep:g}"
+            share = own_share if keep is None else f"keep {keep:g}"
             ways[f"{share}, head {head}"] = way
     return ways
 
@@ -92,9 +94,13 @@ def load_ours(session: Session, stack: ExitStack, folder: Path, options: Any) ->
     label = f"{OURS} {folder.resolve().name}"
     subject = stack.enter_context(TorchSubject(label, model))
     layers = [layer for layer in (other.hire["ffn"] or {"layers": []})["layers"] if layer]
-    # Shares would read the weights, not the copies.
-    keeps = [None] if layers and all(map(is_copied, layers)) else options.keep
-    ways = our_ways(keeps, options.heads, other.hire["head"] is not None)
+    keeps, own_share = options.keep, ""
+    if layers and all(map(is_copied, layers)):  # shares would read the weights, not the copies
+        keeps, own_share = [None], "copies"
+    elif any(map(varies, layers)):  # the level that another share takes is not known
+        kept = sum(map(num_active, layers)) / sum(layer["num_neurons"] for layer in layers)
+        keeps, own_share = [None], f"keep {kept:.2f} by level"
+    ways = our_ways(keeps, options.heads, other.hire["head"] is not None, own_share)
     for name, way in ways.items():
         session.add(f"{label}: {name}", subject, way, other.bytes_of(way, session.dtype))
 
