@@ -74,7 +74,7 @@ def test_copies_are_evaluated_against_the_source_and_decode(
     assert evaluation["dense"]["kl_mean"] == evaluation["all"]["kl_mean"] > 0
     assert evaluation["selection"]["kept_mean"] == 1
     card = (copied / "README.md").read_text()
-    assert "FFN weights are rounded to 4 bits" in card and "recall" not in card
+    assert "FFN weights are rounded to 4 bits" in card and "recall of the true" not in card
     ids = torch.arange(3, 9)[None]
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     with caplog.at_level(logging.WARNING, logger="hire"):
