@@ -275,7 +275,8 @@ class FfnRecipe(Section):
     def _selection_problems(self) -> Iterator[Problem]:
         """What of a recipe selects, where every neuron counts by its copies."""
         why = "with rows: copies every neuron counts and none is selected"
-        wanted = {"keep_fraction": 1, "selection": "fixed", "group_size": 1, "common_path": 0}
+        # Rules that choose among neurons (`selection`, `score`, `over_select`) have no say then.
+        wanted = {"keep_fraction": 1, "group_size": 1, "common_path": 0}
         for key, value in wanted.items():
             if (found := getattr(self, key)) != value:
                 yield key, f"{found}, but {why}; give {value} (--set ffn.{key}={value})"

@@ -238,7 +238,6 @@ def test_refined_rows_need_copies(changes: list[str], said: str) -> None:
     [
         (["ffn.keep_fraction=0.5"], r"ffn.keep_fraction: 0.5, but .* none is selected; give 1"),
         (["ffn.keep_fraction=[1, 1]"], "ffn.keep_fraction"),
-        (["ffn.selection=threshold"], "ffn.selection: threshold, but"),
         (["ffn.group_size=4"], "ffn.group_size: 4, but .* give 1"),
         (["ffn.common_path=0.25"], "ffn.common_path: 0.25, but .* give 0"),
         (["ffn.budget={}"], "ffn.budget: mode search, but .* give null"),
