@@ -12,7 +12,7 @@ import torch
 from hireconvert import _native, _native_head, _native_step
 from hireconvert._native import LEVELS, VARIABLE, FfnLayer
 from hireconvert.attention import round_rows
-from tests.native import CASES, settings_of, tensors_of
+from tests.native import BY_LEVEL, CASES, COPIES, settings_of, tensors_of
 
 TWINS = {"portable": "portable", "neon": "avx2", "dotprod": "avx2"}
 MATRICES = (
@@ -48,7 +48,8 @@ def new_cases() -> dict[str, Any]:
     """Packed layers with inputs, heads, and matrices that lie on a grid."""
     dice = torch.Generator().manual_seed(5)
     layers, heads = {}, {}
-    for name, case in CASES.items():
+    by_level = {f"{name}/by_level": case for name, case in BY_LEVEL.items()}
+    for name, case in {**CASES, **by_level, **COPIES}.items():
         layer = FfnLayer.pack(settings_of(case), tensors_of(case))
         x_ND = torch.randn(4, case.width, generator=dice).to(case.dtype)
         tensors = {key: tensor.clone() for key, tensor in layer.tensors.items()}
