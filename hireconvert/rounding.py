@@ -24,11 +24,6 @@ from hireconvert.runtime.hire_config import LOW_BITS
 from hireconvert.runtime.hire_predict import decode_blocks, decode_down, is_copied, is_refined
 
 
-def is_rounded(spec: Mapping[str, Any]) -> bool:
-    """Whether a layer's weights in the checkpoint are others than the source's."""
-    return is_refined(spec) or is_copied(spec)
-
-
 def low_scales(
     weights: FfnWeights, spec: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:

@@ -45,7 +45,8 @@ from hireconvert.families import (
 from hireconvert.loading import load
 from hireconvert.planning import Skeleton
 from hireconvert.recipe import Recipe, per_layer
-from hireconvert.rounding import is_rounded, round_ffn
+from hireconvert.rounding import round_ffn
+from hireconvert.runtime.hire_predict import is_rounded
 from hireconvert.sampling import sample_from_model
 from hireconvert.workspace import Workspace, write_json
 

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from hireconvert.calibrate import calibrate, layer_file, load_rows
 from hireconvert.distill import distill_layer
 from hireconvert.families import find_layout, num_layers, permute_ffn, read_ffn_weights
-from hireconvert.rounding import is_rounded, round_ffn
+from hireconvert.rounding import round_ffn
 from hireconvert.runtime import modeling_hire
+from hireconvert.runtime.hire_predict import is_rounded
 from hireconvert.schema import FfnRecipe, PredictorRecipe
 
 WIDTH, NEURONS, VOCAB = 32, 96, 96

@@ -428,10 +428,7 @@ int64_t hire_ffn(const hire_layer *layer, const void *x, void *y, uint8_t *finit
     if (counts != NULL) {
         counts[0] += 1;
         counts[1] += num_rows;
-        const int64_t sound = num_rows - num_bad;
-        const int by_level = layer->level != NULL;
-        counts[2] += by_level ? taken : sound * hire_counted(layer, layer->num_kept);
-        counts[3] += by_level ? taken : sound * hire_counted(layer, layer->num_candidates);
+        hire_count(layer, num_rows - num_bad, taken, counts);
         counts[4] += num_bad;
     }
     return num_bad;

@@ -132,10 +132,16 @@ static inline int hire_estimates(const hire_layer *layer)
     return layer->num_candidates < layer->num_neurons || layer->low != NULL || layer->level != NULL;
 }
 
-/* What the counters of a layer are told of a row, `num` being C or K. */
-static inline int64_t hire_counted(const hire_layer *layer, int64_t num)
+/* Adds to counters, as hire_ffn takes them, what so many rows kept and computed: with a level that is
+ * `taken`. */
+static inline void hire_count(const hire_layer *layer, int64_t num_rows, int64_t taken,
+                              int64_t *counts)
 {
-    return layer->num_candidates == 0 ? layer->num_neurons : num;
+    const int by_copies = layer->num_candidates == 0; /* all of them */
+    const int64_t kept = num_rows * (by_copies ? layer->num_neurons : layer->num_kept);
+    const int64_t candidates = num_rows * (by_copies ? layer->num_neurons : layer->num_candidates);
+    counts[2] += layer->level != NULL ? taken : kept;
+    counts[3] += layer->level != NULL ? taken : candidates;
 }
 
 typedef struct {

@@ -315,15 +315,12 @@ static void count(const hire_block *blocks, int64_t num_blocks, int64_t num_rows
         if (b->counts == NULL) continue;
         b->counts[0] += 1;
         b->counts[1] += num_rows;
-        const hire_layer *ffn = b->ffn;
-        const int64_t all = b->up.outputs;
-        if (ffn != NULL && ffn->level != NULL) {
-            b->counts[2] += taken[l];
-            b->counts[3] += taken[l];
+        if (b->ffn != NULL) {
+            hire_count(b->ffn, num_rows, taken[l], b->counts);
             continue;
         }
-        b->counts[2] += num_rows * (ffn != NULL ? hire_counted(ffn, ffn->num_kept) : all);
-        b->counts[3] += num_rows * (ffn != NULL ? hire_counted(ffn, ffn->num_candidates) : all);
+        b->counts[2] += num_rows * b->up.outputs;
+        b->counts[3] += num_rows * b->up.outputs;
     }
 }
 

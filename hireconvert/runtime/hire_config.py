@@ -15,6 +15,7 @@ from .hire_predict import (
     has_normal_levels,
     is_copied,
     is_refined,
+    is_rounded,
     keeps_all,
     num_active,
     varies,
@@ -328,8 +329,7 @@ def layer_tensor_shapes(layer: SparseFfn) -> dict[str, tuple[int, ...]]:
     outputs = num_neurons // spec["group_size"]
     if not spec["predictor"]["groups"]:
         outputs = num_neurons * (1 if parts.gate is None else 2)
-    whole = is_refined(spec) or is_copied(spec)
-    if whole and spec["predictor"]["num_inputs"] < width:
+    if is_rounded(spec) and spec["predictor"]["num_inputs"] < width:
         raise ValueError(
             f"config.hire: rows are {spec['rows']!r}, but the predictor copies some inputs"
         )

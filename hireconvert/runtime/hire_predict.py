@@ -369,6 +369,11 @@ def is_copied(spec: Mapping[str, Any]) -> bool:
     return spec.get("rows", "stored") == "copies"
 
 
+def is_rounded(spec: Mapping[str, Any]) -> bool:
+    """Whether a layer's weights are others than the model's it was made from."""
+    return is_refined(spec) or is_copied(spec)
+
+
 def num_active(spec: Mapping[str, Any]) -> int:
     """Neurons of a layer whose output counts: the kept ones (their mean), or every candidate."""
     if varies(spec):

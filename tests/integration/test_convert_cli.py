@@ -20,13 +20,7 @@ from hireconvert.export import write_checksums
 from hireconvert.runtime import RUNTIME_FILES
 from tests.tiny_files import SIZES, save_tiny, tiny_tokenizer
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -28,21 +28,24 @@ INT4 = (*RECIPE, "--set", "attention={weights: int4}")
 COPIES = (*RECIPE, "--set", "ffn.rows=copies", "--set", "ffn.keep_fraction=1")
 
 
+def converted(hireconvert: Cli, source: Path, name: str, settings: tuple[str, ...]) -> Path:
+    """The folder of that name beside the source."""
+    out = source.parent / name
+    ended = hireconvert("convert", source, out, *settings)
+    assert ended.code == 0, ended.err
+    return out
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, hireconvert: Cli) -> tuple[Path, Path]:
     source = save_tiny(tmp_path_factory.mktemp("rounding") / "tiny")
-    ended = hireconvert("convert", source, source.parent / "out", *RECIPE)
-    assert ended.code == 0, ended.err
-    return source, source.parent / "out"
+    return source, converted(hireconvert, source, "out", RECIPE)
 
 
 @pytest.fixture(scope="module")
 def copied(folders: tuple[Path, Path], hireconvert: Cli) -> Path:
     """Nothing but the copies: no neuron is selected."""
-    out = folders[0].parent / "copied"
-    ended = hireconvert("convert", folders[0], out, *COPIES)
-    assert ended.code == 0, ended.err
-    return out
+    return converted(hireconvert, folders[0], "copied", COPIES)
 
 
 def test_copies_are_all_that_is_read(
@@ -101,10 +104,7 @@ def test_a_converted_folder_names_what_copies_cannot_have(
 @pytest.fixture(scope="module")
 def short(folders: tuple[Path, Path], hireconvert: Cli) -> Path:
     """The same with queries and outputs of the attention in 4 bits."""
-    out = folders[0].parent / "short"
-    ended = hireconvert("convert", folders[0], out, *INT4)
-    assert ended.code == 0, ended.err
-    return out
+    return converted(hireconvert, folders[0], "short", INT4)
 
 
 def test_four_bits_are_for_what_the_recipe_leaves_to_them(

@@ -39,20 +39,13 @@ from hireconvert.stage_budget import told
 from tests.tiny import NEURONS, hire_model, layer_inputs, tiny_model, tokens
 from tests.tiny_files import save_tiny
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILIES = ("llama", "gemma3_text", "phi3", "opt", "gpt2")
 METHODS = ("evolution", "greedy", "second_order")
 FAST = BudgetRecipe(generations=6, offspring=4, sweeps=3, probe_tokens=16, step=0.1)
 
 
 STEPS: list[tuple[int, int, str]] = []
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def reference_logits(model: Any, ids_T: torch.Tensor, active: tuple[int, ...]) -> torch.Tensor:

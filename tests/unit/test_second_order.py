@@ -20,6 +20,7 @@ from hireconvert.schema import UnselectedRecipe
 from hireconvert.second_order import cheapest, convex_savings
 from tests.tiny import NEURONS, tiny_model, tokens
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILIES = ("llama", "llama_bias", "qwen2", "gemma2", "gemma3_text", "phi3", "opt", "gpt2")
 ROUGH: dict[str, Any] = {"predictor": PredictorRecipe(bits=3, block=16, symmetric=False)}
 BY_ESTIMATE: dict[str, Any] = {**ROUGH, "unselected": UnselectedRecipe(bits=4, block=16)}
@@ -40,14 +41,6 @@ CASES: dict[str, tuple[dict[str, Any], bool | None]] = {
     "error, fine": ({**FINE, "score": "error"}, False),
     "error, more candidates": ({**BY_ESTIMATE, "score": "error", "over_select": 1.5}, False),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def masked_model(model: Any, ids_WT: torch.Tensor, case: str) -> MaskedModel:
