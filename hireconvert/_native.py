@@ -23,7 +23,7 @@ import torch
 from hireconvert._packing import LANES, TYPES, pack
 from hireconvert._pages import together
 
-ABI = 4
+ABI = 5
 _ARM = platform.machine() in ("aarch64", "arm64")
 LEVELS = ("portable", "neon", "dotprod") if _ARM else ("portable", "avx2", "avx512")
 ROWS_TOGETHER = 8  # HIRE_ROWS of native/kernels.h
@@ -32,6 +32,7 @@ _NUMBERS = (
     "width", "stride", "num_neurons", "num_candidates", "num_kept", "gated", "activation",
     "weight_type", "bits", "block", "symmetric", "normal", "tile_bytes", "rest_bits",
     "rest_block", "rest_symmetric", "rest_normal", "rest_bytes", "low_bytes",
+    "relative",
 )  # fmt: skip
 _POINTERS = (
     "tiles", "unit", "mean", "inverse_scale", "bias", "soft", "rest_error", "norm", "rows",
@@ -145,11 +146,12 @@ class FfnLayer:
         """A layer of weights and predictor tensors (docs/format.md); raises ValueError.
 
         `settings`: `activation`, `num_candidates`, `num_kept` (as many: none is dropped), `level`
-        (where every neuron whose estimated score reaches it is kept, all being candidates), the
-        predictor's `bits`, `block`, `symmetric`, `levels`, `rest` (the same keys, or None), and
-        `refined`, whether the weights lie on the grid of `low_scale` and `down_low_scale`; where
-        they do not, they are read as they are. Or `copies`, whether the weights are what the copies
-        stand for, so that nothing else is read and selected; None where they are not.
+        (where every neuron whose estimated score reaches it is kept, all being candidates) and
+        whether it is `relative` to the length of the row's estimated outputs, the predictor's
+        `bits`, `block`, `symmetric`, `levels`, `rest` (the same keys, or None), and `refined`,
+        whether the weights lie on the grid of `low_scale` and `down_low_scale`; where they do not,
+        they are read as they are. Or `copies`, whether the weights are what the copies stand for,
+        so that nothing else is read and selected; None where they are not.
         `tensors`: `gate` (or None), `up` and `down` [F, D]; their biases as `gate_bias`, ...;
         `norm` [F], what scores are multiplied by; the predictor's and the low-bit copy's.
         """
@@ -157,7 +159,11 @@ class FfnLayer:
         return None if packed is None else cls(*packed)
 
     def counting(
-        self, num_candidates: int, num_kept: int, level: float | None = None
+        self,
+        num_candidates: int,
+        num_kept: int,
+        level: float | None = None,
+        relative: bool = False,
     ) -> "FfnLayer":
         """The layer with other numbers or level, over the same memory; raises ValueError."""
         if not 1 <= num_kept <= num_candidates <= self.numbers["num_neurons"]:
@@ -166,6 +172,7 @@ class FfnLayer:
         tensors = {name: each for name, each in self.tensors.items() if name != "level"}
         if level is not None:
             counts = dict.fromkeys(counts, self.numbers["num_neurons"])
+            counts["relative"] = int(relative)
             tensors["level"] = torch.tensor([level], dtype=torch.float32)
         return FfnLayer(self.numbers | counts, tensors)
 

@@ -211,6 +211,7 @@ class _Layer:
             "gated": int(given.has("gate")),
             "activation": _one_of(settings, "activation", ACTIVATIONS),
             "weight_type": TYPES.index(up.dtype),
+            "relative": int(bool(settings.get("relative"))),
         }
         self.parts = 1 + self.numbers["gated"]
         self.packing = _Packing(

@@ -24,9 +24,10 @@ from hireconvert.errors import InputError, UsageError
 from hireconvert.families import find_layout
 from hireconvert.figures import size
 from hireconvert.lowbit import ffn_inputs, live_copies
-from hireconvert.masked import PROBABILITIES_KEPT, MaskedModel
+from hireconvert.masked import PROBABILITIES_KEPT, MaskedModel, as_selected
 from hireconvert.planning import Skeleton, converts_ffn, make_skeleton, planned_hire
 from hireconvert.recipe import Recipe, load_recipe
+from hireconvert.rules import LENGTH, NUM_TOKENS, rule_of, size_power, with_rule
 from hireconvert.sampling import sample_from_model
 from hireconvert.schema_budget import BudgetRecipe
 from hireconvert.stages import Reporter
@@ -157,14 +158,25 @@ def _tried(
     priced = [one for one in priced if one[2] < limit]
     model: Any = checkpoint.load_model(dtype=torch.float32)
     ids_WT, layout = _windows(checkpoint, model, first), find_layout(model)
-    copies = live_copies(
-        model, layout, first.ffn, selects=True, inputs=ffn_inputs(model, layout, ids_WT)
+    ffn = first.ffn
+    if ffn.selection == "level":
+        power = size_power(model, layout, evenly(ids_WT, NUM_TOKENS, LENGTH), seed=first.seed)
+        ffn = ffn.model_copy(update={"selection": rule_of(power)})
+        priced = [(keep, with_rule(one, rule_of(power)), count) for keep, one, count in priced]
+    inputs = ffn_inputs(model, layout, ids_WT)
+    masks = MaskedModel(
+        model,
+        layout,
+        ids_WT,
+        score=ffn.score,
+        copies=live_copies(model, layout, ffn, selects=True, inputs=inputs),
+        relative=ffn.selection == "relative",
     )
-    masks = MaskedModel(model, layout, ids_WT, score=first.ffn.score, copies=copies)
     with (
         reporter.stage("trying settings", len(priced) + len(ROUNDINGS)) as advance,
         masks as masked,
     ):
+        as_selected(ffn, [masked])
         for keep, recipe, count in priced:
             assert recipe.ffn is not None
             allocation = Allocation(masked.neurons, recipe.ffn)

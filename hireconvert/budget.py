@@ -53,8 +53,8 @@ class Memo:
             return
         path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         for line in lines[1:]:
-            key, kl, nll = json.loads(line)
-            self._scores[key] = Score(tuple(kl), tuple(nll))
+            key, *figures = json.loads(line)
+            self._scores[key] = Score(*map(tuple, figures))
 
     def get(self, key: str) -> Score | None:
         """A score measured before."""
@@ -65,7 +65,7 @@ class Memo:
         self._scores[key] = score
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps([key, score.kl_W, score.nll_W]) + "\n")
+                file.write(json.dumps([key, score.kl_W, score.nll_W, score.kept_W]) + "\n")
 
 
 class Trials:

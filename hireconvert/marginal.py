@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-from hireconvert.runtime.hire_predict import best
-
 
 @dataclass(frozen=True)
 class Pass:
@@ -32,16 +30,17 @@ class Marginal:
     """Sums over tokens of what the last `step` neurons of each layer save, from gradients.
 
     `num_candidates` tells how many neurons of a layer are computed exactly where so many are
-    active.
+    active; `chosen` is the mask of so many of a layer's by their scores.
     """
 
     def __init__(
         self,
         num_candidates: Callable[[int, int], int],
+        chosen: Callable[[int, torch.Tensor, int], torch.Tensor],
         active: Sequence[int],
         step: Sequence[int],
     ) -> None:
-        self._num_candidates = num_candidates
+        self._num_candidates, self._chosen = num_candidates, chosen
         self._active, self._step = active, step
         self._seen: dict[int, Pass] = {}
         self.saved = [0.0] * len(active)
@@ -75,15 +74,14 @@ class Marginal:
                 gain_NF = gain_NF - by_copy_NF
                 edges = (self._num_candidates(index, count) for count in (more, fewer))
                 error_NF = made.h_NF - made.value_NF
-                named = _total(by_copy_NF * error_NF * _band(made.named_NF, *edges))
-            kept = _total(gain_NF * made.h_NF * _band(made.order_NF, more, fewer))
+                named = _total(by_copy_NF * error_NF * self._band(index, made.named_NF, *edges))
+            kept = _total(gain_NF * made.h_NF * self._band(index, made.order_NF, more, fewer))
             self.saved[index] -= kept + named
         self._seen.clear()
 
-
-def _band(score_NF: torch.Tensor, more: int, fewer: int) -> torch.Tensor:
-    """bool [N, F]: the neurons among the best `more` but not among the best `fewer`."""
-    return best(score_NF, more) & ~best(score_NF, fewer)
+    def _band(self, index: int, score_NF: torch.Tensor, more: int, fewer: int) -> torch.Tensor:
+        """bool [N, F]: the neurons among the best `more` but not among the best `fewer`."""
+        return self._chosen(index, score_NF, more) & ~self._chosen(index, score_NF, fewer)
 
 
 def _total(value_NF: torch.Tensor) -> float:

@@ -19,12 +19,21 @@ from torch import nn
 from torch.nn import functional as F
 
 from hireconvert.families import Layout, base_model, ffn_parts, num_layers
+from hireconvert.levels import Levels
 from hireconvert.lowbit import LiveCopies
 from hireconvert.marginal import Marginal, Pass
 from hireconvert.measures import LOGITS_AT_ONCE, head_logits, logit_chunks, prove_logits
-from hireconvert.runtime.hire_predict import best
+from hireconvert.recipe import FfnRecipe
+from hireconvert.runtime.hire_predict import best, relative_scores
 from hireconvert.runtime.hire_select import zeroed
-from hireconvert.second_order import Ranked, squared_effects, watched
+from hireconvert.second_order import (
+    Flow,
+    Ranked,
+    effects_of,
+    squared_effect,
+    squared_effects,
+    watched,
+)
 
 PROBABILITIES_KEPT = 2**27  # elements of dense probabilities kept in memory; beyond, computed anew
 Active = tuple[int, ...]
@@ -34,11 +43,13 @@ Active = tuple[int, ...]
 class Score:
     """What a selection costs on windows of text: one mean over positions for each window.
 
-    `kl_W` is KL(dense || selecting) in nats, `nll_W` the negative log-likelihood of the next token.
+    `kl_W` is KL(dense || selecting) in nats, `nll_W` the negative log-likelihood of the next token,
+    `kept_W` how many neurons were kept, in all layers together.
     """
 
     kl_W: tuple[float, ...]
     nll_W: tuple[float, ...]
+    kept_W: tuple[float, ...] = ()
 
     @property
     def kl(self) -> float:
@@ -50,6 +61,11 @@ class Score:
         """The mean over windows."""
         return sum(self.nll_W) / len(self.nll_W)
 
+    @property
+    def kept(self) -> float:
+        """The mean over windows."""
+        return sum(self.kept_W) / len(self.kept_W)
+
 
 @dataclass
 class Trace:
@@ -57,6 +73,7 @@ class Trace:
 
     active: Active
     outputs: list[list[Any]] = field(default_factory=list)  # one list a window
+    kept: list[dict[int, int]] = field(default_factory=list)  # neurons by layer, one a window
 
 
 @dataclass(frozen=True)
@@ -72,11 +89,12 @@ class _Dense:
 class MaskedModel:
     """A dense model whose FFNs keep, for every token, the `active` best neurons of each layer.
 
-    Use as a context: hooks are removed when it ends. Best is by exact score, unless `copies` (one
-    a layer, which several models of the same weights may share) name candidates; neurons left out
-    count as zero, unless the copies hold output vectors. A layer with `active` equal to its neurons
-    runs dense. Windows run one at a time, so a window's figures do not depend on which others are
-    measured.
+    Use as a context: hooks are removed when it ends. Best is by exact score, unless `copies` (one a
+    layer, which several models of the same weights may share) name candidates; neurons left out
+    count as zero, unless the copies hold output vectors. With `levels`, kept is instead whatever
+    reaches the score that so many reach on average, and with `relative` scores are those of the
+    selection of that name. A layer with `active` equal to its neurons runs dense. Windows run one
+    at a time, so a window's figures do not depend on which others are measured.
     """
 
     def __init__(
@@ -87,9 +105,11 @@ class MaskedModel:
         *,
         score: str = "norm",
         copies: Sequence[LiveCopies] = (),
+        relative: bool = False,
     ) -> None:
         self.model, self.layout, self.ids_WT = model, layout, ids_WT
-        self.copies = copies
+        self.copies, self._relative = copies, relative
+        self.levels: Levels | None = None  # as `fit_levels` gives them
         self.layers: Any = base_model(model).get_submodule(layout["layers"])
         parts = [ffn_parts(model, layout, index) for index in range(num_layers(model))]
         self.neurons: Active = tuple(part.down_FD().shape[0] for part in parts)
@@ -97,6 +117,8 @@ class MaskedModel:
         self._norms = [part.down_FD().detach().float().norm(dim=1) for part in parts]
         self._active: Active = self.neurons
         self._watch: Callable[[int, Pass], None] | None = None
+        self._fitting: Levels | None = None
+        self._kept: dict[int, int] = {}  # neurons of the window now running, by layer
         self._inputs: dict[int, torch.Tensor] = {}
         self._rest: dict[int, torch.Tensor] = {}  # what the layer now running adds by estimate
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -129,6 +151,17 @@ class MaskedModel:
         return tuple(window.nll for window in self._dense)
 
     @torch.no_grad()
+    def fit_levels(self) -> Levels:
+        """The levels of these windows, along the inputs of the dense model's layers."""
+        self._fitting = levels = Levels(len(self.neurons))
+        try:
+            for ids_T in self.ids_WT:
+                self._run(ids_T, self.neurons, [])
+        finally:
+            self._fitting = None
+        return levels
+
+    @torch.no_grad()
     def measure(
         self,
         active: Active,
@@ -147,16 +180,19 @@ class MaskedModel:
         if near is not None and self._resumes:
             differs = [a != b for a, b in zip(active, near.active, strict=True)]
             first = differs.index(True) if any(differs) else len(active)
-        trace, kl, nll = Trace(active), [], []
+        trace, kl, nll, kept = Trace(active), [], [], []
         for number, ids_T in enumerate(windows):
             start = near.outputs[number][:first] if near is not None and first else []
+            self._kept = {**near.kept[number]} if near is not None and first else {}
             hidden_ND, outputs = self._run(ids_T, active, start)
+            kept.append(sum(self._kept.values()) / len(ids_T))
             if traced:
                 trace.outputs.append(outputs)
+                trace.kept.append(self._kept.copy())
             window_kl, window_nll = self._compare(number, ids_T, hidden_ND)
             kl.append(window_kl)
             nll.append(window_nll)
-        return Score(tuple(kl), tuple(nll)), trace
+        return Score(tuple(kl), tuple(nll), tuple(kept)), trace
 
     def slopes(self, active: Active, step: Active) -> tuple[float, ...]:
         """How much KL a layer's last `step` neurons save, to first order, [one float a layer].
@@ -166,7 +202,7 @@ class MaskedModel:
         is summed over the `step` best that are left out and the `step` worst that are kept, and
         halved. One pass forward and back serves every layer.
         """
-        marginal = Marginal(self._num_candidates, active, step)
+        marginal = Marginal(self._num_candidates, self._chosen, active, step)
         self._watch = marginal.note
         try:
             with self._weights_fixed():
@@ -186,20 +222,46 @@ class MaskedModel:
         dense (`second_order`). Next tokens are drawn from the dense model by the seed. One pass
         forward and back serves every layer and number.
         """
+        rows, costs = self.ids_WT.shape[1] - 1, []
+        with self._passed_back(number, seed) as flows:
+            for index, (flow, active_S) in enumerate(zip(flows, active_LS, strict=True)):
+                ranked = self._ranked(index, flow.h_NF, flow.x_ND if self.copies else None)
+                down_FD = self._parts[index].down_FD()
+                copy_FD = self.copies[index].down_FD if self.copies else None
+                effects = effects_of(ranked, flow.gradient_ND, down_FD, copy_FD)
+                if self.levels is not None:
+                    masks = (self._picked(index, ranked, active) for active in active_S)
+                    sums = [squared_effect(effects, *both) for both in masks]
+                else:
+                    counts = [(active, self._num_candidates(index, active)) for active in active_S]
+                    sums = squared_effects(ranked, effects, counts)
+                costs.append([value / (2 * rows) for value in sums])
+        return costs
+
+    def pulls(self, number: int, seed: int) -> list[torch.Tensor]:
+        """Logarithms [N, 2] of one window, a layer each: of output sizes, and of gradients there.
+
+        A size is the root of the sum of squares of what the neurons add; the gradient is that of
+        -log p of next tokens, drawn by the seed from the dense model.
+        """
+        pairs = []
+        with self._passed_back(number, seed) as flows:
+            for index, flow in enumerate(flows):
+                size_N = self._score(index, flow.h_NF).norm(dim=1)
+                pull_N = flow.gradient_ND.float().norm(dim=1)
+                both_N2 = torch.stack([size_N, pull_N], dim=1)[: self.ids_WT.shape[1] - 1]
+                pairs.append(both_N2.clamp_min(1e-30).log())
+        return pairs
+
+    @contextmanager
+    def _passed_back(self, number: int, seed: int) -> Iterator[list[Flow]]:
+        """What every FFN did in one window of the dense model, and gradients of drawn tokens."""
         generator = torch.Generator(self.model.device).manual_seed(seed)
         with watched(self._parts) as flows, self._weights_fixed():
             hidden_ND, _ = self._run(self.ids_WT[number], self.neurons, [])
             hidden_ND.backward(self._drawn_gradient(hidden_ND, generator))
-        rows, costs = len(hidden_ND), []
-        for index, (flow, active_S) in enumerate(zip(flows, active_LS, strict=True)):
-            with torch.no_grad():
-                ranked = self._ranked(index, flow.h_NF, flow.x_ND if self.copies else None)
-                down_FD = self._parts[index].down_FD()
-                copy_FD = self.copies[index].down_FD if self.copies else None
-                counts = [(active, self._num_candidates(index, active)) for active in active_S]
-                sums = squared_effects(ranked, flow.gradient_ND, down_FD, copy_FD, counts)
-            costs.append([value / (2 * rows) for value in sums])
-        return costs
+        with torch.no_grad():
+            yield flows
 
     @contextmanager
     def _weights_fixed(self) -> Iterator[None]:
@@ -258,9 +320,13 @@ class MaskedModel:
     def _masking(self, index: int) -> Callable[..., Any]:
         def mask(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor] | None:
             active, x_ND = self._active[index], self._inputs.pop(index, None)
-            if active >= self.neurons[index]:
-                return None
             h = args[0]
+            if self._fitting is not None:
+                ranked = self._ranked(index, h.reshape(-1, h.shape[-1]), x_ND)
+                self._fitting.note(index, self._order(index, ranked))
+            if active >= self.neurons[index]:
+                self._kept[index] = h.numel()
+                return None
             made = self._selected(index, h.reshape(-1, h.shape[-1]), x_ND, active)
             if self._watch is not None:
                 self._watch(index, made)
@@ -290,11 +356,9 @@ class MaskedModel:
     ) -> Pass:
         ranked = self._ranked(index, h_NF, x_ND)
         named_NF, value_NF = ranked.named_NF, ranked.value_NF
-        keep_NF = candidate_NF = best(named_NF, self._num_candidates(index, num_kept))
-        order_NF = named_NF
-        if self.copies and self.copies[index].estimate.over_select > 1:
-            order_NF = ranked.score_NF
-            keep_NF = best(order_NF.masked_fill(~candidate_NF, -1.0), num_kept)
+        keep_NF, candidate_NF = self._picked(index, ranked, num_kept)
+        self._kept[index] = int(keep_NF.sum())
+        order_NF = self._order(index, ranked)
         kept_NF = zeroed(h_NF, keep_NF)
         if value_NF is None:
             return Pass(h_NF, kept_NF, order_NF, named_NF)
@@ -303,10 +367,38 @@ class MaskedModel:
             rest_NF = rest_NF + zeroed(h_NF, candidate_NF & ~keep_NF)
         return Pass(h_NF, kept_NF, order_NF, named_NF, value_NF, rest_NF)
 
+    def _picked(
+        self, index: int, ranked: Ranked, num_kept: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The masks of the neurons kept and of the candidates, one mask where they are the same."""
+        order_NF = self._order(index, ranked)
+        if not self._over_selects(index):
+            mask_NF = self._chosen(index, order_NF, num_kept)
+            return mask_NF, mask_NF
+        candidate_NF = best(ranked.named_NF, self._num_candidates(index, num_kept))
+        order_NF = order_NF.masked_fill(~candidate_NF, -1.0)
+        return self._chosen(index, order_NF, num_kept), candidate_NF
+
+    def _order(self, index: int, ranked: Ranked) -> torch.Tensor:
+        """What the neurons kept are the best by."""
+        return ranked.score_NF if self._over_selects(index) else ranked.named_NF
+
+    def _over_selects(self, index: int) -> bool:
+        """Whether exact scores choose among candidates."""
+        return bool(self.copies) and self.copies[index].estimate.over_select > 1
+
+    def _chosen(self, index: int, score_NF: torch.Tensor, num: int) -> torch.Tensor:
+        """The mask of the best `num` of every row, or of what reaches the level of that mean."""
+        if self.levels is None or num >= self.neurons[index]:
+            return best(score_NF, num)
+        return score_NF >= self.levels.of(index, num)
+
     def _ranked(self, index: int, h_NF: torch.Tensor, x_ND: torch.Tensor | None) -> Ranked:
         """What one layer's candidates and kept neurons are the best by; inputs with copies."""
         score_NF = self._score(index, h_NF)
         if x_ND is None:
+            if self._relative:
+                score_NF = relative_scores(score_NF, score_NF)
             return Ranked(h_NF, score_NF, score_NF)
         estimate = self.copies[index].estimate
         value_NF, error_NF = self.copies[index].estimated(x_ND)
@@ -315,6 +407,8 @@ class MaskedModel:
             named_NF = self._score(index, error_NF)
         elif estimate.selects:
             named_NF = self._score(index, value_NF)
+        if self._relative:
+            named_NF = relative_scores(named_NF, self._score(index, value_NF))
         return Ranked(h_NF, score_NF, named_NF, None if estimate.down is None else value_NF)
 
     def _num_candidates(self, index: int, num_kept: int) -> int:
@@ -388,6 +482,17 @@ class MaskedModel:
             kl += float((cross_N - dense.entropy_N[chunk]).clamp(min=0).double().sum())
             nll += float(nll_N.double().sum())
         return kl / len(hidden_ND), nll / len(hidden_ND)
+
+
+def as_selected(ffn: FfnRecipe, models: Sequence[MaskedModel]) -> None:
+    """Let the models go by levels where the recipe does, fitted on the text of the first.
+
+    Selections by a row's mean and spread or by its mass are simulated with a fixed number.
+    """
+    if ffn.selection in ("threshold", "relative"):
+        levels = models[0].fit_levels()
+        for model in models:
+            model.levels = levels
 
 
 def _returning(output: Any) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 
-from hireconvert import planning, stage_budget
+from hireconvert import planning, stage_budget, stage_rule
 from hireconvert.accounting import token_bytes
 from hireconvert.checkpoint import open_checkpoint
 from hireconvert.data import TokenData
@@ -133,8 +133,8 @@ def _check_text_sources(recipe: Recipe) -> None:
 
 def _finished_bytes(space: Workspace) -> int:
     """Bytes of the artifacts that a resumed conversion need not write again."""
-    folders = ("tokens", *stage_budget.ARTIFACTS, *ARTIFACTS, "activations", "predictors",
-               "attention", "export")  # fmt: skip
+    stages = (stage_rule.STAGE, *stage_budget.ARTIFACTS, *ARTIFACTS)
+    folders = ("tokens", *stages, "activations", "predictors", "attention", "export")
     files = (file for name in folders for file in space.path(name).rglob("*") if file.is_file())
     return sum(file.stat().st_size for file in files)
 
@@ -182,10 +182,14 @@ def _fingerprints(run: Run) -> dict[str, dict[str, Any]]:
         },
         "seed": recipe["seed"],
     }
-    tokens = budget = tuned = activations = predictors = attention = base
+    tokens = rule = budget = tuned = activations = predictors = attention = base
     if planning.needs_text(run.hire):
         data = {**recipe["data"], "sha256": _source_digest(run.recipe.data.source)}
         tokens = {**base, "recipe": {"data": data}}
+        rule = {
+            **tokens,
+            "recipe": {"data": data, "ffn": {"score": (recipe["ffn"] or {}).get("score")}},
+        }
         budget = {**base, "recipe": {"data": data, "ffn": recipe["ffn"], "head": recipe["head"]}}
         tuned, tuning = tokens, _tuning(run, recipe)
         if tuning:
@@ -204,6 +208,7 @@ def _fingerprints(run: Run) -> dict[str, dict[str, Any]]:
     evaluation = {**export, "recipe": {**export["recipe"], "evaluate": recipe["evaluate"]}}
     return {
         "tokens": tokens,
+        "rule": rule,
         "budget": budget,
         "finetune": tuned,
         "activations": activations,
@@ -234,9 +239,10 @@ def _source_digest(source: str) -> str | None:
 
 def _run_stages(run: Run, plan: Mapping[str, Any]) -> dict[str, Any]:
     prints = _fingerprints(run)
-    tokens = budget = training = results = head = None
+    tokens = rule = budget = training = results = head = None
     if planning.needs_text(run.hire):
         tokens = make_tokens(run, prints["tokens"])
+        rule = stage_rule.choose_rule(run, prints["rule"], tokens)
         budget = stage_budget.share_out(run, prints["budget"], tokens)
         training = finetune_weights(run, prints["finetune"], tokens)
         results = fit_predictors(run, prints, tokens)
@@ -245,6 +251,7 @@ def _run_stages(run: Run, plan: Mapping[str, Any]) -> dict[str, Any]:
     folder = export_model(run, prints["export"], results or [], head)
     evaluation = evaluate_export(run, prints["evaluation"], folder, tokens)
     report = _report(run, prints["evaluation"], tokens, results or [], head)
+    report["rule"] = rule
     report["budget"] = budget
     report["finetune"] = training
     report["evaluation"] = evaluation

@@ -39,6 +39,7 @@ from hireconvert.memory import (
     trained_numel,
 )
 from hireconvert.recipe import FfnRecipe, Recipe, per_layer
+from hireconvert.rules import NUM_TOKENS as RULE_TOKENS
 from hireconvert.scoring import head_spec, layer_counts, predictor_spec
 
 SMALL_FILES_BYTES = 50_000_000  # tokenizer, report, runtime
@@ -285,6 +286,8 @@ def _notes(skeleton: Skeleton, recipe: Recipe) -> list[str]:
         predictors = given if isinstance(given, list) else [given]
     if any(predictor.kind == "auto" for predictor in predictors):
         notes.append("predictor kind auto: shown as q; the kind is chosen on the text")
+    if recipe.ffn is not None and recipe.ffn.selection == "level" and not skeleton.moe:
+        notes.append("selection level: threshold or relative is chosen on the text")
     if search_of(recipe) is not None and not skeleton.moe:
         notes.append("budget search: shown with the shares it starts from")
     if recipe.head is not None and recipe.head.certified:
@@ -317,6 +320,8 @@ def _seconds(skeleton: Skeleton, result: Mapping[str, Any], recipe: Recipe) -> f
         copies = 2.0 * _copied_weights(skeleton, layers)  # what one pass through copies takes
         operations += BUDGET_COST * (per_token + copies) * _budget_tokens(recipe)
         operations += per_token * _finetune_tokens(recipe)
+        if recipe.ffn is not None and recipe.ffn.selection == "level":
+            operations += 4 * per_token * RULE_TOKENS  # a pass forward, and one forward and back
         operations += _attention_operations(skeleton, result, recipe)
         if recipe.finetune is not None:
             operations += FINETUNE_ESTIMATES_COST * copies * recipe.finetune.num_tokens

@@ -364,7 +364,7 @@ def _recall(subject: _Subject) -> Iterator[Html]:
 def _provenance(subject: _Subject) -> Iterator[Html]:
     report = subject.report
     yield webpage.heading("Where it comes from")
-    names = ("model", "versions", "data", "budget", "finetune")
+    names = ("model", "versions", "data", "rule", "budget", "finetune")
     for name in names:
         entries = flatten(_objects(report).get(name, {}))
         shown = {key: _word(entries, key) for key in entries}

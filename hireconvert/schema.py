@@ -212,10 +212,12 @@ class FfnRecipe(Section):
         default="top_k",
         description="of the candidates keep the best by exact score, or all of them",
     )
-    selection: Literal["fixed", "threshold", "mean_std", "score_mass"] = Field(
+    selection: Literal["fixed", "threshold", "relative", "level", "mean_std", "score_mass"] = Field(
         default="fixed",
         description="keep keep_fraction always, or on average: what reaches a level of score, of "
-        "standard deviations above the token's mean, or of the token's squared scores",
+        "score relative to the token's output (where a norm follows the FFN), of the one of these "
+        "two that the model's gradients go with, of standard deviations above the token's mean, or "
+        "of the token's squared scores",
     )
     unselected: UnselectedRecipe | None = Field(
         default=None,
@@ -246,14 +248,12 @@ class FfnRecipe(Section):
             yield from self._budget_problems(self.budget)
         if self.score == "error":
             yield from self._error_problems()
-        kinds = (one.kind for _, one in _each("predictor", self.predictor))
-        if self.selection != "fixed" and self.over_select == 1 and "auto" not in kinds:
-            why = "with as many candidates as are kept on average no row can keep more"
-            yield "over_select", f"selection {self.selection} needs more than 1: {why}"
+        if self.selection != "fixed":
+            yield from self._varying_problems()
         for key, predictor in _each("predictor", self.predictor):
             if predictor.group_scores and self.group_size == 1:
                 yield f"{key}.group_scores", "needs ffn.group_size above 1"
-            if predictor.group_scores and self.selection in ("mean_std", "score_mass"):
+            if predictor.group_scores and self.selection not in ("fixed", "threshold"):
                 yield "selection", f"{self.selection} needs neuron scores, not {key}.group_scores"
             if predictor.group_scores and self.unselected is not None:
                 yield "unselected", f"needs estimates of neurons, not {key}.group_scores"
@@ -261,6 +261,15 @@ class FfnRecipe(Section):
             yield from self._rows_problems()
         if self.rows == "copies":
             yield from self._selection_problems()
+
+    def _varying_problems(self) -> Iterator[Problem]:
+        kinds = (one.kind for _, one in _each("predictor", self.predictor))
+        if self.over_select == 1 and "auto" not in kinds:
+            why = "with as many candidates as are kept on average no row can keep more"
+            yield "over_select", f"selection {self.selection} needs more than 1: {why}"
+        if self.selection in ("relative", "level") and self.keep != "candidates":
+            why = "goes by estimates alone: it needs ffn.keep candidates"
+            yield "selection", f"{self.selection} {why}, not {self.keep}"
 
     def _rows_problems(self) -> Iterator[Problem]:
         """What of a recipe gives no copies to round weights to."""

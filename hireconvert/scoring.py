@@ -16,12 +16,15 @@ from torch.nn import functional as F
 
 from hireconvert.errors import UsageError
 from hireconvert.families import FfnWeights
+from hireconvert.levels import LEAST_LEVEL
 from hireconvert.recipe import FfnRecipe, HeadRecipe, PredictorRecipe
 from hireconvert.runtime.hire_predict import (
     FFN_PARTS,
     Predictor,
+    is_relative,
     kth_score,
     layer_bytes,
+    relative_scores,
     top_k_mask,
     unit_scores,
     varies,
@@ -30,7 +33,6 @@ from hireconvert.runtime.hire_select import standings
 from hireconvert.schema import UnselectedRecipe
 
 ROW_CHUNK = 2048
-LEAST_LEVEL = 1e-30  # a neuron of score 0 (ReLU has many) adds nothing and need not be kept
 SAMPLE_ROWS = 4096  # calibration rows that levels and errors of a predictor are taken on
 WEIGHT_BYTES = 2  # byte figures are against a bfloat16 FFN
 AUTO_BITS = (2, 3, 4)
@@ -325,6 +327,9 @@ def estimated_units(
         gated = weights.gate_FD is not None
         z_NM = predictor.estimate(x_ND)
         score_NF = predictor.ranked(z_NM, weights.act, spec, gated=gated) * norm_F
+        if is_relative(spec):
+            size_NF = predictor.values(z_NM, weights.act, gated=gated).abs() * norm_F
+            score_NF = relative_scores(score_NF, size_NF)
         unit_NS = unit_scores(score_NF[:, spec["num_common"] :], spec["group_size"])
     return unit_NS.nan_to_num()
 

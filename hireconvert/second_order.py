@@ -86,19 +86,22 @@ class Ranked:
     value_NF: torch.Tensor | None = None
 
 
-def squared_effects(
-    ranked: Ranked,
-    gradient_ND: torch.Tensor,
-    down_FD: torch.Tensor,
-    copy_FD: torch.Tensor | None,
-    counts: Sequence[tuple[int, int]],
-) -> list[float]:
-    """Sums over rows of (g.e)^2 of one layer, one for each pair (neurons active, candidates).
+@dataclass(frozen=True)
+class Effects:
+    """g.e of every neuron alone [N, F], were it left out: no candidate (far), or as one (near).
 
-    A neuron that is left out takes h down_i from the output and gives what it counts instead: its
-    estimate through the copy's output vector, as a candidate its exact value through it, or zero.
-    All pairs share one order of neurons; where names tie, exactly as many are candidates as said.
+    It takes h down_i from the output and gives what it counts instead: its estimate through the
+    copy's output vector, as a candidate its exact value through it, or zero.
     """
+
+    far_NF: torch.Tensor
+    near_NF: torch.Tensor
+
+
+def effects_of(
+    ranked: Ranked, gradient_ND: torch.Tensor, down_FD: torch.Tensor, copy_FD: torch.Tensor | None
+) -> Effects:
+    """The effects of one layer's neurons by the gradient at its output."""
     exact_NF = ranked.h_NF * (gradient_ND @ down_FD.T)
     far_NF = near_NF = exact_NF
     if ranked.value_NF is not None:
@@ -106,9 +109,27 @@ def squared_effects(
         by_copy_NF = gradient_ND @ copy_FD.T
         far_NF = exact_NF - ranked.value_NF * by_copy_NF
         near_NF = exact_NF - ranked.h_NF * by_copy_NF
+    return Effects(far_NF, near_NF)
+
+
+def squared_effect(effects: Effects, keep_NF: torch.Tensor, candidate_NF: torch.Tensor) -> float:
+    """The sum over rows of (g.e)^2 where these neurons are kept and these are candidates."""
+    effect_N = (effects.far_NF * ~candidate_NF).sum(1)
+    if keep_NF is not candidate_NF:
+        effect_N = effect_N + (effects.near_NF * (candidate_NF & ~keep_NF)).sum(1)
+    return float(effect_N.double().square().sum())
+
+
+def squared_effects(
+    ranked: Ranked, effects: Effects, counts: Sequence[tuple[int, int]]
+) -> list[float]:
+    """The same for the best, of each pair (neurons active, candidates).
+
+    All pairs share one order of neurons; where names tie, exactly as many are candidates as said.
+    """
     order_NF = ranked.named_NF.argsort(dim=1, descending=True, stable=True)
     far_NF, near_NF, score_NF = (
-        t_NF.gather(1, order_NF) for t_NF in (far_NF, near_NF, ranked.score_NF)
+        t_NF.gather(1, order_NF) for t_NF in (effects.far_NF, effects.near_NF, ranked.score_NF)
     )
     sums = []
     for num_active, num_candidates in counts:

@@ -15,7 +15,7 @@ from hireconvert.allocation import Allocation, Keeps
 from hireconvert.budget import Bytes, Found, Memo, Trials, evenly, search_budget
 from hireconvert.data import TokenData
 from hireconvert.lowbit import LiveCopies, ffn_inputs, live_copies
-from hireconvert.masked import MaskedModel
+from hireconvert.masked import MaskedModel, as_selected
 from hireconvert.memory import SEARCH_WINDOW
 from hireconvert.planning import Skeleton, planned_hire
 from hireconvert.recipe import FfnRecipe, Recipe
@@ -102,10 +102,19 @@ def _masked(
         )
     with ExitStack() as stack:
         models = [
-            MaskedModel(run.model, run.layout, ids_WT, score=ffn.score, copies=copies)
+            MaskedModel(
+                run.model,
+                run.layout,
+                ids_WT,
+                score=ffn.score,
+                copies=copies,
+                relative=ffn.selection == "relative",
+            )
             for ids_WT in texts
         ]
-        yield tuple(stack.enter_context(model) for model in models)
+        entered = tuple(stack.enter_context(model) for model in models)
+        as_selected(ffn, entered)
+        yield entered
 
 
 def _search(run: Run, fingerprint: Mapping[str, Any], tokens: TokenData) -> None:

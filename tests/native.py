@@ -74,6 +74,7 @@ class Case:
     refined: bool = False
     copies: bool = False  # every neuron counts by its copies, whatever the numbers say
     level: float | None = None  # kept is what reaches it
+    relative: bool = False  # as a share of what the row's estimated outputs come to
 
     @property
     def form(self) -> GridFormat:
@@ -152,6 +153,13 @@ BY_LEVEL = {
         ("float16", 200, 1.0), ("wide", 320, 20.0), ("refined", 131, 1.0),
         ("refined_fused", 70, 1.0), ("normal", 100, 1.0), ("normal_refined", 131, 2.0),
         ("normal_refined_fused", 70, 1.0),
+    )
+}  # fmt: skip
+BY_LEVEL |= {
+    f"{name}_relative": replace(BY_LEVEL[name], level=level, relative=True)
+    for name, level in (
+        ("plain", 0.05), ("odd", 0.02), ("one_of_each", 0.01), ("ungated", 0.05), ("error", 0.01),
+        ("bfloat16", 0.03), ("wide", 0.05), ("refined_fused", 0.05), ("normal_refined", 0.05),
     )
 }  # fmt: skip
 
@@ -241,6 +249,7 @@ def settings_of(case: Case) -> dict[str, Any]:
         "refined": case.refined,
         "copies": case.copies,
         "level": case.level,
+        "relative": case.relative,
     }
 
 
@@ -280,6 +289,14 @@ def sizes(case: Case, tensors: dict[str, Any], z_M: torch.Tensor) -> torch.Tenso
     if case.gated:
         size = size * (z_M[case.neurons :].square() + soft_M[case.neurons :].square()).sqrt()
     return size
+
+
+def row_level(case: Case, tensors: dict[str, Any], z_M: torch.Tensor) -> float:
+    """The score that a row's neurons must reach."""
+    assert case.level is not None
+    if not case.relative:
+        return case.level
+    return case.level * float((hidden(case, z_M.double()) * tensors["norm"]).norm())
 
 
 def exact_hidden(case: Case, tensors: dict[str, Any], x_D: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,14 @@
 """Budgets per layer against equal shares at equal bytes, on texts that no search saw.
 
     python tools/evidence_budget.py --model FOLDER --data DIR --out OUT.md [--keep 0.5 0.4]
-        [--unselected]
+        [--unselected] [--selection fixed | threshold | relative]
 
 FOLDER is a dense model, DIR holds calib.txt, heldout_wiki.txt and heldout_c4.txt. Neurons are kept
 by exact size, those left out counting as zero; or (`--unselected`) by expected error, those left
-out counting by 4-bit estimate. Intervals are 95 %, paired over windows. OUT.md is written anew
-after every row; scores are kept in OUT.scores, so that it can be stopped and started again.
+out counting by 4-bit estimate. With a `--selection` by level, kept is what reaches the score that
+as many neurons reach on average in calib.txt; of the held-out texts the mean kept is told.
+Intervals are 95 %, paired over windows. OUT.md is written anew after every row; scores are kept in
+OUT.scores, so that it can be stopped and started again.
 
 Shape suffixes: W windows, T tokens of a window.
 """
@@ -26,7 +28,7 @@ from hireconvert.budget import Memo, Trials, descend, evolve, solve
 from hireconvert.data import evaluation_windows
 from hireconvert.families import find_layout
 from hireconvert.lowbit import ffn_inputs, live_copies
-from hireconvert.masked import MaskedModel
+from hireconvert.masked import MaskedModel, as_selected
 from hireconvert.paired import block_mean, perplexity_ratio
 from hireconvert.schema import FfnRecipe
 from hireconvert.schema_budget import BudgetRecipe
@@ -38,8 +40,8 @@ ESTIMATED: dict[str, Any] = {"predictor": FORM, "unselected": FORM, "score": "er
 HEAD = (
     "| keep | shares | KL searched | perplexity over dense, wiki / c4 | KL, wiki / c4 "
     "| perplexity over equal shares, wiki | c4 | KL less that of equal shares, both "
-    "| windows scored |\n"
-    "|--:|---|--:|--:|--:|--:|--:|--:|--:|"
+    "| neurons kept, wiki / c4 | windows scored |\n"
+    "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|"
 )
 
 
@@ -61,7 +63,7 @@ class Table:
 
     def add(self, keep: float, name: str, keeps: Keeps, equal: Keeps, scored: str) -> None:
         """One list of shares."""
-        over, kl, against, differences = [], [], [], []
+        over, kl, against, differences, kept = [], [], [], [], []
         for trials in self.held.values():
             dense_W = trials.masked.dense_nll_W
             score, base = trials.score(keeps), trials.score(equal)
@@ -69,6 +71,7 @@ class Table:
             ratio = perplexity_ratio(score.nll_W, dense_W, ones)
             over.append(f"{ratio.point - 1:+.2%}")
             kl.append(f"{score.kl:.4f}")
+            kept.append(f"{score.kept:.0f}")
             relative = perplexity_ratio(score.nll_W, base.nll_W, ones)
             points = (relative.point, relative.low, relative.high)
             against.append("{:+.2%} [{:+.2%}, {:+.2%}]".format(*(one - 1 for one in points)))
@@ -77,7 +80,7 @@ class Table:
         less = f"{both.point:+.4f} [{both.low:+.4f}, {both.high:+.4f}]"
         cells = [f"{keep:g}", name, f"{self.search.score(keeps).kl:.4f}", " / ".join(over)]
         cells += [" / ".join(kl), *(against if keeps != equal else ["", ""])]
-        cells += [less if keeps != equal else "", scored]
+        cells += [less if keeps != equal else "", " / ".join(kept), scored]
         self.rows.append("| " + " | ".join(cells) + " |")
         active = sum(self.search.allocation.active(keeps))
         shares = " ".join(f"{share:g}" for share in keeps)
@@ -101,7 +104,12 @@ def compare(args: argparse.Namespace) -> None:
         generations=args.generations, sweeps=args.sweeps, probe_tokens=args.probe_tokens
     )
     fields = ESTIMATED if args.unselected else {}
+    if args.selection != "fixed":
+        fields = {**fields, "selection": args.selection, "keep": "candidates", "over_select": 20.0}
+    else:
+        fields = {**fields, "over_select": 1.0}
     scored = {"tokens": [args.tokens, args.held_tokens], "unselected": args.unselected}
+    scored["selection"] = args.selection
     ffn = FfnRecipe(keep_fraction=args.keep[0], **fields)
     memo = Memo(args.out.with_suffix(".scores"), {**scored, "score": ffn.score})
     copies = ()
@@ -110,13 +118,21 @@ def compare(args: argparse.Namespace) -> None:
     with ExitStack() as stack:
         masked = {
             name: stack.enter_context(
-                MaskedModel(model, layout, ids_WT, score=ffn.score, copies=copies)
+                MaskedModel(
+                    model,
+                    layout,
+                    ids_WT,
+                    score=ffn.score,
+                    copies=copies,
+                    relative=ffn.selection == "relative",
+                )
             )
             for name, ids_WT in texts.items()
         }
+        as_selected(ffn, list(masked.values()))
         neurons = masked["search"].neurons
         for keep in args.keep:
-            ffn = FfnRecipe(keep_fraction=keep, over_select=1.0, **fields)
+            ffn = FfnRecipe(keep_fraction=keep, **fields)
             allocation = Allocation(neurons, ffn)
             trials = {name: Trials(name, one, allocation, memo) for name, one in masked.items()}
             search = trials.pop("search")
@@ -146,6 +162,7 @@ def main() -> None:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.4])
     parser.add_argument("--methods", nargs="+", default=["greedy", "evolution"])
     parser.add_argument("--unselected", action="store_true", help="left out count by estimate")
+    parser.add_argument("--selection", choices=["fixed", "threshold", "relative"], default="fixed")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--held-tokens", type=int, default=6144, help="of each text")
     parser.add_argument("--probe-tokens", type=int, default=512)

@@ -2,6 +2,8 @@
 #include "kernels.h"
 #include "team.h"
 
+#include <float.h>
+#include <math.h>
 #include <stddef.h>
 #include <string.h>
 
@@ -93,7 +95,7 @@ int64_t hire_cut_scratch(const hire_layer *layer, char *scratch, hire_run *run)
                              lanes, parts * padded, padded, padded,
                              padded, padded, padded + 1, padded + 1, padded,
                              layer->stride / lanes, HIRE_SEGMENTS * run->partial_stride,
-                             HIRE_SEGMENTS, HIRE_SEGMENTS};
+                             HIRE_SEGMENTS, HIRE_SEGMENTS, HIRE_SEGMENTS};
     void *places[sizeof sizes / sizeof *sizes];
     int64_t total = 0;
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
@@ -122,6 +124,7 @@ int64_t hire_cut_scratch(const hire_layer *layer, char *scratch, hire_run *run)
     run->partial = places[19];
     run->together = places[20];
     run->taken = places[21];
+    run->square = places[22];
     run->last = layer->num_candidates;
     return total;
 }
@@ -272,22 +275,51 @@ static void sum_segments(const hire_layer *layer, const hire_kernels *kernels,
 
 /* ------------------------------------------------------------------ rows by a level */
 
-/* Estimates of pieces [begin, end), and their candidates; these lie at the places of the pieces'
- * neurons, one piece's behind the other's. */
-static void take_reaching(const hire_layer *layer, const hire_kernels *kernels, hire_run *runs,
-                          int64_t num_rows, int64_t begin, int64_t end)
+/* Estimates of pieces [begin, end). */
+static void estimate_pieces(const hire_layer *layer, const hire_kernels *kernels, hire_run *runs,
+                            int64_t num_rows, int64_t begin, int64_t end)
 {
     const int64_t to = cut_neurons(layer, end);
     for (int64_t at = cut_neurons(layer, begin); at < to; at += HIRE_LANES)
         for (int64_t i = 0; i < num_rows; i++)
             if (!kernels->estimate(layer, runs + i, at / HIRE_LANES, at / HIRE_LANES + 1))
                 note_bad(runs + i, 0);
+}
+
+/* What rows' levels are relative to: every piece's share of it, and then a barrier. */
+static void share_squares(const hire_layer *layer, const hire_kernels *kernels, hire_run *runs,
+                          int64_t num_rows, int64_t begin, int64_t end)
+{
+    for (int64_t i = 0; i < num_rows; i++)
+        for (int64_t s = begin; s < end; s++)
+            runs[i].square[s] = kernels->square(runs[i].value, layer->norm, cut_neurons(layer, s),
+                                                cut_neurons(layer, s + 1));
+    team_barrier();
+}
+
+/* The score that a neuron of the row is to reach. A level above zero stays so, whatever it is
+ * relative to: neurons that add nothing need not be computed. */
+static float row_level(const hire_layer *layer, const hire_run *run)
+{
+    float square = 0.0f;
+    if (!layer->relative) return *layer->level;
+    for (int64_t s = 0; s < HIRE_SEGMENTS; s++) square += run->square[s];
+    const float level = *layer->level * sqrtf(square);
+    return *layer->level > 0.0f && level < FLT_MIN ? FLT_MIN : level;
+}
+
+/* The candidates of pieces [begin, end); these lie at the places of the pieces' neurons, one piece's
+ * behind the other's. */
+static void take_reaching(const hire_layer *layer, const hire_kernels *kernels, hire_run *runs,
+                          int64_t num_rows, int64_t begin, int64_t end)
+{
     for (int64_t i = 0; i < num_rows; i++) {
         hire_run *run = runs + i;
+        const float level = row_level(layer, run);
         run->last = cut_neurons(layer, begin);
         for (int64_t s = begin; s < end; s++) {
             run->taken[s] = (int32_t)kernels->reaching(run->score, cut_neurons(layer, s),
-                                                       cut_neurons(layer, s + 1), *layer->level,
+                                                       cut_neurons(layer, s + 1), level,
                                                        run->index + run->last);
             run->last += run->taken[s];
         }
@@ -307,7 +339,8 @@ static void sum_taken(const hire_layer *layer, const hire_kernels *kernels, hire
 }
 
 /* Where candidates are all that reach a level no thread needs another's scores: each estimates,
- * chooses and computes its own pieces, and there is one barrier. */
+ * chooses and computes its own pieces, and there is one barrier, or two where the level is relative
+ * to what all of a row's estimates come to. */
 static void rows_by_level(const hire_layer *layer, const hire_kernels *kernels,
                           const hire_run *shared, int64_t num_rows)
 {
@@ -319,6 +352,8 @@ static void rows_by_level(const hire_layer *layer, const hire_kernels *kernels,
         rows[i] = runs + i;
         at[i] = cut_neurons(layer, begin);
     }
+    estimate_pieces(layer, kernels, runs, num_rows, begin, end);
+    if (layer->relative) share_squares(layer, kernels, runs, num_rows, begin, end);
     take_reaching(layer, kernels, runs, num_rows, begin, end);
     for (int64_t s = begin; s < end; s++)
         for (int64_t i = 0; i < num_rows; i++) {

@@ -186,7 +186,7 @@ INLINE int finish_tile(const hire_layer *layer, hire_run *run, int64_t tile, con
     }
     const v16 score = v_mul(size, v_load(layer->norm + at));
     v_store(run->score + at, score);
-    if (layer->rest != NULL) v_store(run->value + at, value);
+    if (layer->rest != NULL || layer->relative) v_store(run->value + at, value);
     return v_finite(score);
 }
 

@@ -11,7 +11,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define HIRE_ABI 4
+#define HIRE_ABI 5
 #define HIRE_LANES 16
 /* Rows of weights are cut into this many pieces, a power of two, whatever the number of threads, and
  * sums of pieces are added by pairs, pairs of pairs and so on: the output's bits do not depend on how
@@ -72,6 +72,7 @@ typedef struct {
     int64_t rest_normal;
     int64_t rest_bytes;     /* of one neuron's low-bit row; of 4 bits: of a tile of them */
     int64_t low_bytes;      /* of one neuron's refinement; 0: rows hold the weights */
+    int64_t relative;       /* the level is a share of the length of the row's estimated outputs */
     const uint8_t *tiles;   /* [Fp / 16, tile_bytes]: for each block codes, scales, offsets, or,
                                with normal levels, a line of scales before the codes of its
                                blocks; NULL where C = F, with mean, inverse_scale and bias */
@@ -122,6 +123,7 @@ typedef struct {
     int64_t partial_stride;
     int32_t *together; /* [HIRE_SEGMENTS]: how many pieces the sum at the first of them is of */
     int32_t *taken;    /* [HIRE_SEGMENTS]: with a level, candidates in each piece */
+    float *square;     /* [HIRE_SEGMENTS]: with a relative one, of each piece's estimated outputs */
     int64_t last;      /* behind the last candidate that may be asked for ahead */
     int *bad;        /* [2], zeros before: estimates, exact values met NaN or inf */
 } hire_run;
@@ -158,6 +160,8 @@ typedef struct {
     void (*add)(float *to, const float *from, int64_t num);
     /* As hire_top_k. */
     void (*top_k)(const float *score, int64_t n, int64_t k, int32_t *out, int32_t *spare);
+    /* The sum of (value * norm)^2 over neurons [from, to), whole vectors. */
+    float (*square)(const float *value, const float *norm, int64_t from, int64_t to);
     /* Those of scores [from, to) that are at least `level`, ascending; returns how many. */
     int64_t (*reaching)(const float *score, int64_t from, int64_t to, float level, int32_t *out);
     void (*finish)(const hire_layer *, hire_run *, void *y, int type);

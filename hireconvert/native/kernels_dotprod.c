@@ -26,7 +26,7 @@
 #endif
 
 const hire_kernels hire_kernels_dotprod = {
-    start, estimate, exact, kept, rest, add_to, top_k, reaching, finish};
+    start, estimate, exact, kept, rest, add_to, top_k, square, reaching, finish};
 const hire_step_kernels hire_step_dotprod = {
     split_rows, matrix, norm, rotate, store_at, attend, sum_pieces, activate_all, all_finite};
 #endif

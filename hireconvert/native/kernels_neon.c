@@ -8,7 +8,7 @@
 #include "step_body.h"
 
 const hire_kernels hire_kernels_neon = {
-    start, estimate, exact, kept, rest, add_to, top_k, reaching, finish};
+    start, estimate, exact, kept, rest, add_to, top_k, square, reaching, finish};
 const hire_step_kernels hire_step_neon = {
     split_rows, matrix, norm, rotate, store_at, attend, sum_pieces, activate_all, all_finite};
 #endif

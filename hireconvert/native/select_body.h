@@ -90,6 +90,16 @@ static void top_k(const float *score, int64_t n, int64_t k, int32_t *out, int32_
     }
 }
 
+static float square(const float *value, const float *norm, int64_t from, int64_t to)
+{
+    v16 sum = v_set1(0.0f);
+    for (int64_t i = from; i < to; i += 16) {
+        const v16 output = v_mul(v_load(value + i), v_load(norm + i));
+        sum = v_fma(output, output, sum);
+    }
+    return v_sum(sum);
+}
+
 static int64_t reaching(const float *score, int64_t from, int64_t to, float level, int32_t *out)
 {
     const int32_t *start = out, below = level > 0.0f ? size_bits(&level) - 1 : -1;

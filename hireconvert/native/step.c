@@ -231,6 +231,7 @@ static void start_rows(const hire_job *job, const hire_layer *layer, const hire_
         runs->partial = shared.partial;
         runs->together = shared.together;
         runs->taken = shared.taken;
+        runs->square = shared.square;
         job->kernels->start(layer, x, HIRE_FLOAT32, runs);
         return;
     }

@@ -96,6 +96,8 @@ def _check_selection(layer: Mapping[str, Any], where: str) -> None:
     low, high = (0.0, 1.0) if spec["rule"] == "score_mass" else (-_LARGEST, _LARGEST)
     _number(spec, "level", low, high, where)
     _number(spec, "mean_kept", layer["num_common"], layer["num_candidates"], where)
+    if spec["rule"] == "relative" and layer["keep"] != "candidates":
+        raise ValueError(f"config.hire: {where}.rule is 'relative', but keep is {layer['keep']!r}")
 
 
 def _check_unselected(layer: Mapping[str, Any], where: str) -> None:

@@ -20,8 +20,10 @@ from .hire_predict import (
     Widened,
     column_norms,
     is_copied,
+    is_relative,
     keeps_all,
     num_active,
+    relative_scores,
     unit_scores,
     varies,
 )
@@ -265,6 +267,9 @@ class SparseFfn(nn.Module):
         else:
             size_NF = value_NF  # scores take its absolute value
         score_NF = self.scores(size_NF, prepared.norm_F)
+        if is_relative(spec):
+            whole_NF = predictor.values(z_NM, self.parts.act, gated=gated)
+            score_NF = relative_scores(score_NF, self.scores(whole_NF, prepared.norm_F))
         return unit_scores(score_NF[:, spec["num_common"] :], spec["group_size"]), value_NF
 
     def count(

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .hire_predict import is_copied, is_refined, keeps_all, num_active, varies
+from .hire_predict import is_copied, is_refined, is_relative, keeps_all, num_active, varies
 
-ABI = 4
+ABI = 5
 # What a checkpoint selects for unless told otherwise (`max_sparse_rows`). More rows that select
 # are masked by PyTorch, which was slower than these kernels where both were measured (a step of
 # SmolLM2, 16 rows: 205 ms, these 59, the dense model 68 in float32 and 131 in bfloat16).
@@ -60,7 +60,8 @@ def activation_name(act: Any) -> str | None:
 def _by_level(spec: Mapping[str, Any]) -> bool:
     """Whether a row keeps just the neurons whose estimated score reaches the layer's level."""
     every = spec["num_candidates"] == spec["num_neurons"]
-    return every and spec["keep"] == "candidates" and spec["selection"]["rule"] == "threshold"
+    rule = spec["selection"]["rule"]
+    return every and spec["keep"] == "candidates" and rule in ("threshold", "relative")
 
 
 def _numbers(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,7 +69,8 @@ def _numbers(spec: Mapping[str, Any]) -> dict[str, Any]:
     candidates = spec["num_candidates"]
     if varies(spec):
         level = float(spec["selection"]["level"])
-        return {"num_candidates": candidates, "num_kept": candidates, "level": level}
+        kept = {"num_candidates": candidates, "num_kept": candidates}
+        return {**kept, "level": level, "relative": is_relative(spec)}
     return {"num_candidates": candidates, "num_kept": num_active(spec), "level": None}
 
 
@@ -84,7 +86,7 @@ def _beyond_spec(spec: Mapping[str, Any], width: int) -> str | None:
     if predictor["groups"] or spec["group_size"] > 1 or spec["num_common"] > 0:
         return "groups or common neurons"
     if varies(spec) and not _by_level(spec):
-        return "a number of neurons that varies, but not by a threshold of estimates alone"
+        return "a number of neurons that varies, but not by a level of estimates alone"
     if keeps_all(spec) and not is_copied(spec):
         return "every neuron is kept"
     if rest is not None and rest["block"] % _REST_BLOCK and rest["block"] < width:

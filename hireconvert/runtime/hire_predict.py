@@ -314,6 +314,15 @@ def expected_errors(
     return (square_NF + (active_NF * up_NF * rest_error).square()).sqrt()
 
 
+def relative_scores(score_NF: torch.Tensor, size_NF: torch.Tensor) -> torch.Tensor:
+    """Scores [N, F] as shares of the root of the sum of squares of a row's estimated sizes [N, F].
+
+    A size being the length of what the neuron adds to the output, that is the output's length were
+    all neurons' output vectors at right angles.
+    """
+    return score_NF / size_NF.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+
+
 def column_norms(weight_DF: torch.Tensor) -> torch.Tensor:
     """float32 [F], some rows at a time: a copy of the matrix in float32 would cost more than it."""
     return torch.stack([c.float().square().sum(0) for c in weight_DF.split(64)]).sum(0).sqrt()
@@ -357,6 +366,11 @@ def _low_bit_row_bytes(spec: Mapping[str, Any], width: int) -> int:
 def varies(spec: Mapping[str, Any]) -> bool:
     """Whether a layer keeps another number of neurons for each row."""
     return spec.get("selection") is not None
+
+
+def is_relative(spec: Mapping[str, Any]) -> bool:
+    """Whether a row's scores count by their share of what its neurons add up to."""
+    return varies(spec) and spec["selection"]["rule"] == "relative"
 
 
 def is_refined(spec: Mapping[str, Any]) -> bool:

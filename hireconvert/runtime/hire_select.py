@@ -4,6 +4,8 @@ Every rule turns scores into standings and keeps the candidates whose standing i
 layer's level, which was fitted so that `num_kept` neurons are kept on average:
 
     threshold    the score itself
+    relative     its share of the root of the sum of squares of what the row's neurons are estimated
+                 to add to the output (estimated scores alone)
     mean_std     the score's distance from the mean of the row's estimated scores, in their
                  standard deviations
     score_mass   the share of the row's squared scores in the unit and all weaker ones; the units
@@ -22,13 +24,16 @@ from torch.nn import functional as F
 from .hire_predict import eager_on_cpu, select_neurons, top_k_mask, unit_scores, varies
 
 _WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
-RULES = ("threshold", "mean_std", "score_mass")
+RULES = ("threshold", "relative", "mean_std", "score_mass")
 _TINY = 1e-30
 
 
 def standings(rule: str, score_NS: torch.Tensor, estimate_NS: torch.Tensor) -> torch.Tensor:
-    """Standings float32 [N, S] of scores; `estimate_NS` are the estimated scores of all units."""
-    if rule == "threshold":
+    """Standings float32 [N, S] of scores; `estimate_NS` are the estimated scores of all units.
+
+    Those of the rule `relative` are made so where they are estimated.
+    """
+    if rule in ("threshold", "relative"):
         return score_NS
     if rule == "mean_std":
         mean_N1 = estimate_NS.mean(-1, keepdim=True)

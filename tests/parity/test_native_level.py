@@ -4,6 +4,7 @@ Shape suffixes: N rows, D width, F neurons.
 """
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,17 @@ import torch
 from hireconvert.roofline import counts_at
 from hireconvert.runtime import hire_native
 from tests.ffn_reference import relative
-from tests.native import BY_LEVEL, LEVELS, Case, _native, output, rows_of, settings_of, tensors_of
+from tests.native import (
+    BY_LEVEL,
+    LEVELS,
+    Case,
+    _native,
+    output,
+    row_level,
+    rows_of,
+    settings_of,
+    tensors_of,
+)
 from tests.tiny import base_of, hire_model, sparse_layers, tiny_model, tokens
 
 pytestmark = pytest.mark.skipif(_native is None, reason="this machine has no compiler")
@@ -47,7 +58,9 @@ def test_a_row_keeps_what_reaches_the_level(name, machine):
         counts = torch.zeros(5, dtype=torch.int64)
         y_1D, finite_N = layer.run(x_1D, counts)
         assert finite_N is None and layer.varies
-        index = (layer.last()["score"] >= case.level).nonzero()[:, 0]
+        found = layer.last()
+        level = row_level(case, tensors, found["z"].flatten())
+        index = (found["score"] >= level).nonzero()[:, 0]
         expected_D = output(case, tensors, x_1D[0], index, index)
         assert relative(y_1D[0], expected_D) < TOLERANCE[case.dtype]
         assert counts.tolist() == [1, 1, len(index), len(index), 0]
@@ -55,7 +68,10 @@ def test_a_row_keeps_what_reaches_the_level(name, machine):
     assert case.neurons == 1 or len(set(kept)) > 1
 
 
-@pytest.mark.parametrize("name", ["fused", "odd", "bfloat16", "normal_refined", "one_of_each"])
+@pytest.mark.parametrize(
+    "name",
+    ["fused", "odd", "bfloat16", "normal_refined", "one_of_each", "odd_relative", "wide_relative"],
+)
 def test_bits_depend_on_neither_threads_nor_other_rows(name, machine):
     case = BY_LEVEL[name]
     _, layer = packed(case)
@@ -82,6 +98,28 @@ def test_as_many_by_level_as_by_number_are_the_same_bits(name, machine):
         assert torch.equal(layer.counting(1, 1, level).run(x_1D)[0], expected)
 
 
+@pytest.mark.parametrize("name", ["plain_relative", "wide_relative", "normal_refined_relative"])
+def test_a_relative_level_times_what_the_row_comes_to_is_a_level(name, machine):
+    case = BY_LEVEL[name]
+    tensors, layer = packed(case)
+    for x_1D in rows_of(case).split(1):
+        expected = layer.run(x_1D)[0]
+        level = row_level(case, tensors, layer.last()["z"].flatten())
+        assert torch.equal(layer.counting(1, 1, level).run(x_1D)[0], expected)
+        half = layer.counting(1, 1, case.level / 2, relative=True)
+        assert not torch.equal(half.run(x_1D)[0], expected)
+
+
+def test_a_row_that_comes_to_nothing_keeps_nothing(machine):
+    case = replace(BY_LEVEL["ungated_relative"], bias=False)
+    tensors, counts = tensors_of(case), torch.zeros(5, dtype=torch.int64)
+    tensors["bias"] = -torch.ones(case.neurons)  # where an input is the mean, and relu2 leaves none
+    layer = _native.FfnLayer.pack(settings_of(case), tensors)
+    y_1D, finite_N = layer.run(tensors["mean"][None], counts)
+    assert finite_N is None and not y_1D.any()
+    assert counts.tolist() == [1, 1, 0, 0, 0]
+
+
 @pytest.mark.parametrize("name", ["plain", "fused", "refined", "bfloat16"])
 def test_every_neuron_and_none(name, machine):
     case = BY_LEVEL[name]
@@ -97,7 +135,7 @@ def test_every_neuron_and_none(name, machine):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["plain", "fused", "refined"])
+@pytest.mark.parametrize("name", ["plain", "fused", "refined", "normal_refined_relative"])
 def test_rows_with_nan_or_inf_are_named_and_not_counted(name, bad, machine):
     case = BY_LEVEL[name]
     _, layer = packed(case)
@@ -127,10 +165,14 @@ def test_what_is_no_level(level):
 # --------------------------------------------------------------------------- models
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
+@pytest.mark.parametrize(
+    ("family", "rule"),
+    [("llama", "threshold"), ("qwen2", "threshold"), ("gemma3_text", "relative")],
+)
 @pytest.mark.parametrize("rows", [1, 3])
-def test_models_decode_as_pytorch_does(family, rows, machine):
-    model, ids = hire_model(tiny_model(family), ffn=FFN), tokens(rows, 6)
+def test_models_decode_as_pytorch_does(family, rule, rows, machine):
+    ffn = {**FFN, "selection": rule}
+    model, ids = hire_model(tiny_model(family), ffn=ffn), tokens(rows, 6)
     asked = {"max_new_tokens": 12, "return_dict_in_generate": True, "output_logits": True, **GREEDY}
     model.hire_prepare()
     assert base_of(model).hire_step.reason is None

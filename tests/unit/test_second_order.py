@@ -138,6 +138,21 @@ def test_costs_go_by_what_names_candidates_and_what_the_others_count(
     check_costs(family, case)
 
 
+@pytest.mark.parametrize("case", ["error", "exact", "exact, zero", "exact, more candidates"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_costs_go_by_levels_where_the_selection_does(family: str, case: str) -> None:
+    model, ids_WT = tiny_model(family), tokens(2, 12)
+    active_LS = [(8, 20, 24, NEURONS)] * num_layers(model)
+    with masked_model(model, ids_WT, case) as masked:
+        fixed = masked.costs(1, active_LS, 7)
+        masked.levels = masked.fit_levels()
+        found = masked.costs(1, active_LS, 7)
+        expected = slow_costs(masked, ids_WT[1], active_LS, 7)
+    for curve, twin, other in zip(found, expected, fixed, strict=True):
+        assert curve == pytest.approx(twin, rel=1e-3, abs=1e-9)
+        assert curve[-1] == 0.0 and curve[:-1] != other[:-1]
+
+
 def test_logits_of_a_few_positions_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens are drawn one position after the other, so the draws are the same too."""
     model, ids_WT = tiny_model("gemma2"), tokens(1, 20)

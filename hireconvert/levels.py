@@ -1,0 +1,40 @@
+"""Levels of score for any number of neurons kept on average, from counts over calibration rows.
+
+Shape suffixes: N rows, F neurons, B bins.
+"""
+
+from functools import cache
+
+import torch
+
+_DROPPED = 15  # low bits of a score that its bin leaves open: bins are 0.4 % of it wide
+_BINS = 2 ** (31 - _DROPPED)
+LEAST_LEVEL = 1e-30  # a neuron of score 0 (ReLU has many) adds nothing and need not be kept
+
+
+class Levels:
+    """How often scores of each layer fall into fine bins, which grow with the scores' size."""
+
+    def __init__(self, num_layers: int) -> None:
+        self._counts = [torch.zeros(_BINS, dtype=torch.int64) for _ in range(num_layers)]
+        self._rows = [0] * num_layers
+        self.of = cache(self._of)
+
+    def note(self, index: int, score_NF: torch.Tensor) -> None:
+        """Count scores of one layer: float32, none negative or NaN."""
+        # Bits of such floats order as the floats do.
+        bin_NF = score_NF.contiguous().view(torch.int32) >> _DROPPED
+        self._counts[index] += bin_NF.flatten().bincount(minlength=_BINS).cpu()
+        self._rows[index] += len(score_NF)
+
+    def _of(self, index: int, num_kept: int) -> float:
+        """The score that `num_kept` neurons of a layer reach on the mean of the rows noted."""
+        counts_B, wanted = self._counts[index], num_kept * self._rows[index]
+        reaching_B = counts_B.flip(0).cumsum(0).flip(0)
+        bin_ = int((reaching_B >= wanted).sum()) - 1  # the last that so many reach
+        if bin_ < 0:
+            return LEAST_LEVEL
+        edges = (torch.tensor([bin_, bin_ + 1], dtype=torch.int32) << _DROPPED).view(torch.float32)
+        low, high = edges.tolist()
+        share = float(reaching_B[bin_] - wanted) / max(int(counts_B[bin_]), 1)
+        return max(low + (high - low) * share, LEAST_LEVEL)
