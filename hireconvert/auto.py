@@ -27,7 +27,7 @@ from hireconvert.lowbit import ffn_inputs, live_copies
 from hireconvert.masked import PROBABILITIES_KEPT, MaskedModel, as_selected
 from hireconvert.planning import Skeleton, converts_ffn, make_skeleton, planned_hire
 from hireconvert.recipe import Recipe, load_recipe
-from hireconvert.rules import LENGTH, NUM_TOKENS, rule_of, size_power, with_rule
+from hireconvert.rules import LENGTH, NUM_TOKENS, cheapest_rule, rule_costs, with_rule
 from hireconvert.sampling import sample_from_model
 from hireconvert.schema_budget import BudgetRecipe
 from hireconvert.stages import Reporter
@@ -160,9 +160,11 @@ def _tried(
     ids_WT, layout = _windows(checkpoint, model, first), find_layout(model)
     ffn = first.ffn
     if ffn.selection == "level":
-        power = size_power(model, layout, evenly(ids_WT, NUM_TOKENS, LENGTH), seed=first.seed)
-        ffn = ffn.model_copy(update={"selection": rule_of(power)})
-        priced = [(keep, with_rule(one, rule_of(power)), count) for keep, one, count in priced]
+        kept = [layer["num_kept"] for layer in planned_hire(skeleton, first)["ffn"]["layers"]]
+        few_WT = evenly(ids_WT, NUM_TOKENS, LENGTH)
+        rule = cheapest_rule(rule_costs(model, layout, few_WT, kept, seed=first.seed))
+        ffn = ffn.model_copy(update={"selection": rule})
+        priced = [(keep, with_rule(one, rule), count) for keep, one, count in priced]
     inputs = ffn_inputs(model, layout, ids_WT)
     masks = MaskedModel(
         model,

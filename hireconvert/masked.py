@@ -238,20 +238,17 @@ class MaskedModel:
                 costs.append([value / (2 * rows) for value in sums])
         return costs
 
-    def pulls(self, number: int, seed: int) -> list[torch.Tensor]:
-        """Logarithms [N, 2] of one window, a layer each: of output sizes, and of gradients there.
+    def pulls(self, number: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(exact scores [N, F], squared lengths [N] of gradients at the output) of each layer.
 
-        A size is the root of the sum of squares of what the neurons add; the gradient is that of
-        -log p of next tokens, drawn by the seed from the dense model.
+        Of one window, the model dense; the gradients are those of -log p of next tokens, drawn by
+        the seed.
         """
-        pairs = []
+        rows = self.ids_WT.shape[1] - 1
         with self._passed_back(number, seed) as flows:
             for index, flow in enumerate(flows):
-                size_N = self._score(index, flow.h_NF).norm(dim=1)
-                pull_N = flow.gradient_ND.float().norm(dim=1)
-                both_N2 = torch.stack([size_N, pull_N], dim=1)[: self.ids_WT.shape[1] - 1]
-                pairs.append(both_N2.clamp_min(1e-30).log())
-        return pairs
+                pull_N = flow.gradient_ND.double().square().sum(1)
+                yield self._score(index, flow.h_NF)[:rows], pull_N[:rows]
 
     @contextmanager
     def _passed_back(self, number: int, seed: int) -> Iterator[list[Flow]]:

@@ -186,10 +186,7 @@ def _fingerprints(run: Run) -> dict[str, dict[str, Any]]:
     if planning.needs_text(run.hire):
         data = {**recipe["data"], "sha256": _source_digest(run.recipe.data.source)}
         tokens = {**base, "recipe": {"data": data}}
-        rule = {
-            **tokens,
-            "recipe": {"data": data, "ffn": {"score": (recipe["ffn"] or {}).get("score")}},
-        }
+        rule = {**base, "recipe": {"data": data, "ffn": recipe["ffn"]}}
         budget = {**base, "recipe": {"data": data, "ffn": recipe["ffn"], "head": recipe["head"]}}
         tuned, tuning = tokens, _tuning(run, recipe)
         if tuning:

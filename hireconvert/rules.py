@@ -1,62 +1,66 @@
-"""Which rule of selection by level serves a model: how an error counts by the size of an output.
+"""Which rule of selection by level serves a model: what each leaves out, weighed by gradients.
 
-What an error e in a layer's output costs is (g.e)^2 on average, g the gradient of -log p of a next
-token (`second_order.py`). A level that is best for all tokens is then one of |g| times expected
-errors. Over tokens |g| goes roughly as a power of the size of the layer's output: about 0 in Llama,
-so that errors count as they are (`threshold`); about -1 where a norm follows the FFN, as in Gemma,
-so that they count by their share of the output (`relative`).
+What an error e in a layer's output costs is E[(g.e)^2] / 2, g the gradient of -log p of a next
+token (`second_order.py`): of errors without a direction of their own, |g|^2 |e|^2 / 2D. Errors of
+neurons left out grow with what these add. So a rule costs the sum over tokens of |g|^2 times the
+squared scores left out. In Llama little hangs on the size of a token's output, and the largest
+scores of all tokens are best (`threshold`); where a norm follows the FFN, as in Gemma, |g| falls as
+that size grows, and scores count by their share of it (`relative`).
 
-Shape suffixes: W windows, T tokens of a window, N rows (scored positions).
+Shape suffixes: W windows, T tokens of a window, N rows (scored positions), F neurons.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from hireconvert.families import Layout
+from hireconvert.levels import Levels
 from hireconvert.masked import MaskedModel
 from hireconvert.recipe import Recipe
+from hireconvert.runtime.hire_predict import relative_scores
 
-NUM_TOKENS, LENGTH = 2048, 256  # what the powers are taken on, and tokens that run at once
-FIRST = 4  # positions left out: outputs there are up to a thousand times as large
-MIDDLE = -0.5  # of the powers of the two rules
+NUM_TOKENS, LENGTH = 2048, 256  # what the rules are weighed on, and tokens that run at once
+RULES = ("threshold", "relative")
 
 
-def size_power(
+def rule_costs(
     model: Any,
     layout: Layout,
     ids_WT: torch.Tensor,
+    kept: Sequence[int],
     *,
     seed: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> float:
-    """The power p of |g| ~ size^p, by least squares of logarithms; the mean over the layers.
+) -> dict[str, float]:
+    """What each rule costs where so many neurons of each layer are `kept` on average.
 
-    A size is what `runtime.hire_predict.relative_scores` divides by. Next tokens are drawn by the
-    seed. `progress` is called with windows done and windows in all.
+    In units of the rule that costs least. Scores are exact; next tokens are drawn by the seed.
+    `progress` is called with windows done and windows in all.
     """
+    levels = {rule: Levels(len(kept)) for rule in RULES}
     with MaskedModel(model, layout, ids_WT) as masked:
-        pairs = []
         for number in range(len(ids_WT)):
-            pairs.append([logs[FIRST:] for logs in masked.pulls(number, seed)])
+            for index, (score_NF, pull_N) in enumerate(masked.pulls(number, seed)):
+                cost_NF = score_NF.double().square() * pull_N[:, None]
+                levels["threshold"].note(index, score_NF, cost_NF)
+                levels["relative"].note(index, relative_scores(score_NF, score_NF), cost_NF)
             progress(number + 1, len(ids_WT))
-    powers = [_slope(torch.cat(of_layer)) for of_layer in zip(*pairs, strict=True)]
-    return sum(powers) / len(powers)
+    costs = {
+        rule: sum(of.below(index, number) for index, number in enumerate(kept))
+        for rule, of in levels.items()
+    }
+    least = max(min(costs.values()), 1e-300)
+    return {rule: cost / least for rule, cost in costs.items()}
 
 
-def rule_of(power: float) -> str:
-    """The selection whose scores count as errors do."""
-    return "relative" if power < MIDDLE else "threshold"
+def cheapest_rule(costs: Mapping[str, float]) -> str:
+    """The rule that costs least."""
+    return min(RULES, key=lambda rule: costs[rule])
 
 
 def with_rule(recipe: Recipe, rule: str) -> Recipe:
     """The recipe with an explicit rule in place of `level`."""
     assert recipe.ffn is not None
     return recipe.model_copy(update={"ffn": recipe.ffn.model_copy(update={"selection": rule})})
-
-
-def _slope(point_N2: torch.Tensor) -> float:
-    """The slope of the line through points (x, y) that is closest in y."""
-    x_N, y_N = (point_N2 - point_N2.mean(0)).double().unbind(1)
-    return float((x_N @ y_N) / (x_N @ x_N).clamp_min(1e-30))

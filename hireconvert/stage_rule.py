@@ -10,7 +10,7 @@ from typing import Any
 from hireconvert.budget import evenly
 from hireconvert.data import TokenData
 from hireconvert.planning import planned_hire
-from hireconvert.rules import LENGTH, NUM_TOKENS, rule_of, size_power, with_rule
+from hireconvert.rules import LENGTH, NUM_TOKENS, cheapest_rule, rule_costs, with_rule
 from hireconvert.stages import RESULT, Run, steps
 from hireconvert.workspace import write_json
 
@@ -28,19 +28,21 @@ def choose_rule(
         ids_WT = evenly(tokens.fit_WT, NUM_TOKENS, LENGTH)
         title, total = "rule of selection", len(ids_WT)
         with run.stage(STAGE, fingerprint, title, total) as (folder, advance):
-            power = size_power(
+            costs = rule_costs(
                 run.model,
                 run.layout,
                 ids_WT,
+                [layer["num_kept"] for layer in run.hire["ffn"]["layers"]],
                 seed=run.recipe.seed,
                 progress=steps(advance, total),
             )
-            write_json(folder / RESULT, {"selection": rule_of(power), "size_power": power})
+            write_json(folder / RESULT, {"selection": cheapest_rule(costs), "costs": costs})
     found: dict[str, Any] = json.loads((run.space.path(STAGE) / RESULT).read_text(encoding="utf-8"))
     run.recipe = with_rule(run.recipe, found["selection"])
     run.hire = planned_hire(run.skeleton, run.recipe)
+    other, most = max(found["costs"].items(), key=lambda pair: pair[1])
     run.reporter.note(
-        f"ffn.selection: {found['selection']}, as gradients go with the size of a layer's output "
-        f"to the power {found['size_power']:+.2f}"
+        f"ffn.selection: {found['selection']} ({other} would cost {most:.2f} times as much, to "
+        "second order)"
     )
     return found

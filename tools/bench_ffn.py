@@ -56,6 +56,8 @@ def tensors_of(width: int, neurons: int, dtype: torch.dtype) -> dict[str, Any]:
     tensors |= encode_down(tensors["down"].float(), FORM)
     tensors |= {"mean": torch.zeros(width), "column_scale": torch.ones(width)}
     tensors |= {"bias": torch.zeros(2 * neurons), "norm": tensors["down"].float().norm(dim=1)}
+    # Scores are expected errors, as in the shipped recipes; those of copies of 4 bits.
+    tensors |= {"soft": torch.full((2 * neurons,), 0.07).half(), "rest_error": torch.tensor([0.07])}
     return tensors
 
 
@@ -70,13 +72,20 @@ def refine(tensors: dict[str, Any]) -> None:
 
 
 def native_arm(
-    tensors: dict[str, Any], num: int, rest: Any, memory: int
+    tensors: dict[str, Any], num: int, rest: Any, memory: int, x: torch.Tensor | None = None
 ) -> tuple[list[Callable[[torch.Tensor], Any]], float]:
-    """(copies to call in turn that exceed `memory` bytes, bytes that one call reads)."""
+    """(copies to call in turn that exceed `memory` bytes, bytes that one call reads).
+
+    With `x` kept is what reaches the level that `num` neurons reach there.
+    """
     neurons = tensors["up"].shape[0]
     refined = "low_scale" in tensors
     settings = {"activation": "silu", "num_candidates": num, "num_kept": num, "rest": rest, **REST}
     layer = _native.FfnLayer.pack(settings | {"refined": refined}, tensors)
+    if x is not None:
+        layer.run(x)
+        level = float(layer.last()["score"].sort(descending=True).values[num - 1])
+        layer = layer.counting(num, num, level)
     numbers = layer.numbers
     row = 3 * numbers["stride"] * tensors["up"].element_size()
     total = num * numbers.get("low_bytes", row)
@@ -178,7 +187,9 @@ def timed(arms: Arms, x: torch.Tensor, rounds: int) -> dict[str, list[float]]:
     return times
 
 
-def arms_of(tensors: dict[str, Any], options: argparse.Namespace, memory: int) -> tuple[Arms, Arms]:
+def arms_of(
+    tensors: dict[str, Any], options: argparse.Namespace, memory: int, x: torch.Tensor
+) -> tuple[Arms, Arms]:
     """(arms that are compared, arms that stand for parts of a call)."""
     neurons, dtype = tensors["up"].shape[0], tensors["up"].dtype
     arms: Arms = {f"dense, PyTorch, {str(dtype)[6:]}": dense_arm(tensors, dtype, memory)}
@@ -191,6 +202,8 @@ def arms_of(tensors: dict[str, Any], options: argparse.Namespace, memory: int) -
         for name, rest in rests.items():
             num = max(1, round(keep * neurons))
             arms[f"keep {keep}{name}"] = native_arm(tensors, num, rest, memory)
+            if options.by_level:
+                arms[f"keep {keep}{name}, by level"] = native_arm(tensors, num, rest, memory, x)
     parts: Arms = {"selection": selection_arm(neurons, neurons // 4)}
     parts["estimates and rest"] = native_arm(tensors, 1, REST, memory // 2)
     if not options.refined:
@@ -202,9 +215,9 @@ def measure(shape: str, dtype: torch.dtype, options: argparse.Namespace) -> None
     """Print one table."""
     width, neurons = SHAPES[shape]
     tensors = tensors_of(width, neurons, dtype)
-    arms, parts = arms_of(tensors, options, options.memory * 10**6)
-    rounds = options.rounds
-    times = timed(arms | parts, torch.randn(1, width).to(dtype), rounds)
+    x, rounds = torch.randn(1, width).to(dtype), options.rounds
+    arms, parts = arms_of(tensors, options, options.memory * 10**6, x)
+    times = timed(arms | parts, x, rounds)
     middles = {name: statistics.median(found) for name, found in times.items()}
     base, own = middles[next(iter(arms))], middles["dense, kernels"]
     print(
@@ -234,6 +247,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.25])
     parser.add_argument("--refined", action="store_true", help="rows in 8 bits (ffn.rows: refined)")
+    parser.add_argument("--by-level", action="store_true", help="also what reaches a level")
     parser.add_argument("--memory", type=int, default=400, help="MB of weights an arm goes through")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
