@@ -248,8 +248,7 @@ class FfnRecipe(Section):
             yield from self._budget_problems(self.budget)
         if self.score == "error":
             yield from self._error_problems()
-        if self.selection != "fixed":
-            yield from self._varying_problems()
+        yield from self._varying_problems() if self.selection != "fixed" else self._all_problems()
         for key, predictor in _each("predictor", self.predictor):
             if predictor.group_scores and self.group_size == 1:
                 yield f"{key}.group_scores", "needs ffn.group_size above 1"
@@ -270,6 +269,16 @@ class FfnRecipe(Section):
         if self.selection in ("relative", "level") and self.keep != "candidates":
             why = "goes by estimates alone: it needs ffn.keep candidates"
             yield "selection", f"{self.selection} {why}, not {self.keep}"
+
+    def _all_problems(self) -> Iterator[Problem]:
+        """Whether as many candidates as a selection by level has would all be kept."""
+        for key, keep in _each("keep_fraction", self.keep_fraction):
+            if self.keep == "candidates" and keep < 1 <= keep * self.over_select:
+                yield (
+                    "over_select",
+                    f"with {self.over_select:g} times {key} {keep:g} and keep: candidates every "
+                    "neuron is computed; give 1 (--set ffn.over_select=1), or a selection by level",
+                )
 
     def _rows_problems(self) -> Iterator[Problem]:
         """What of a recipe gives no copies to round weights to."""

@@ -427,6 +427,7 @@ def pack(
         "gated": int(given.has("gate")),
         "activation": _one_of(settings, "activation", ACTIVATIONS),
         "weight_type": TYPES.index(up.dtype),
+        "relative": int(bool(settings.get("relative"))),
     }
     packed = _predictor(given, numbers, settings) | _rest(given, numbers, settings.get("rest"))
     if copies:

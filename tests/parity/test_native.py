@@ -250,7 +250,7 @@ REASONS = {
     "lr": "predictor lr",
     "qlr": "predictor qlr",
     "loud_inputs": "predictor of some inputs",
-    "threshold": "a number of neurons that varies, but not by a threshold of estimates alone",
+    "threshold": "a number of neurons that varies, but not by a level of estimates alone",
 }
 
 
