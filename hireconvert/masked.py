@@ -25,7 +25,7 @@ from hireconvert.marginal import Marginal, Pass
 from hireconvert.measures import LOGITS_AT_ONCE, head_logits, logit_chunks, prove_logits
 from hireconvert.recipe import FfnRecipe
 from hireconvert.runtime.hire_predict import best, relative_scores
-from hireconvert.runtime.hire_select import zeroed
+from hireconvert.runtime.hire_select import LEVEL_RULES, zeroed
 from hireconvert.second_order import (
     Flow,
     Ranked,
@@ -486,7 +486,7 @@ def as_selected(ffn: FfnRecipe, models: Sequence[MaskedModel]) -> None:
 
     Selections by a row's mean and spread or by its mass are simulated with a fixed number.
     """
-    if ffn.selection in ("threshold", "relative"):
+    if ffn.selection in LEVEL_RULES:
         levels = models[0].fit_levels()
         for model in models:
             model.levels = levels

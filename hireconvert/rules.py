@@ -20,9 +20,9 @@ from hireconvert.levels import Levels
 from hireconvert.masked import MaskedModel
 from hireconvert.recipe import Recipe
 from hireconvert.runtime.hire_predict import relative_scores
+from hireconvert.runtime.hire_select import LEVEL_RULES
 
 NUM_TOKENS, LENGTH = 2048, 256  # what the rules are weighed on, and tokens that run at once
-RULES = ("threshold", "relative")
 
 
 def rule_costs(
@@ -39,7 +39,7 @@ def rule_costs(
     In units of the rule that costs least. Scores are exact; next tokens are drawn by the seed.
     `progress` is called with windows done and windows in all.
     """
-    levels = {rule: Levels(len(kept)) for rule in RULES}
+    levels = {rule: Levels(len(kept)) for rule in LEVEL_RULES}
     with MaskedModel(model, layout, ids_WT) as masked:
         for number in range(len(ids_WT)):
             for index, (score_NF, pull_N) in enumerate(masked.pulls(number, seed)):
@@ -57,7 +57,7 @@ def rule_costs(
 
 def cheapest_rule(costs: Mapping[str, float]) -> str:
     """The rule that costs least."""
-    return min(RULES, key=lambda rule: costs[rule])
+    return min(LEVEL_RULES, key=lambda rule: costs[rule])
 
 
 def with_rule(recipe: Recipe, rule: str) -> Recipe:

@@ -19,8 +19,16 @@ from transformers import PreTrainedModel
 from hireconvert.families import Layout, base_model, ffn_parts, num_layers
 from hireconvert.lowbit import LiveCopies
 from hireconvert.runtime.hire_ffn import FfnParts
-from hireconvert.runtime.hire_predict import Predictor, best, num_active, unit_scores, varies
-from hireconvert.runtime.hire_select import candidate_mask, kept_mask
+from hireconvert.runtime.hire_predict import (
+    Predictor,
+    best,
+    is_relative,
+    num_active,
+    relative_scores,
+    unit_scores,
+    varies,
+)
+from hireconvert.runtime.hire_select import LEVEL_RULES, candidate_mask, kept_mask
 from hireconvert.scoring import round_half_up
 
 
@@ -79,8 +87,9 @@ class LayerStudent:
     """The selection of one layer; by exact scores or copies' expected errors, then by `predictor`.
 
     A rule that keeps another number at each row needs its predictor and the end of the annealing;
-    until then every row keeps the mean number. With `copies`, neurons left out count by estimate,
-    by that of the predictor once there is one; gradients are those of the dense model.
+    until then rows keep the mean number, of rules by a level on the mean of the rows at hand. With
+    `copies`, neurons left out count by estimate, by that of the predictor once there is one;
+    gradients are those of the dense model.
     """
 
     def __init__(
@@ -157,13 +166,24 @@ class LayerStudent:
             return kept_mask(counts, candidate_NF, unit_NS, score_NF), candidate_NF
         kept = selection.count(num_active(counts), counts["num_neurons"])
         if unit_NS is None and self.copies is None:  # nobody asks which were candidates
-            mask_NF = self._neurons(self._best(self._units(score_NF), kept))
+            if is_relative(counts):
+                score_NF = relative_scores(score_NF, score_NF)
+            unit_NS = self._units(score_NF)
+            mask_NF = self._neurons(self._best(unit_NS, kept, by_level=self._by_level))
+            return mask_NF, mask_NF
+        exact_NS = self._units(score_NF)
+        named_NS = exact_NS if unit_NS is None else unit_NS
+        if counts["keep"] == "candidates":
+            mask_NF = self._neurons(self._best(named_NS, kept, by_level=self._by_level))
             return mask_NF, mask_NF
         candidates = selection.count(counts["num_candidates"], counts["num_neurons"])
-        exact_NS = self._units(score_NF)
-        chosen_NS = self._best(exact_NS if unit_NS is None else unit_NS, candidates)
-        mask_NS = self._best(exact_NS.where(chosen_NS, -1.0), kept)
+        chosen_NS = self._best(named_NS, candidates)
+        mask_NS = self._best(exact_NS.where(chosen_NS, -1.0), kept, by_level=self._by_level)
         return self._neurons(mask_NS), self._neurons(chosen_NS)
+
+    @property
+    def _by_level(self) -> bool:
+        return varies(self.counts) and self.counts["selection"]["rule"] in LEVEL_RULES
 
     def _neurons(self, mask_NS: torch.Tensor) -> torch.Tensor:
         """A mask of units as one of neurons, the common ones in front."""
@@ -191,20 +211,28 @@ class LayerStudent:
         if predictor is None:
             assert copies is not None
             value_NF, error_NF = copies.estimated(self.input_ND)
-            return None if error_NF is None else self._units(error_NF * self.norm_F), value_NF
+            return None if error_NF is None else self._named(error_NF, value_NF), value_NF
         z_NM = predictor.estimate(self.input_ND)
         if self.counts["predictor"]["groups"]:
             return z_NM[:, self.counts["num_common"] // self.counts["group_size"] :], None
         size_NF = predictor.ranked(z_NM, self.parts.act, self.counts, gated=gated)
-        unit_NS = self._units(size_NF * self.norm_F)
-        if copies is None:
-            return unit_NS, None
-        return unit_NS, predictor.values(z_NM, self.parts.act, gated=gated)
+        value_NF = predictor.values(z_NM, self.parts.act, gated=gated)
+        return self._named(size_NF, value_NF), None if copies is None else value_NF
 
-    def _best(self, unit_NS: torch.Tensor, count: int) -> torch.Tensor:
+    def _named(self, size_NF: torch.Tensor, value_NF: torch.Tensor) -> torch.Tensor:
+        """The units' scores of sizes (or errors) that go with estimated values."""
+        score_NF = size_NF * self.norm_F
+        if is_relative(self.counts):
+            score_NF = relative_scores(score_NF, value_NF.abs() * self.norm_F)
+        return self._units(score_NF)
+
+    def _best(self, unit_NS: torch.Tensor, count: int, *, by_level: bool = False) -> torch.Tensor:
+        """The mask of the best units of every row, or as many on average of all rows together."""
         number = (count - self.counts["num_common"]) // self.counts["group_size"]
         if number >= unit_NS.shape[1]:
             return torch.ones_like(unit_NS, dtype=torch.bool)
+        if by_level:
+            return best(unit_NS.reshape(1, -1), number * len(unit_NS)).view_as(unit_NS)
         return best(unit_NS, number)  # ties do not matter to training
 
 

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from .hire_predict import is_copied, is_refined, is_relative, keeps_all, num_active, varies
+from .hire_select import LEVEL_RULES
 
 ABI = 5
 # What a checkpoint selects for unless told otherwise (`max_sparse_rows`). More rows that select
@@ -61,7 +62,7 @@ def _by_level(spec: Mapping[str, Any]) -> bool:
     """Whether a row keeps just the neurons whose estimated score reaches the layer's level."""
     every = spec["num_candidates"] == spec["num_neurons"]
     rule = spec["selection"]["rule"]
-    return every and spec["keep"] == "candidates" and rule in ("threshold", "relative")
+    return every and spec["keep"] == "candidates" and rule in LEVEL_RULES
 
 
 def _numbers(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from torch.nn import functional as F
 from .hire_predict import eager_on_cpu, select_neurons, top_k_mask, unit_scores, varies
 
 _WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
-RULES = ("threshold", "relative", "mean_std", "score_mass")
+LEVEL_RULES = ("threshold", "relative")  # what is kept reaches one score, or share of a row
+RULES = (*LEVEL_RULES, "mean_std", "score_mass")
 _TINY = 1e-30
 
 
@@ -33,7 +34,7 @@ def standings(rule: str, score_NS: torch.Tensor, estimate_NS: torch.Tensor) -> t
 
     Those of the rule `relative` are made so where they are estimated.
     """
-    if rule in ("threshold", "relative"):
+    if rule in LEVEL_RULES:
         return score_NS
     if rule == "mean_std":
         mean_N1 = estimate_NS.mean(-1, keepdim=True)

@@ -233,6 +233,54 @@ def test_before_its_predictors_the_student_names_those_expected_to_be_off(
     assert found != pytest.approx(kl["norm"], rel=1e-2)
 
 
+@pytest.mark.parametrize("rule", ["threshold", "relative"])
+@pytest.mark.parametrize("by", ["copies", "scores"])
+def test_before_its_predictors_the_student_goes_by_a_level_of_the_rows_at_hand(
+    rule: str, by: str
+) -> None:
+    model, ids = tiny_model("gemma3_text"), tokens(3, 24)
+    layout, last = find_layout(model), num_layers(model) - 1
+    changes: dict[str, Any] = {"score": "error" if by == "copies" else "norm", "selection": rule}
+    if by == "scores":
+        changes["unselected"] = None
+    ffn = BY_ESTIMATE.model_copy(update={**changes, "keep": "candidates", "over_select": 20.0})
+    counts = layer_counts(NEURONS, ffn, KEPT)
+    copies = live_copies(model, layout, ffn) if by == "copies" else ()
+    part, found = ffn_parts(model, layout, last), {}
+
+    def note(name: str) -> Any:
+        return lambda _module, args: found.update({name: args[0].detach().flatten(0, -2).float()})
+
+    hooks = [
+        part.up.module.register_forward_pre_hook(note("x_ND")),
+        part.down.module.register_forward_pre_hook(note("h_NF")),
+    ]
+    with (
+        torch.no_grad(),
+        selecting(model, layout, [counts] * (last + 1), Selection(KEPT, 24), copies=copies) as own,
+    ):
+        # The hook noted before the student's own sees the dense hidden values.
+        model(input_ids=ids, use_cache=False)
+        share, norm_F = own.kept_share(), part.down_FD().norm(dim=1)
+        size_NF = score_NF = found["h_NF"].abs() * norm_F
+        if copies:
+            value_NF, error_NF = copies[last].estimated(found["x_ND"])
+            assert error_NF is not None
+            size_NF, score_NF = value_NF.abs() * norm_F, error_NF * norm_F
+        if rule == "relative":
+            score_NF = score_NF / size_NF.norm(dim=1, keepdim=True)
+        mask_NF, candidate_NF = own.layers[last]._masks(
+            found["h_NF"].abs() * norm_F, own.layers[last]._estimated()[0]
+        )
+    for hook in hooks:
+        hook.remove()
+    number = counts["num_kept"] * len(score_NF)
+    level = score_NF.flatten().sort(descending=True).values[number - 1]
+    assert torch.equal(mask_NF, score_NF >= level) and mask_NF is candidate_NF
+    assert len(set(mask_NF.sum(1).tolist())) > 3
+    assert share == pytest.approx(counts["num_kept"] / NEURONS)
+
+
 @contextlib.contextmanager
 def replaced(module: Any, forward: Any) -> Iterator[None]:
     module.forward = forward
