@@ -27,10 +27,18 @@ from hireconvert.lowbit import ffn_inputs, live_copies
 from hireconvert.masked import PROBABILITIES_KEPT, MaskedModel, as_selected
 from hireconvert.planning import Skeleton, converts_ffn, make_skeleton, planned_hire
 from hireconvert.recipe import Recipe, load_recipe
-from hireconvert.rules import LENGTH, NUM_TOKENS, cheapest_rule, rule_costs, with_rule
+from hireconvert.rules import (
+    LENGTH,
+    NUM_TOKENS,
+    cheapest_rule,
+    is_asked,
+    rule_costs,
+    told,
+    with_rule,
+)
 from hireconvert.sampling import sample_from_model
 from hireconvert.schema_budget import BudgetRecipe
-from hireconvert.stages import Reporter
+from hireconvert.stages import Reporter, steps
 
 WINDOW, MOST_TOKENS = 256, 4096
 WITHOUT_FFN = "lossless"
@@ -159,21 +167,20 @@ def _tried(
     model: Any = checkpoint.load_model(dtype=torch.float32)
     ids_WT, layout = _windows(checkpoint, model, first), find_layout(model)
     ffn = first.ffn
-    if ffn.selection == "level":
-        kept = [layer["num_kept"] for layer in planned_hire(skeleton, first)["ffn"]["layers"]]
-        few_WT = evenly(ids_WT, NUM_TOKENS, LENGTH)
-        rule = cheapest_rule(rule_costs(model, layout, few_WT, kept, seed=first.seed))
+    planned = planned_hire(skeleton, first)["ffn"]["layers"]
+    if is_asked(planned):
+        few_WT, kept = evenly(ids_WT, NUM_TOKENS, LENGTH), [one["num_kept"] for one in planned]
+        with reporter.stage("rule of selection", len(few_WT)) as advance:
+            costs = rule_costs(
+                model, layout, few_WT, kept, seed=first.seed, progress=steps(advance, len(few_WT))
+            )
+        reporter.note(told(costs))
+        rule = cheapest_rule(costs)
         ffn = ffn.model_copy(update={"selection": rule})
         priced = [(keep, with_rule(one, rule), count) for keep, one, count in priced]
     inputs = ffn_inputs(model, layout, ids_WT)
-    masks = MaskedModel(
-        model,
-        layout,
-        ids_WT,
-        score=ffn.score,
-        copies=live_copies(model, layout, ffn, selects=True, inputs=inputs),
-        relative=ffn.selection == "relative",
-    )
+    copies = live_copies(model, layout, ffn, selects=True, inputs=inputs)
+    masks = MaskedModel.of(model, layout, ids_WT, ffn, copies)
     with (
         reporter.stage("trying settings", len(priced) + len(ROUNDINGS)) as advance,
         masks as masked,

@@ -12,7 +12,7 @@ _BINS = 2 ** (31 - _DROPPED)
 LEAST_LEVEL = 1e-30  # a neuron of score 0 (ReLU has many) adds nothing and need not be kept
 
 
-class Levels:
+class ScoreLevels:
     """How often scores of each layer fall into fine bins, which grow with the scores' size."""
 
     def __init__(self, num_layers: int) -> None:
@@ -25,8 +25,8 @@ class Levels:
         self, index: int, score_NF: torch.Tensor, weight_NF: torch.Tensor | None = None
     ) -> None:
         """Count scores of one layer: float32, none negative or NaN; with weights, float64."""
-        # Bits of such floats order as the floats do.
-        bin_M = (score_NF.contiguous().view(torch.int32) >> _DROPPED).flatten()
+        # Bits of such floats order as the floats do; what has a sign is taken for zero.
+        bin_M = (score_NF.contiguous().view(torch.int32) >> _DROPPED).clamp_min(0).flatten()
         self._counts[index] += bin_M.bincount(minlength=_BINS).cpu()
         if weight_NF is not None:
             self._weights[index] += bin_M.bincount(weight_NF.flatten(), minlength=_BINS).cpu()

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hireconvert.families import Layout, base_model, ffn_parts, num_layers
-from hireconvert.levels import Levels
+from hireconvert.levels import ScoreLevels
 from hireconvert.lowbit import LiveCopies
 from hireconvert.marginal import Marginal, Pass
 from hireconvert.measures import LOGITS_AT_ONCE, head_logits, logit_chunks, prove_logits
@@ -92,9 +92,10 @@ class MaskedModel:
     Use as a context: hooks are removed when it ends. Best is by exact score, unless `copies` (one a
     layer, which several models of the same weights may share) name candidates; neurons left out
     count as zero, unless the copies hold output vectors. With `levels`, kept is instead whatever
-    reaches the score that so many reach on average, and with `relative` scores are those of the
-    selection of that name. A layer with `active` equal to its neurons runs dense. Windows run one
-    at a time, so a window's figures do not depend on which others are measured.
+    reaches the score that so many reach on average, at most `most` times as many in a row, and with
+    `relative` scores are those of the selection of that name. A layer with `active` equal to its
+    neurons runs dense. Windows run one at a time, so a window's figures do not depend on which
+    others are measured.
     """
 
     def __init__(
@@ -106,10 +107,11 @@ class MaskedModel:
         score: str = "norm",
         copies: Sequence[LiveCopies] = (),
         relative: bool = False,
+        most: float = math.inf,
     ) -> None:
         self.model, self.layout, self.ids_WT = model, layout, ids_WT
-        self.copies, self._relative = copies, relative
-        self.levels: Levels | None = None  # as `fit_levels` gives them
+        self.copies, self._relative, self._most = copies, relative, most
+        self.levels: ScoreLevels | None = None  # as `fit_levels` gives them
         self.layers: Any = base_model(model).get_submodule(layout["layers"])
         parts = [ffn_parts(model, layout, index) for index in range(num_layers(model))]
         self.neurons: Active = tuple(part.down_FD().shape[0] for part in parts)
@@ -117,13 +119,34 @@ class MaskedModel:
         self._norms = [part.down_FD().detach().float().norm(dim=1) for part in parts]
         self._active: Active = self.neurons
         self._watch: Callable[[int, Pass], None] | None = None
-        self._fitting: Levels | None = None
+        self._fitting: ScoreLevels | None = None
         self._kept: dict[int, int] = {}  # neurons of the window now running, by layer
         self._inputs: dict[int, torch.Tensor] = {}
         self._rest: dict[int, torch.Tensor] = {}  # what the layer now running adds by estimate
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._dense: list[_Dense] = []
         self._resumes = False
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        layout: Layout,
+        ids_WT: torch.Tensor,
+        ffn: FfnRecipe,
+        copies: Sequence[LiveCopies],
+    ) -> "MaskedModel":
+        """The model as the recipe selects; for levels see `as_selected`."""
+        relative = ffn.selection == "relative"
+        return cls(
+            model,
+            layout,
+            ids_WT,
+            score=ffn.score,
+            copies=copies,
+            relative=relative,
+            most=ffn.over_select,
+        )
 
     @torch.no_grad()
     def __enter__(self) -> "MaskedModel":
@@ -151,9 +174,9 @@ class MaskedModel:
         return tuple(window.nll for window in self._dense)
 
     @torch.no_grad()
-    def fit_levels(self) -> Levels:
+    def fit_levels(self) -> ScoreLevels:
         """The levels of these windows, along the inputs of the dense model's layers."""
-        self._fitting = levels = Levels(len(self.neurons))
+        self._fitting = levels = ScoreLevels(len(self.neurons))
         try:
             for ids_T in self.ids_WT:
                 self._run(ids_T, self.neurons, [])
@@ -320,7 +343,7 @@ class MaskedModel:
             h = args[0]
             if self._fitting is not None:
                 ranked = self._ranked(index, h.reshape(-1, h.shape[-1]), x_ND)
-                self._fitting.note(index, self._order(index, ranked))
+                self._fitting.note(index, self._order(ranked))
             if active >= self.neurons[index]:
                 self._kept[index] = h.numel()
                 return None
@@ -355,7 +378,7 @@ class MaskedModel:
         named_NF, value_NF = ranked.named_NF, ranked.value_NF
         keep_NF, candidate_NF = self._picked(index, ranked, num_kept)
         self._kept[index] = int(keep_NF.sum())
-        order_NF = self._order(index, ranked)
+        order_NF = self._order(ranked)
         kept_NF = zeroed(h_NF, keep_NF)
         if value_NF is None:
             return Pass(h_NF, kept_NF, order_NF, named_NF)
@@ -368,27 +391,32 @@ class MaskedModel:
         self, index: int, ranked: Ranked, num_kept: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The masks of the neurons kept and of the candidates, one mask where they are the same."""
-        order_NF = self._order(index, ranked)
-        if not self._over_selects(index):
+        order_NF = self._order(ranked)
+        if not self.over_selects:
             mask_NF = self._chosen(index, order_NF, num_kept)
             return mask_NF, mask_NF
         candidate_NF = best(ranked.named_NF, self._num_candidates(index, num_kept))
         order_NF = order_NF.masked_fill(~candidate_NF, -1.0)
         return self._chosen(index, order_NF, num_kept), candidate_NF
 
-    def _order(self, index: int, ranked: Ranked) -> torch.Tensor:
+    def _order(self, ranked: Ranked) -> torch.Tensor:
         """What the neurons kept are the best by."""
-        return ranked.score_NF if self._over_selects(index) else ranked.named_NF
+        return ranked.score_NF if self.over_selects else ranked.named_NF
 
-    def _over_selects(self, index: int) -> bool:
+    @property
+    def over_selects(self) -> bool:
         """Whether exact scores choose among candidates."""
-        return bool(self.copies) and self.copies[index].estimate.over_select > 1
+        return bool(self.copies) and self.copies[0].estimate.over_select > 1
 
     def _chosen(self, index: int, score_NF: torch.Tensor, num: int) -> torch.Tensor:
         """The mask of the best `num` of every row, or of what reaches the level of that mean."""
         if self.levels is None or num >= self.neurons[index]:
             return best(score_NF, num)
-        return score_NF >= self.levels.of(index, num)
+        mask_NF = score_NF >= self.levels.of(index, num)
+        most = self._most * num
+        if most < self.neurons[index]:
+            mask_NF = mask_NF & best(score_NF, math.ceil(most - 1e-9))
+        return mask_NF
 
     def _ranked(self, index: int, h_NF: torch.Tensor, x_ND: torch.Tensor | None) -> Ranked:
         """What one layer's candidates and kept neurons are the best by; inputs with copies."""
@@ -484,9 +512,10 @@ class MaskedModel:
 def as_selected(ffn: FfnRecipe, models: Sequence[MaskedModel]) -> None:
     """Let the models go by levels where the recipe does, fitted on the text of the first.
 
-    Selections by a row's mean and spread or by its mass are simulated with a fixed number.
+    Selections by a row's mean and spread or by its mass are simulated with a fixed number, and so
+    are those of exact scores among candidates.
     """
-    if ffn.selection in LEVEL_RULES:
+    if ffn.selection in LEVEL_RULES and not models[0].over_selects:
         levels = models[0].fit_levels()
         for model in models:
             model.levels = levels

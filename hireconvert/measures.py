@@ -151,6 +151,7 @@ def logit_chunks(num_rows: int, vocabulary: int, at_once: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, num_rows, size)]
 
 
+@torch.no_grad()
 def prove_logits(model: Any, ids_WT: torch.Tensor) -> None:
     """Raise InputError unless `head_logits` gives what the model's own forward does."""
     ids_1T = ids_WT[:1, :_PROOF_TOKENS].to(model.device)

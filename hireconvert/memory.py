@@ -19,7 +19,7 @@ from hireconvert.masked import PROBABILITIES_KEPT
 from hireconvert.measures import LOGITS_AT_ONCE
 from hireconvert.objectives import LOGITS_AT_ONCE as TRAINING_LOGITS
 from hireconvert.recipe import Recipe
-from hireconvert.rules import LENGTH, NUM_TOKENS
+from hireconvert.rules import LENGTH, is_asked
 from hireconvert.runtime.hire_predict import is_copied
 from hireconvert.schema import FinetuneRecipe
 from hireconvert.schema_budget import BudgetRecipe
@@ -137,7 +137,7 @@ def peak_memory(shapes: Shapes, recipe: Recipe) -> int:
         activation_bytes(shapes, recipe),
         _fitting(shapes),
         fitted_attention(shapes)[1],
-        _choosing_rule(shapes, recipe),
+        _choosing_rule(shapes),
         _searching(shapes, recipe),
     )
     stages = [4 * shapes.numel + statistics, _evaluating(shapes, recipe)]
@@ -230,16 +230,14 @@ def search_of(recipe: Recipe) -> BudgetRecipe | None:
     return budget if budget is not None and budget.mode == "search" else None
 
 
-def _choosing_rule(shapes: Shapes, recipe: Recipe) -> int:
-    """Bytes of a pass forward and back of one window, and of dense probabilities of all."""
-    if recipe.ffn is None or recipe.ffn.selection != "level" or not shapes.layers:
+def _choosing_rule(shapes: Shapes) -> int:
+    """Bytes of a pass forward and back of one window."""
+    if not is_asked(shapes.layers):
         return 0
     config = shapes.config
     widths = 16 * config.hidden_size + KEPT_NEURONS * shapes.neurons
-    probabilities = NUM_TOKENS * config.vocab_size
-    kept = probabilities if probabilities <= PROBABILITIES_KEPT else 0
     logits = 4 * min(LENGTH * config.vocab_size, LOGITS_AT_ONCE)
-    return 4 * (kept + logits + LENGTH * config.num_hidden_layers * widths)
+    return 4 * (logits + LENGTH * config.num_hidden_layers * widths)
 
 
 def _searching(shapes: Shapes, recipe: Recipe) -> int:

@@ -40,6 +40,7 @@ from hireconvert.memory import (
 )
 from hireconvert.recipe import FfnRecipe, Recipe, per_layer
 from hireconvert.rules import NUM_TOKENS as RULE_TOKENS
+from hireconvert.rules import is_asked
 from hireconvert.scoring import head_spec, layer_counts, predictor_spec
 
 SMALL_FILES_BYTES = 50_000_000  # tokenizer, report, runtime
@@ -187,7 +188,7 @@ def plan(skeleton: Skeleton, recipe: Recipe, *, source_bytes: int = 0) -> dict[s
         + fitted_attention(shapes)[0]
         + SMALL_FILES_BYTES,
         "peak_memory_bytes": peak_memory(shapes, recipe),
-        "notes": _notes(skeleton, recipe),
+        "notes": _notes(skeleton, recipe, shapes.layers),
     }
 
 
@@ -272,7 +273,7 @@ def _finetune_tokens(recipe: Recipe) -> float:
     return (FINETUNE_COST + sampled) * finetune.num_tokens + recipe.evaluate.num_tokens
 
 
-def _notes(skeleton: Skeleton, recipe: Recipe) -> list[str]:
+def _notes(skeleton: Skeleton, recipe: Recipe, layers: Sequence[Mapping[str, Any]]) -> list[str]:
     notes = []
     if recipe.ffn is not None and skeleton.moe:
         notes.append("mixture of experts: the FFN stays dense, only the head is converted")
@@ -286,7 +287,7 @@ def _notes(skeleton: Skeleton, recipe: Recipe) -> list[str]:
         predictors = given if isinstance(given, list) else [given]
     if any(predictor.kind == "auto" for predictor in predictors):
         notes.append("predictor kind auto: shown as q; the kind is chosen on the text")
-    if recipe.ffn is not None and recipe.ffn.selection == "level" and not skeleton.moe:
+    if is_asked(layers):
         notes.append("selection level: threshold or relative is chosen on the text")
     if search_of(recipe) is not None and not skeleton.moe:
         notes.append("budget search: shown with the shares it starts from")
@@ -320,8 +321,8 @@ def _seconds(skeleton: Skeleton, result: Mapping[str, Any], recipe: Recipe) -> f
         copies = 2.0 * _copied_weights(skeleton, layers)  # what one pass through copies takes
         operations += BUDGET_COST * (per_token + copies) * _budget_tokens(recipe)
         operations += per_token * _finetune_tokens(recipe)
-        if recipe.ffn is not None and recipe.ffn.selection == "level":
-            operations += 4 * per_token * RULE_TOKENS  # a pass forward, and one forward and back
+        if is_asked((planned_hire(skeleton, recipe)["ffn"] or {"layers": ()})["layers"]):
+            operations += 3 * per_token * RULE_TOKENS  # forward and back
         operations += _attention_operations(skeleton, result, recipe)
         if recipe.finetune is not None:
             operations += FINETUNE_ESTIMATES_COST * copies * recipe.finetune.num_tokens

@@ -10,19 +10,28 @@ that size grows, and scores count by their share of it (`relative`).
 Shape suffixes: W windows, T tokens of a window, N rows (scored positions), F neurons.
 """
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from hireconvert.families import Layout
-from hireconvert.levels import Levels
+from hireconvert.levels import ScoreLevels
 from hireconvert.masked import MaskedModel
+from hireconvert.measures import prove_logits
 from hireconvert.recipe import Recipe
-from hireconvert.runtime.hire_predict import relative_scores
+from hireconvert.runtime.hire_predict import relative_scores, varies
 from hireconvert.runtime.hire_select import LEVEL_RULES
 
 NUM_TOKENS, LENGTH = 2048, 256  # what the rules are weighed on, and tokens that run at once
+
+
+def is_asked(layers: Sequence[Mapping[str, Any] | None]) -> bool:
+    """Whether a rule is to be found for layers as planned: not where nothing is selected."""
+    return any(
+        layer and varies(layer) and layer["selection"]["rule"] == "level" for layer in layers
+    )
 
 
 def rule_costs(
@@ -39,14 +48,16 @@ def rule_costs(
     In units of the rule that costs least. Scores are exact; next tokens are drawn by the seed.
     `progress` is called with windows done and windows in all.
     """
-    levels = {rule: Levels(len(kept)) for rule in LEVEL_RULES}
-    with MaskedModel(model, layout, ids_WT) as masked:
-        for number in range(len(ids_WT)):
-            for index, (score_NF, pull_N) in enumerate(masked.pulls(number, seed)):
-                cost_NF = score_NF.double().square() * pull_N[:, None]
-                levels["threshold"].note(index, score_NF, cost_NF)
-                levels["relative"].note(index, relative_scores(score_NF, score_NF), cost_NF)
-            progress(number + 1, len(ids_WT))
+    levels = {rule: ScoreLevels(len(kept)) for rule in LEVEL_RULES}
+    prove_logits(model, ids_WT)
+    masked = MaskedModel(model, layout, ids_WT)  # not entered: no selection is laid over it
+    for number in range(len(ids_WT)):
+        drawn = random.Random(f"{seed} {number}").getrandbits(63)
+        for index, (score_NF, pull_N) in enumerate(masked.pulls(number, drawn)):
+            cost_NF = score_NF.double().square() * pull_N[:, None]
+            levels["threshold"].note(index, score_NF, cost_NF)
+            levels["relative"].note(index, relative_scores(score_NF, score_NF), cost_NF)
+        progress(number + 1, len(ids_WT))
     costs = {
         rule: sum(of.below(index, number) for index, number in enumerate(kept))
         for rule, of in levels.items()
@@ -58,6 +69,16 @@ def rule_costs(
 def cheapest_rule(costs: Mapping[str, float]) -> str:
     """The rule that costs least."""
     return min(LEVEL_RULES, key=lambda rule: costs[rule])
+
+
+def told(costs: Mapping[str, float]) -> str:
+    """One line on the rule that follows."""
+    rule = cheapest_rule(costs)
+    (other,) = (one for one in LEVEL_RULES if one != rule)
+    return (
+        f"ffn.selection: {rule} ({other} would cost {costs[other]:.2f} times as much, to second "
+        "order)"
+    )
 
 
 def with_rule(recipe: Recipe, rule: str) -> Recipe:

@@ -272,13 +272,16 @@ class FfnRecipe(Section):
 
     def _all_problems(self) -> Iterator[Problem]:
         """Whether as many candidates as a selection by level has would all be kept."""
-        for key, keep in _each("keep_fraction", self.keep_fraction):
-            if self.keep == "candidates" and keep < 1 <= keep * self.over_select:
-                yield (
-                    "over_select",
-                    f"with {self.over_select:g} times {key} {keep:g} and keep: candidates every "
-                    "neuron is computed; give 1 (--set ffn.over_select=1), or a selection by level",
-                )
+        keeps = [keep for _, keep in _each("keep_fraction", self.keep_fraction) if keep < 1]
+        kinds = (one.kind for _, one in _each("predictor", self.predictor))
+        if self.keep != "candidates" or not keeps or "auto" in kinds:
+            return
+        if min(keeps) * self.over_select >= 1:
+            yield (
+                "over_select",
+                f"with {self.over_select:g} times keep_fraction and keep: candidates every neuron "
+                "is computed; give 1 (--set ffn.over_select=1), or a selection by level",
+            )
 
     def _rows_problems(self) -> Iterator[Problem]:
         """What of a recipe gives no copies to round weights to."""

@@ -101,17 +101,7 @@ def _masked(
             run.model, run.layout, ffn, inputs=ffn_inputs(run.model, run.layout, texts[0])
         )
     with ExitStack() as stack:
-        models = [
-            MaskedModel(
-                run.model,
-                run.layout,
-                ids_WT,
-                score=ffn.score,
-                copies=copies,
-                relative=ffn.selection == "relative",
-            )
-            for ids_WT in texts
-        ]
+        models = [MaskedModel.of(run.model, run.layout, ids_WT, ffn, copies) for ids_WT in texts]
         entered = tuple(stack.enter_context(model) for model in models)
         as_selected(ffn, entered)
         yield entered

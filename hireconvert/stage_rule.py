@@ -10,7 +10,15 @@ from typing import Any
 from hireconvert.budget import evenly
 from hireconvert.data import TokenData
 from hireconvert.planning import planned_hire
-from hireconvert.rules import LENGTH, NUM_TOKENS, cheapest_rule, rule_costs, with_rule
+from hireconvert.rules import (
+    LENGTH,
+    NUM_TOKENS,
+    cheapest_rule,
+    is_asked,
+    rule_costs,
+    told,
+    with_rule,
+)
 from hireconvert.stages import RESULT, Run, steps
 from hireconvert.workspace import write_json
 
@@ -21,8 +29,7 @@ def choose_rule(
     run: Run, fingerprint: Mapping[str, Any], tokens: TokenData
 ) -> dict[str, Any] | None:
     """What was measured, the run's recipe then naming the rule; None where none is to be chosen."""
-    ffn = run.recipe.ffn
-    if ffn is None or run.hire["ffn"] is None or ffn.selection != "level":
+    if run.hire["ffn"] is None or not is_asked(run.hire["ffn"]["layers"]):
         return None
     if not run.space.is_done(STAGE, fingerprint):
         ids_WT = evenly(tokens.fit_WT, NUM_TOKENS, LENGTH)
@@ -40,9 +47,5 @@ def choose_rule(
     found: dict[str, Any] = json.loads((run.space.path(STAGE) / RESULT).read_text(encoding="utf-8"))
     run.recipe = with_rule(run.recipe, found["selection"])
     run.hire = planned_hire(run.skeleton, run.recipe)
-    other, most = max(found["costs"].items(), key=lambda pair: pair[1])
-    run.reporter.note(
-        f"ffn.selection: {found['selection']} ({other} would cost {most:.2f} times as much, to "
-        "second order)"
-    )
+    run.reporter.note(told(found["costs"]))
     return found

@@ -1,7 +1,7 @@
 """The stages of a conversion: each reads artifacts, runs one module and leaves an artifact.
 
-source -> tokens -> [finetune, in stage_finetune.py] -> activations -> predictors (one artifact a
-layer) -> [attention, of 4 bits] -> export -> evaluation
+source -> tokens -> [rule, budget and finetune, in files of their own] -> activations -> predictors
+(one artifact a layer) -> [attention, of 4 bits] -> export -> evaluation
 """
 
 import ctypes

@@ -136,6 +136,8 @@ class LayerStudent:
         with torch.no_grad():
             h_NF = h.detach().flatten(0, -2).float()
             unit_NS, value_NF = self._estimated()
+            if unit_NS is None:  # by exact scores
+                unit_NS = self._named(h_NF, h_NF if value_NF is None else value_NF)
             mask_NF, candidate_NF = self._masks(h_NF.abs() * self.norm_F, unit_NS)
             mask_NF = self._with_prefix(mask_NF)
             self.rows += len(mask_NF)
@@ -156,28 +158,26 @@ class LayerStudent:
         return output + rest @ down_FD
 
     def _masks(
-        self, score_NF: torch.Tensor, unit_NS: torch.Tensor | None
+        self, score_NF: torch.Tensor, unit_NS: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """bool [N, F] each: the neurons kept, and those computed exactly."""
+        """bool [N, F] each: the neurons kept, and those computed exactly.
+
+        From exact scores, and the units' scores by which candidates are named.
+        """
         counts, selection = self.counts, self.selection
         if self.predictor is not None and varies(counts) and selection.progress == 1:
-            assert unit_NS is not None
             candidate_NF = candidate_mask(counts, unit_NS)
             return kept_mask(counts, candidate_NF, unit_NS, score_NF), candidate_NF
         kept = selection.count(num_active(counts), counts["num_neurons"])
-        if unit_NS is None and self.copies is None:  # nobody asks which were candidates
-            if is_relative(counts):
-                score_NF = relative_scores(score_NF, score_NF)
-            unit_NS = self._units(score_NF)
-            mask_NF = self._neurons(self._best(unit_NS, kept, by_level=self._by_level))
-            return mask_NF, mask_NF
-        exact_NS = self._units(score_NF)
-        named_NS = exact_NS if unit_NS is None else unit_NS
-        if counts["keep"] == "candidates":
-            mask_NF = self._neurons(self._best(named_NS, kept, by_level=self._by_level))
-            return mask_NF, mask_NF
         candidates = selection.count(counts["num_candidates"], counts["num_neurons"])
-        chosen_NS = self._best(named_NS, candidates)
+        # Without estimates nobody asks which were candidates.
+        if counts["keep"] == "candidates" or (self.predictor is None and self.copies is None):
+            mask_NS = self._best(unit_NS, kept, by_level=self._by_level)
+            if self._by_level and counts["keep"] == "candidates":
+                mask_NS = mask_NS & self._best(unit_NS, candidates)
+            mask_NF = self._neurons(mask_NS)
+            return mask_NF, mask_NF
+        exact_NS, chosen_NS = self._units(score_NF), self._best(unit_NS, candidates)
         mask_NS = self._best(exact_NS.where(chosen_NS, -1.0), kept, by_level=self._by_level)
         return self._neurons(mask_NS), self._neurons(chosen_NS)
 
@@ -216,12 +216,14 @@ class LayerStudent:
         if self.counts["predictor"]["groups"]:
             return z_NM[:, self.counts["num_common"] // self.counts["group_size"] :], None
         size_NF = predictor.ranked(z_NM, self.parts.act, self.counts, gated=gated)
-        value_NF = predictor.values(z_NM, self.parts.act, gated=gated)
+        value_NF = size_NF
+        if copies is not None or is_relative(self.counts):
+            value_NF = predictor.values(z_NM, self.parts.act, gated=gated)
         return self._named(size_NF, value_NF), None if copies is None else value_NF
 
     def _named(self, size_NF: torch.Tensor, value_NF: torch.Tensor) -> torch.Tensor:
-        """The units' scores of sizes (or errors) that go with estimated values."""
-        score_NF = size_NF * self.norm_F
+        """The units' scores of sizes (or errors) that go with these hidden values."""
+        score_NF = size_NF.abs() * self.norm_F
         if is_relative(self.counts):
             score_NF = relative_scores(score_NF, value_NF.abs() * self.norm_F)
         return self._units(score_NF)

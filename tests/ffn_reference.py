@@ -91,6 +91,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "over_select": 1.6,
         "predictor": {"kind": "lr", "rank": 16, "group_scores": True},
     },
+    "relative": {"selection": "relative", "keep": "candidates", "over_select": 1.6},
+    "relative_all": {
+        "selection": "relative",
+        "keep": "candidates",
+        "over_select": 20.0,
+        "score": "plain",
+        "predictor": {"bits": 2, "soften": True},
+    },
+    "relative_groups_common": {
+        "selection": "relative",
+        "keep": "candidates",
+        "group_size": 4,
+        "common_path": 0.125,
+        "over_select": 1.6,
+    },
     "mean_std": {"selection": "mean_std"},
     "mean_std_candidates": {"selection": "mean_std", "keep": "candidates", "over_select": 1.6},
     "mean_std_groups": {"selection": "mean_std", "group_size": 4, "common_path": 0.125},
@@ -126,12 +141,18 @@ def predicted(spec: dict[str, Any], tensors: dict[str, torch.Tensor], x_ND: torc
     return z_NM
 
 
-def reaches_level(selection: dict[str, Any], own_NS: torch.Tensor, estimate_NS: Any) -> Any:
-    """The rules of docs/format.md, row by row."""
+def reaches_level(
+    selection: dict[str, Any], own_NS: torch.Tensor, estimate_NS: Any, adds_NF: Any
+) -> Any:
+    """The rules of docs/format.md, row by row; `adds_NF` is what neurons are estimated to add."""
     level, rows = selection["level"], []
-    for own_S, estimate_S in zip(own_NS.double(), estimate_NS.double(), strict=True):
+    for row, (own_S, estimate_S) in enumerate(
+        zip(own_NS.double(), estimate_NS.double(), strict=True)
+    ):
         if selection["rule"] == "threshold":
             rows.append(own_S >= level)
+        elif selection["rule"] == "relative":
+            rows.append(own_S >= level * adds_NF[row].double().norm())
         elif selection["rule"] == "mean_std":
             rows.append(own_S >= estimate_S.mean() + level * estimate_S.std(correction=0))
         else:
@@ -161,11 +182,12 @@ def reference_masks(
         score_NF = (hidden_NF.abs() * norm_F)[:, common:]
         return score_NF if group == 1 else score_NF.unflatten(-1, (-1, group)).norm(dim=-1)
 
-    z_NM = predicted(spec, tensors, x_ND)
+    z_NM, adds_NF = predicted(spec, tensors, x_ND), None
     if spec["predictor"]["groups"]:
         estimate_NS = z_NM[:, common // group :]
     else:
         size_NF = combined(weights, z_NM).abs()
+        adds_NF = size_NF * norm_F
         if spec["predictor"].get("soften"):
             gate_NF, up_NF = z_NM.chunk(2, dim=-1)
             soft_gate_F, soft_up_F = tensors["soft"].float().view(2, -1)
@@ -183,7 +205,7 @@ def reference_masks(
     if spec["keep"] == "top_k":
         own_NS = units(dense_hidden(weights, x_ND)).masked_fill(~chosen_NS, 0.0)
     if "selection" in spec:
-        chosen_NS = chosen_NS & reaches_level(spec["selection"], own_NS, estimate_NS)
+        chosen_NS = chosen_NS & reaches_level(spec["selection"], own_NS, estimate_NS, adds_NF)
     elif spec["keep"] == "top_k":
         chosen_NS = lowest_first(own_NS, (spec["num_kept"] - common) // group)
     exact_NS = chosen_NS if spec["keep"] == "candidates" else exact_NS

@@ -64,6 +64,17 @@ CASES = {
         {"certified": False, "unselected": "-inf"},
         shard="60KB",
     ),
+    "relative": Case(
+        "llama",
+        {
+            "selection": "relative",
+            "keep": "candidates",
+            "over_select": 20.0,
+            "score": "error",
+            "unselected": {"bits": 4, "block": 16},
+        },
+        {},
+    ),
     "threshold": Case("llama_bias", {"selection": "threshold", "unselected": {"bits": 2}}, {}),
     "qlr, some inputs": Case(
         "phi3",

@@ -202,7 +202,7 @@ def arms_of(
         for name, rest in rests.items():
             num = max(1, round(keep * neurons))
             arms[f"keep {keep}{name}"] = native_arm(tensors, num, rest, memory)
-            if options.by_level:
+            if options.by_level and num < neurons:
                 arms[f"keep {keep}{name}, by level"] = native_arm(tensors, num, rest, memory, x)
     parts: Arms = {"selection": selection_arm(neurons, neurons // 4)}
     parts["estimates and rest"] = native_arm(tensors, 1, REST, memory // 2)

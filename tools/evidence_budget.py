@@ -117,16 +117,7 @@ def compare(args: argparse.Namespace) -> None:
         copies = live_copies(model, layout, ffn, inputs=ffn_inputs(model, layout, texts["search"]))
     with ExitStack() as stack:
         masked = {
-            name: stack.enter_context(
-                MaskedModel(
-                    model,
-                    layout,
-                    ids_WT,
-                    score=ffn.score,
-                    copies=copies,
-                    relative=ffn.selection == "relative",
-                )
-            )
+            name: stack.enter_context(MaskedModel.of(model, layout, ids_WT, ffn, copies))
             for name, ids_WT in texts.items()
         }
         as_selected(ffn, list(masked.values()))

@@ -111,8 +111,9 @@ typedef struct {
     int32_t *x_place;  /* [16]: and of the last group, which scale a lane has */
     float *z;        /* [parts, Fp] estimates */
     float *score;    /* [Fp] estimated */
-    float *value;    /* [Fp] hidden values of the rest: estimates, exact where computed; of the
-                        kept 0, unless the rest adds the copies of refined rows for them */
+    float *value;    /* [Fp] hidden values of the rest, or that a level is relative to: estimates,
+                        exact where computed; of the kept 0, unless the rest adds the copies of
+                        refined rows for them */
     float *h;        /* [F] exact hidden values of the candidates */
     float *exact;    /* [F] exact scores of the candidates */
     int32_t *index;  /* [F + 1] candidates, ascending */

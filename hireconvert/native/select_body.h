@@ -1,4 +1,4 @@
-/* The k largest scores; part of kernels_body.h.
+/* The k largest scores, and those that reach a level; part of kernels_body.h.
  *
  * Floats that are not negative order like their bits, so the k-th largest is found by halving the
  * range of bits that it lies in, and soon only among the scores that lie there. */

@@ -268,7 +268,9 @@ class SparseFfn(nn.Module):
             size_NF = value_NF  # scores take its absolute value
         score_NF = self.scores(size_NF, prepared.norm_F)
         if is_relative(spec):
-            whole_NF = predictor.values(z_NM, self.parts.act, gated=gated)
+            whole_NF = value_NF
+            if whole_NF is None:
+                whole_NF = predictor.values(z_NM, self.parts.act, gated=gated)
             score_NF = relative_scores(score_NF, self.scores(whole_NF, prepared.norm_F))
         return unit_scores(score_NF[:, spec["num_common"] :], spec["group_size"]), value_NF
 

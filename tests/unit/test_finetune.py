@@ -269,9 +269,10 @@ def test_before_its_predictors_the_student_goes_by_a_level_of_the_rows_at_hand(
             size_NF, score_NF = value_NF.abs() * norm_F, error_NF * norm_F
         if rule == "relative":
             score_NF = score_NF / size_NF.norm(dim=1, keepdim=True)
-        mask_NF, candidate_NF = own.layers[last]._masks(
-            found["h_NF"].abs() * norm_F, own.layers[last]._estimated()[0]
-        )
+        student = own.layers[last]
+        named_NF = student._estimated()[0] if copies else student._named(*2 * [found["h_NF"]])
+        assert named_NF is not None
+        mask_NF, candidate_NF = student._masks(found["h_NF"].abs() * norm_F, named_NF)
     for hook in hooks:
         hook.remove()
     number = counts["num_kept"] * len(score_NF)

@@ -146,7 +146,7 @@ def test_what_passes_the_checks_also_runs(models):
             layer[name] = dice.choice([0, 1, 2, 3, 4, 8, 24, 48, 60, 92, 95, 96, 97])
         layer["keep"] = dice.choice(["top_k", "candidates"])
         level = dice.choice([-3.0e38, -1, 0, 1e-45, 0.5, 1, 2**70, 3.0e38])
-        rule = dice.choice(["threshold", "mean_std", "score_mass"])
+        rule = dice.choice(["threshold", "relative", "mean_std", "score_mass"])
         varying = {"rule": rule, "level": level, "mean_kept": dice.choice([0, 48, 47.5])}
         layer["selection"] = dice.choice([None, varying, varying, varying])
         config.hire["head"]["num_candidates"] = dice.choice([1, 95, 96, 5000])
@@ -244,6 +244,16 @@ def test_rows_of_copies_leave_no_neuron_out(models, change):
     with pytest.raises(ValueError, match="by which all 96 neurons count"):
         check_hire_config(config)
     config.hire["ffn"]["layers"][1]["rows"] = "stored"
+    check_hire_config(config)
+
+
+def test_a_relative_level_is_one_of_estimates(models):
+    config = copy.deepcopy(models["llama_bias"].config)
+    layer = config.hire["ffn"]["layers"][1]
+    layer["selection"] = layer["selection"] | {"rule": "relative"}
+    with pytest.raises(ValueError, match="rule is 'relative', but keep is 'top_k'"):
+        check_hire_config(config)
+    layer["keep"] = "candidates"
     check_hire_config(config)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hireconvert.families import find_layout, num_layers
-from hireconvert.levels import LEAST_LEVEL, Levels
+from hireconvert.levels import LEAST_LEVEL, ScoreLevels
 from hireconvert.lowbit import ffn_inputs, live_copies
 from hireconvert.masked import MaskedModel, as_selected
 from hireconvert.recipe import FfnRecipe
@@ -30,7 +30,7 @@ def drawn(*shape: int) -> torch.Tensor:
 
 
 def test_as_many_reach_a_level_as_it_was_asked_for() -> None:
-    levels, score_NF = Levels(2), drawn(300, 200) * torch.logspace(-9, 9, 300)[:, None]
+    levels, score_NF = ScoreLevels(2), drawn(300, 200) * torch.logspace(-9, 9, 300)[:, None]
     for rows_NF in score_NF.split(70):
         levels.note(1, rows_NF)
     for number in (1, 3, 50, 117, 199):
@@ -41,7 +41,7 @@ def test_as_many_reach_a_level_as_it_was_asked_for() -> None:
 
 
 def test_scores_of_zero_reach_no_level() -> None:
-    levels, score_NF = Levels(1), drawn(40, 20)
+    levels, score_NF = ScoreLevels(1), drawn(40, 20)
     score_NF[:, ::2] = 0.0
     levels.note(0, score_NF)
     assert levels.of(0, 15) == LEAST_LEVEL
@@ -68,6 +68,41 @@ def test_a_model_that_goes_by_levels_keeps_as_many_on_average(rule: str) -> None
     assert resumed == alone
     assert [sum(window.values()) / 20 for window in again.kept] == list(varying.kept_W)
     assert all(window == dict.fromkeys(window, 20 * active[0]) for window in trace.kept)
+
+
+def test_no_row_keeps_more_than_its_candidates() -> None:
+    model, ids_WT = tiny_model("llama"), tokens(4, 20)
+    layout, ffn = find_layout(model), FfnRecipe(**{**FFN, "selection": "threshold"})
+    copies = live_copies(model, layout, ffn, inputs=ffn_inputs(model, layout, ids_WT))
+    active, kept = (NEURONS // 4,) * num_layers(model), {}
+    for over_select in (20.0, 1.2):
+        own = ffn.model_copy(update={"over_select": over_select})
+        with MaskedModel.of(model, layout, ids_WT, own, copies) as masked:
+            as_selected(own, [masked])
+            kept[over_select] = masked.measure(active)[0].kept
+            score_NF = drawn(50, NEURONS)
+            masked.levels = levels = ScoreLevels(num_layers(model))
+            levels.note(0, score_NF)
+            number_N = masked._chosen(0, score_NF, 20).sum(1)
+            assert (int(number_N.max()) == 24) == (over_select == 1.2)
+    assert kept[1.2] < kept[20.0]
+
+
+def test_exact_scores_among_candidates_are_simulated_with_a_fixed_number() -> None:
+    model, ids_WT = tiny_model("llama"), tokens(2, 8)
+    layout = find_layout(model)
+    ffn = FfnRecipe(**{**FFN, "selection": "threshold", "keep": "top_k", "over_select": 1.25})
+    copies = live_copies(model, layout, ffn, inputs=ffn_inputs(model, layout, ids_WT))
+    with MaskedModel.of(model, layout, ids_WT, ffn, copies) as masked:
+        as_selected(ffn, [masked])
+        assert masked.levels is None
+        assert masked.measure((20,) * num_layers(model))[0].kept == 20 * num_layers(model)
+
+
+def test_scores_that_are_no_numbers_count_as_zero() -> None:
+    levels = ScoreLevels(1)
+    levels.note(0, torch.tensor([[-torch.nan, -1.0, 2.0, 3.0]]))
+    assert levels.of(0, 2) == pytest.approx(2.0, rel=0.01)
 
 
 def test_a_fixed_number_needs_no_levels() -> None:

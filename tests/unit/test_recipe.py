@@ -218,6 +218,14 @@ WRONG = [
     ("head.block=20000000", "head.block: 20000000 is not in [0, 16777216]"),
     ("decode.max_sparse_rows=2000000", "decode.max_sparse_rows: 2000000 is not in [1, 1048576]"),
     (
+        "ffn={keep_fraction: 0.5, over_select: 20, keep: candidates}",
+        "ffn.over_select: with 20 times keep_fraction and keep: candidates every neuron",
+    ),
+    (
+        "ffn={keep_fraction: 0.5, selection: relative}",
+        "ffn.selection: relative goes by estimates alone: it needs ffn.keep candidates, not top_k",
+    ),
+    (
         "ffn={keep_fraction: 0.5, over_select: 1, selection: threshold}",
         "ffn.over_select: selection threshold needs more than 1: with as many candidates",
     ),

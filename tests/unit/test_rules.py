@@ -3,15 +3,17 @@
 Shape suffixes: N rows (scored positions), F neurons.
 """
 
+import random
 from typing import Any
 
 import pytest
 import torch
 
 from hireconvert.families import ffn_parts, find_layout, num_layers
-from hireconvert.levels import Levels
+from hireconvert.levels import ScoreLevels
 from hireconvert.recipe import FfnRecipe, Recipe
-from hireconvert.rules import cheapest_rule, rule_costs, with_rule
+from hireconvert.rules import cheapest_rule, is_asked, rule_costs, told, with_rule
+from hireconvert.scoring import layer_counts
 from tests.tiny import NEURONS, tiny_model, tokens
 
 
@@ -21,7 +23,7 @@ def slow_costs(model: Any, ids_WT: torch.Tensor, num_kept: int, seed: int) -> di
     layers = range(num_layers(model))
     scores: list[list[torch.Tensor]] = [[] for _ in layers]
     pulls: list[list[torch.Tensor]] = [[] for _ in layers]
-    for ids_T in ids_WT:
+    for number, ids_T in enumerate(ids_WT):
         added: list[torch.Tensor] = []
         hooks = []
         for index in layers:
@@ -45,7 +47,8 @@ def slow_costs(model: Any, ids_WT: torch.Tensor, num_kept: int, seed: int) -> di
         logs = model(ids_T[None], use_cache=False).logits[0, :-1].log_softmax(-1)
         for hook in hooks:
             hook.remove()
-        dice = torch.Generator().manual_seed(seed)
+        own_seed = random.Random(f"{seed} {number}").getrandbits(63)
+        dice = torch.Generator().manual_seed(own_seed)
         drawn = torch.multinomial(logs.detach().exp(), 1, generator=dice)
         gradients = torch.autograd.grad(-logs.gather(1, drawn).sum(), added)
         for index, g_ND in enumerate(gradients):
@@ -86,7 +89,7 @@ def test_scores_count_by_their_share_where_a_norm_follows(family: str) -> None:
 
 
 def test_weights_below_a_level_are_summed() -> None:
-    levels, dice = Levels(1), torch.Generator().manual_seed(0)
+    levels, dice = ScoreLevels(1), torch.Generator().manual_seed(0)
     score_NF, weight_NF = (torch.rand(50, 40, generator=dice) + 0.1 for _ in range(2))
     levels.note(0, score_NF, weight_NF.double())
     for number in (1, 10, 39):
@@ -103,3 +106,23 @@ def test_the_rule_takes_the_place_of_level() -> None:
     assert recipe.ffn is not None and recipe.ffn.selection == "relative"
     assert recipe.ffn.keep_fraction == 0.5 and recipe.name == "mine"
     assert cheapest_rule({"threshold": 1.0, "relative": 1.0}) == "threshold"
+    assert told({"threshold": 1.25, "relative": 1.0}) == (
+        "ffn.selection: relative (threshold would cost 1.25 times as much, to second order)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked"),
+    [
+        ({}, True),
+        ({"selection": "threshold"}, False),
+        ({"keep_fraction": 1.0}, False),
+        ({"keep_fraction": 1.0, "rows": "copies", "unselected": {}}, False),
+    ],
+)
+def test_nothing_is_asked_where_nothing_is_selected(changes: dict[str, Any], asked: bool) -> None:
+    given = {"keep_fraction": 0.5, "selection": "level", "keep": "candidates", "over_select": 20}
+    ffn = FfnRecipe(**{**given, **changes})
+    assert isinstance(ffn.keep_fraction, float)
+    assert is_asked([None, layer_counts(NEURONS, ffn, ffn.keep_fraction)]) == asked
+    assert not is_asked([]) and not is_asked([None])

@@ -12,8 +12,15 @@ from hireconvert.errors import UsageError
 from hireconvert.families import FfnWeights
 from hireconvert.recipe import DistillRecipe, FfnRecipe, PredictorRecipe, load_recipe
 from hireconvert.runtime.hire_config import check_hire_config, describe
-from hireconvert.runtime.hire_predict import Predictor, layer_bytes, num_active, predictor_bytes
+from hireconvert.runtime.hire_predict import (
+    Predictor,
+    layer_bytes,
+    num_active,
+    predictor_bytes,
+    relative_scores,
+)
 from hireconvert.runtime.hire_select import (
+    LEVEL_RULES,
     RULES,
     candidate_mask,
     finite_rows,
@@ -106,7 +113,18 @@ def test_standings_of_a_row_by_hand() -> None:
     assert torch.allclose(share, torch.tensor([[10 / 26, 0.0, 1.0, 1 / 26]]))
 
 
-@pytest.mark.parametrize("rule", RULES)
+def test_relative_scores_are_shares_of_what_a_row_comes_to() -> None:
+    scale = torch.logspace(-8, 12, 20).unsqueeze(1)
+    score, size = drawn(20, 50, seed=3).abs() * scale, drawn(20, 50, seed=4) * scale
+    share = relative_scores(score, size)
+    expected = score.double() / size.double().square().sum(1, keepdim=True).sqrt()
+    assert torch.allclose(share.double(), expected, rtol=1e-5)
+    assert torch.equal(share, relative_scores(score * 4, size * 4))
+    nothing = relative_scores(torch.tensor([[0.0, 1.0]]), torch.zeros(1, 2))
+    assert nothing[0, 0] == 0 and nothing.isfinite().all() and nothing[0, 1] > 1e20
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in LEVEL_RULES])
 def test_standings_order_as_scores_do_and_stay_finite(rule: str) -> None:
     score = drawn(20, 50, seed=3).abs() * torch.logspace(-8, 12, 20).unsqueeze(1)
     score[0] = 0
