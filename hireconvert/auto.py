@@ -27,18 +27,11 @@ from hireconvert.lowbit import ffn_inputs, live_copies
 from hireconvert.masked import PROBABILITIES_KEPT, MaskedModel, as_selected
 from hireconvert.planning import Skeleton, converts_ffn, make_skeleton, planned_hire
 from hireconvert.recipe import Recipe, load_recipe
-from hireconvert.rules import (
-    LENGTH,
-    NUM_TOKENS,
-    cheapest_rule,
-    is_asked,
-    rule_costs,
-    told,
-    with_rule,
-)
+from hireconvert.rules import cheapest_rule, is_asked, told, with_rule
 from hireconvert.sampling import sample_from_model
 from hireconvert.schema_budget import BudgetRecipe
-from hireconvert.stages import Reporter, steps
+from hireconvert.stage_rule import STEPS, TITLE, weigh_rules
+from hireconvert.stages import Reporter
 
 WINDOW, MOST_TOKENS = 256, 4096
 WITHOUT_FFN = "lossless"
@@ -169,11 +162,8 @@ def _tried(
     ffn = first.ffn
     planned = planned_hire(skeleton, first)["ffn"]["layers"]
     if is_asked(planned):
-        few_WT, kept = evenly(ids_WT, NUM_TOKENS, LENGTH), [one["num_kept"] for one in planned]
-        with reporter.stage("rule of selection", len(few_WT)) as advance:
-            costs = rule_costs(
-                model, layout, few_WT, kept, seed=first.seed, progress=steps(advance, len(few_WT))
-            )
+        with reporter.stage(TITLE, STEPS) as advance:
+            costs = weigh_rules(model, layout, ids_WT, planned, seed=first.seed, advance=advance)
         reporter.note(told(costs))
         rule = cheapest_rule(costs)
         ffn = ffn.model_copy(update={"selection": rule})

@@ -28,7 +28,7 @@ from hireconvert.allocation import Allocation, Keeps, Trades
 from hireconvert.masked import Active, MaskedModel, Score, Trace
 from hireconvert.memory import beginnings
 from hireconvert.schema_budget import BudgetRecipe, BudgetTargetRecipe
-from hireconvert.second_order import cheapest
+from hireconvert.second_order import cheapest, window_seed
 
 Progress = Callable[[int, int, str], None]  # rounds done, rounds in all, where the score stands
 
@@ -130,8 +130,7 @@ class Trials:
                 tuple(self.allocation.active_in(i, trades.keep(i, level)) for level in reach)
                 for i, reach in enumerate(levels)
             ]
-            drawn = random.Random(f"{seed} {number}").getrandbits(63)
-            found = self.masked.costs(number, active_LS, drawn)
+            found = self.masked.costs(number, active_LS, window_seed(seed, number))
             # One layer after the other, where scores of windows stand.
             known = Score(tuple(cost for curve in found for cost in curve), ())
             self.memo.put(key, known)

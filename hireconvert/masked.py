@@ -119,7 +119,6 @@ class MaskedModel:
         self._norms = [part.down_FD().detach().float().norm(dim=1) for part in parts]
         self._active: Active = self.neurons
         self._watch: Callable[[int, Pass], None] | None = None
-        self._fitting: ScoreLevels | None = None
         self._kept: dict[int, int] = {}  # neurons of the window now running, by layer
         self._inputs: dict[int, torch.Tensor] = {}
         self._rest: dict[int, torch.Tensor] = {}  # what the layer now running adds by estimate
@@ -137,14 +136,13 @@ class MaskedModel:
         copies: Sequence[LiveCopies],
     ) -> "MaskedModel":
         """The model as the recipe selects; for levels see `as_selected`."""
-        relative = ffn.selection == "relative"
         return cls(
             model,
             layout,
             ids_WT,
             score=ffn.score,
             copies=copies,
-            relative=relative,
+            relative=ffn.selection == "relative",
             most=ffn.over_select,
         )
 
@@ -176,12 +174,12 @@ class MaskedModel:
     @torch.no_grad()
     def fit_levels(self) -> ScoreLevels:
         """The levels of these windows, along the inputs of the dense model's layers."""
-        self._fitting = levels = ScoreLevels(len(self.neurons))
-        try:
-            for ids_T in self.ids_WT:
+        levels = ScoreLevels(len(self.neurons))
+        for ids_T in self.ids_WT:
+            with watched(self._parts) as flows:
                 self._run(ids_T, self.neurons, [])
-        finally:
-            self._fitting = None
+            for index, flow in enumerate(flows):
+                levels.note(index, self._order(self._ranked_in(index, flow)))
         return levels
 
     @torch.no_grad()
@@ -248,7 +246,7 @@ class MaskedModel:
         rows, costs = self.ids_WT.shape[1] - 1, []
         with self._passed_back(number, seed) as flows:
             for index, (flow, active_S) in enumerate(zip(flows, active_LS, strict=True)):
-                ranked = self._ranked(index, flow.h_NF, flow.x_ND if self.copies else None)
+                ranked = self._ranked_in(index, flow)
                 down_FD = self._parts[index].down_FD()
                 copy_FD = self.copies[index].down_FD if self.copies else None
                 effects = effects_of(ranked, flow.gradient_ND, down_FD, copy_FD)
@@ -341,9 +339,6 @@ class MaskedModel:
         def mask(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor] | None:
             active, x_ND = self._active[index], self._inputs.pop(index, None)
             h = args[0]
-            if self._fitting is not None:
-                ranked = self._ranked(index, h.reshape(-1, h.shape[-1]), x_ND)
-                self._fitting.note(index, self._order(ranked))
             if active >= self.neurons[index]:
                 self._kept[index] = h.numel()
                 return None
@@ -417,6 +412,10 @@ class MaskedModel:
         if most < self.neurons[index]:
             mask_NF = mask_NF & best(score_NF, math.ceil(most - 1e-9))
         return mask_NF
+
+    def _ranked_in(self, index: int, flow: Flow) -> Ranked:
+        """As `_ranked`, of a layer that was watched."""
+        return self._ranked(index, flow.h_NF, flow.x_ND if self.copies else None)
 
     def _ranked(self, index: int, h_NF: torch.Tensor, x_ND: torch.Tensor | None) -> Ranked:
         """What one layer's candidates and kept neurons are the best by; inputs with copies."""

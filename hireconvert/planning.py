@@ -321,7 +321,7 @@ def _seconds(skeleton: Skeleton, result: Mapping[str, Any], recipe: Recipe) -> f
         copies = 2.0 * _copied_weights(skeleton, layers)  # what one pass through copies takes
         operations += BUDGET_COST * (per_token + copies) * _budget_tokens(recipe)
         operations += per_token * _finetune_tokens(recipe)
-        if is_asked((planned_hire(skeleton, recipe)["ffn"] or {"layers": ()})["layers"]):
+        if any(row["selection"] == "level" for row in layers):
             operations += 3 * per_token * RULE_TOKENS  # forward and back
         operations += _attention_operations(skeleton, result, recipe)
         if recipe.finetune is not None:

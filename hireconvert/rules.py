@@ -10,7 +10,6 @@ that size grows, and scores count by their share of it (`relative`).
 Shape suffixes: W windows, T tokens of a window, N rows (scored positions), F neurons.
 """
 
-import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from hireconvert.measures import prove_logits
 from hireconvert.recipe import Recipe
 from hireconvert.runtime.hire_predict import relative_scores, varies
 from hireconvert.runtime.hire_select import LEVEL_RULES
+from hireconvert.second_order import window_seed
 
 NUM_TOKENS, LENGTH = 2048, 256  # what the rules are weighed on, and tokens that run at once
 
@@ -52,8 +52,8 @@ def rule_costs(
     prove_logits(model, ids_WT)
     masked = MaskedModel(model, layout, ids_WT)  # not entered: no selection is laid over it
     for number in range(len(ids_WT)):
-        drawn = random.Random(f"{seed} {number}").getrandbits(63)
-        for index, (score_NF, pull_N) in enumerate(masked.pulls(number, drawn)):
+        pulls = masked.pulls(number, window_seed(seed, number))
+        for index, (score_NF, pull_N) in enumerate(pulls):
             cost_NF = score_NF.double().square() * pull_N[:, None]
             levels["threshold"].note(index, score_NF, cost_NF)
             levels["relative"].note(index, relative_scores(score_NF, score_NF), cost_NF)

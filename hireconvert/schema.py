@@ -248,7 +248,10 @@ class FfnRecipe(Section):
             yield from self._budget_problems(self.budget)
         if self.score == "error":
             yield from self._error_problems()
-        yield from self._varying_problems() if self.selection != "fixed" else self._all_problems()
+        if self.selection != "fixed":
+            yield from self._varying_problems()
+        else:
+            yield from self._all_problems()
         for key, predictor in _each("predictor", self.predictor):
             if predictor.group_scores and self.group_size == 1:
                 yield f"{key}.group_scores", "needs ffn.group_size above 1"
@@ -261,9 +264,13 @@ class FfnRecipe(Section):
         if self.rows == "copies":
             yield from self._selection_problems()
 
+    @property
+    def _tries_kinds(self) -> bool:
+        """Whether a predictor's kind, and with it the number of candidates, is found by trying."""
+        return any(one.kind == "auto" for _, one in _each("predictor", self.predictor))
+
     def _varying_problems(self) -> Iterator[Problem]:
-        kinds = (one.kind for _, one in _each("predictor", self.predictor))
-        if self.over_select == 1 and "auto" not in kinds:
+        if self.over_select == 1 and not self._tries_kinds:
             why = "with as many candidates as are kept on average no row can keep more"
             yield "over_select", f"selection {self.selection} needs more than 1: {why}"
         if self.selection in ("relative", "level") and self.keep != "candidates":
@@ -273,8 +280,7 @@ class FfnRecipe(Section):
     def _all_problems(self) -> Iterator[Problem]:
         """Whether as many candidates as a selection by level has would all be kept."""
         keeps = [keep for _, keep in _each("keep_fraction", self.keep_fraction) if keep < 1]
-        kinds = (one.kind for _, one in _each("predictor", self.predictor))
-        if self.keep != "candidates" or not keeps or "auto" in kinds:
+        if self.keep != "candidates" or not keeps or self._tries_kinds:
             return
         if min(keeps) * self.over_select >= 1:
             yield (

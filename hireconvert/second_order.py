@@ -10,6 +10,7 @@ Shape suffixes: N rows (tokens), D width, F neurons, C candidates; neurons in th
 names to be candidates, from the first.
 """
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -54,6 +55,11 @@ class Flow:
             output.requires_grad_()
         output.retain_grad()
         self.output = output
+
+
+def window_seed(seed: int, number: int) -> int:
+    """What next tokens of one window are drawn by."""
+    return random.Random(f"{seed} {number}").getrandbits(63)
 
 
 @contextmanager

@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 
-from hireconvert.families import FfnWeights, ffn_parts, find_layout, read_ffn_weights
+from hireconvert.families import (
+    FfnWeights,
+    ffn_parts,
+    find_layout,
+    num_layers,
+    read_ffn_weights,
+)
 from hireconvert.families import hidden_activations as dense_hidden
 from hireconvert.quantize import GridFormat
 from tests.decoding import decode_factor, decode_matrix
@@ -256,3 +262,23 @@ def check_graph(layer: Any, x_ND: torch.Tensor) -> None:
     assert len(graphs) == 1
     assert relative(compiled, expected) < TOLERANCE
     assert torch.equal(layer.counts, counts)
+
+
+def gradients(model: Any, ids_T: torch.Tensor, seed: int) -> list[torch.Tensor]:
+    """The gradient, by what is added to the output of every FFN, of -log p of tokens drawn."""
+    layout, added, hooks = find_layout(model), [], []
+    for index in range(num_layers(model)):
+
+        def add(_m: Any, _a: Any, out: torch.Tensor) -> torch.Tensor:
+            added.append(torch.zeros_like(out, requires_grad=True))
+            return out + added[-1]
+
+        down = ffn_parts(model, layout, index).down.module
+        hooks.append(down.register_forward_hook(add))
+    logs = model(ids_T[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+    for hook in hooks:
+        hook.remove()
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.multinomial(logs.detach().exp(), 1, generator=generator)
+    loss = -logs.gather(1, drawn).sum()
+    return [g.flatten(0, -2) for g in torch.autograd.grad(loss, added)]

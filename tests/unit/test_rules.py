@@ -14,6 +14,7 @@ from hireconvert.levels import ScoreLevels
 from hireconvert.recipe import FfnRecipe, Recipe
 from hireconvert.rules import cheapest_rule, is_asked, rule_costs, told, with_rule
 from hireconvert.scoring import layer_counts
+from tests.ffn_reference import gradients
 from tests.tiny import NEURONS, tiny_model, tokens
 
 
@@ -23,36 +24,23 @@ def slow_costs(model: Any, ids_WT: torch.Tensor, num_kept: int, seed: int) -> di
     layers = range(num_layers(model))
     scores: list[list[torch.Tensor]] = [[] for _ in layers]
     pulls: list[list[torch.Tensor]] = [[] for _ in layers]
+    last: dict[int, torch.Tensor] = {}
+    hooks = []
+    for index in layers:
+        part = ffn_parts(model, layout, index)
+        norm_F = part.down_FD().detach().norm(dim=1)
+
+        def note(_module: Any, args: Any, index: int = index, norm_F: Any = norm_F) -> None:
+            last[index] = (args[0].detach().abs() * norm_F).reshape(-1, NEURONS)[:-1].double()
+
+        hooks.append(part.down.module.register_forward_pre_hook(note))
     for number, ids_T in enumerate(ids_WT):
-        added: list[torch.Tensor] = []
-        hooks = []
-        for index in layers:
-            part = ffn_parts(model, layout, index)
-            norm_F = part.down_FD().detach().norm(dim=1)
-
-            def add(
-                _module: Any,
-                args: Any,
-                out: torch.Tensor,
-                index: int = index,
-                norm_F: Any = norm_F,
-                added: Any = added,
-            ) -> Any:
-                score_NF = (args[0].detach().abs() * norm_F).reshape(-1, NEURONS)
-                scores[index].append(score_NF[:-1].double())
-                added.append(torch.zeros_like(out, requires_grad=True))
-                return out + added[-1]
-
-            hooks.append(part.down.module.register_forward_hook(add))
-        logs = model(ids_T[None], use_cache=False).logits[0, :-1].log_softmax(-1)
-        for hook in hooks:
-            hook.remove()
         own_seed = random.Random(f"{seed} {number}").getrandbits(63)
-        dice = torch.Generator().manual_seed(own_seed)
-        drawn = torch.multinomial(logs.detach().exp(), 1, generator=dice)
-        gradients = torch.autograd.grad(-logs.gather(1, drawn).sum(), added)
-        for index, g_ND in enumerate(gradients):
-            pulls[index].append(g_ND.flatten(0, -2)[:-1].double().square().sum(1))
+        for index, g_ND in enumerate(gradients(model, ids_T, own_seed)):
+            pulls[index].append(g_ND[:-1].double().square().sum(1))
+            scores[index].append(last[index])
+    for hook in hooks:
+        hook.remove()
     costs = {"threshold": 0.0, "relative": 0.0}
     for index in layers:
         score_NF, pull_N = torch.cat(scores[index]), torch.cat(pulls[index])

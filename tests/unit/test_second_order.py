@@ -18,6 +18,7 @@ from hireconvert.masked import MaskedModel
 from hireconvert.recipe import FfnRecipe, PredictorRecipe
 from hireconvert.schema import UnselectedRecipe
 from hireconvert.second_order import cheapest, convex_savings
+from tests.ffn_reference import gradients
 from tests.tiny import NEURONS, tiny_model, tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -65,26 +66,6 @@ def outputs_of(masked: MaskedModel, ids_T: torch.Tensor, active: tuple[int, ...]
     for hook in hooks:
         hook.remove()
     return [out.flatten(0, -2) for out in caught]
-
-
-def gradients(model: Any, ids_T: torch.Tensor, seed: int) -> list[torch.Tensor]:
-    """The gradient, by what is added to the output of every FFN, of -log p of tokens drawn."""
-    layout, added, hooks = find_layout(model), [], []
-    for index in range(num_layers(model)):
-
-        def add(_m: Any, _a: Any, out: torch.Tensor) -> torch.Tensor:
-            added.append(torch.zeros_like(out, requires_grad=True))
-            return out + added[-1]
-
-        down = ffn_parts(model, layout, index).down.module
-        hooks.append(down.register_forward_hook(add))
-    logs = model(ids_T[None], use_cache=False).logits[0, :-1].log_softmax(-1)
-    for hook in hooks:
-        hook.remove()
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.multinomial(logs.detach().exp(), 1, generator=generator)
-    loss = -logs.gather(1, drawn).sum()
-    return [g.flatten(0, -2) for g in torch.autograd.grad(loss, added)]
 
 
 def slow_costs(
